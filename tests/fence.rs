@@ -29,6 +29,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -38,6 +40,7 @@ use nix::unistd::Pid;
 
 use fence::Fence;
 use sys::detached::{self, Parent};
+use sys::group_signal_watcher::GroupSignalWatcher;
 use sys::process::{Process, open_pidfd};
 use sys::spawn::{Image, Setup, spawn};
 use sys::wait::Ended;
@@ -54,7 +57,7 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     let text = |place: usize| arguments.get(place).and_then(|word| word.to_str());
     match (text(1), text(2)) {
-        (Some("holder"), Some(directory)) => hold(Path::new(directory), arguments.get(3).is_some()),
+        (Some("holder"), Some(directory)) => hold(Path::new(directory), &arguments[3..]),
         (Some("terraform"), Some(directory)) => work_as_terraform(Path::new(directory)),
         (Some("daemon"), Some(counter)) => count(Path::new(counter), || false),
         _ => {
@@ -95,10 +98,37 @@ struct HolderProcess {
     /// The end of the leash that `tf` and the guardian hold, and the keeper's end.
     leash: (UnixStream, UnixStream),
     guardian: UnixStream,
+    watcher: Option<GroupSignalWatcher>,
+}
+
+/// Makes close_range(2) fail in this process and in all that it starts, as before Linux 5.9.
+#[expect(unsafe_code, reason = "no crate that the tests have wraps seccomp(2)")]
+fn forbid_close_range() {
+    let statement = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let refusal = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::ENOSYS).unwrap();
+    let mut filter = [
+        // The number of the system call is the first field of struct seccomp_data (seccomp(2)).
+        statement(0x20, 0),
+        libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: u32::try_from(libc::SYS_close_range).unwrap() },
+        statement(0x06, refusal),
+        statement(0x06, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
+    // SAFETY: the program is complete, and the kernel copies it. The last call closes a descriptor that is not open.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+        assert_eq!(libc::syscall(libc::SYS_close_range, i32::MAX, i32::MAX, 0), -1);
+    }
+    assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS));
 }
 
 /// Starts everything as `tf` does, and obeys commands from stdin.
-fn hold(directory: &Path, ignores_hangup: bool) {
+fn hold(directory: &Path, options: &[OsString]) {
+    let has = |option: &str| options.iter().any(|word| word == option);
+    if has("old-kernel") {
+        forbid_close_range();
+    }
     let mut fence = Fence::prepare(|_| false).unwrap();
     let leash = UnixStream::pair().unwrap();
     let (guardian, its_end) = UnixStream::pair().unwrap();
@@ -114,14 +144,14 @@ fn hold(directory: &Path, ignores_hangup: bool) {
     let own = std::env::current_exe().unwrap();
     let words = [OsStr::new("terraform"), OsStr::new("terraform"), directory.as_os_str()];
     let image = Image::new(&own, words, std::env::vars_os()).unwrap();
-    let ignored: &[Signal] = if ignores_hangup { &[Signal::SIGHUP] } else { &[] };
+    let ignored: &[Signal] = if has("nohup") { &[Signal::SIGHUP] } else { &[] };
     let mask = SigSet::empty();
     let setup = Setup { own_group: true, redirect: [None, None], mask: &mask, ignored, announce: None };
     let terraform = spawn(&image, &setup).unwrap();
     drop(inherited);
     (&guardian).write_all(&terraform.as_raw().to_ne_bytes()).unwrap();
 
-    let mut holder = HolderProcess { fence, terraform, leash, guardian };
+    let mut holder = HolderProcess { fence, terraform, leash, guardian, watcher: None };
     reply(&format!("{guardian_pid} {fuse} {terraform} {spare}"));
     for line in io::stdin().lock().lines() {
         reply(&holder.obey(&line.unwrap()));
@@ -159,6 +189,13 @@ impl HolderProcess {
                 "ok".to_owned()
             }
             ("keeper", _) => self.start_keeper().to_string(),
+            ("watcher", _) => {
+                self.watcher = None;
+                match GroupSignalWatcher::place(group) {
+                    Ok(watcher) => self.watcher.insert(watcher).pid().to_string(),
+                    Err(error) => format!("{:?}", error.kind()),
+                }
+            }
             ("pipes", _) => {
                 let name = |pipe: &sys::hangup_pipe::HangupPipe| {
                     fs::read_link(format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd())).unwrap().display().to_string()
@@ -276,7 +313,7 @@ impl Run {
         Self::start_as(options, None)
     }
 
-    /// Starts a holder. `options` may contain `nohup` and `daemon`. `wrapper` is a shell script that executes its
+    /// Starts a holder. `options` may contain `nohup`, `daemon` and `old-kernel`. `wrapper` is a shell script that executes its
     /// arguments.
     fn start_as(options: &[&str], wrapper: Option<&str>) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -291,10 +328,7 @@ impl Run {
         } else {
             Command::new(own)
         };
-        command.arg("holder").arg(directory.path());
-        if options.contains(&"nohup") {
-            command.arg("nohup");
-        }
+        command.arg("holder").arg(directory.path()).args(options);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let input = child.stdin.take().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
@@ -423,6 +457,7 @@ fn trials() -> Vec<Trial> {
         trial("after_the_kill_pipe_was_given_the_new_fuse_holds_terraform_alone", after_give),
         trial("a_fuse_that_was_killed_with_its_spare_is_replaced", killed_with_its_spare),
         trial("the_write_ends_are_where_they_belong", where_the_write_ends_are),
+        trial("a_watcher_that_is_stopped_while_it_joins_does_not_hang_tf", stopped_watcher),
         trial("a_daemon_outlives_the_fence", daemon_outlives),
         trial("a_stopped_daemon_goes_on_after_the_fence", stopped_daemon_goes_on),
         trial("a_suspended_group_is_not_continued_past_a_dead_fuse", suspended_group),
@@ -563,7 +598,14 @@ fn holders(pipe: &str) -> [BTreeSet<i32>; 2] {
 }
 
 fn where_the_write_ends_are() {
-    let mut run = Run::start(&["daemon"]);
+    write_ends(&["daemon"]);
+    write_ends(&["daemon", "old-kernel"]);
+}
+
+fn write_ends(options: &[&str]) {
+    let mut run = Run::start(options);
+    // The watcher in terraform's group holds no end of a pipe.
+    let _watcher = Watched::new(&run.tell("watcher"));
     let keeper = Watched::new(&run.tell("keeper"));
     let pipes = run.tell("pipes");
     let (stop, kill) = pipes.split_once(' ').unwrap();
@@ -587,6 +629,28 @@ fn where_the_write_ends_are() {
     assert_eq!(run.tell("give"), "ok");
     wait_for("the kill pipe to arrive", || holders(kill) == [set(&[&run.fuse, &run.tf]), readers(&run)]);
     assert_eq!(holders(stop), [set(&[&run.fuse]), readers(&run)]);
+}
+
+fn stopped_watcher() {
+    let mut run = Run::start(&[]);
+    let group = run.terraform.pid;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let stops = std::thread::spawn({
+        let is_over = is_over.clone();
+        move || {
+            while !is_over.load(Ordering::SeqCst) {
+                let _ = nix::sys::signal::killpg(group, Signal::SIGSTOP);
+            }
+        }
+    });
+    // A watcher that is stopped after it has reported that it has joined does no harm.
+    let until = Instant::now() + TIMEOUT;
+    while run.tell("watcher") != "TimedOut" {
+        assert!(Instant::now() < until, "no watcher was stopped while it joined");
+    }
+    is_over.store(true, Ordering::SeqCst);
+    stops.join().unwrap();
+    assert!(!Process::below(run.tf.pid).iter().any(|process| process.group == group && process.pid != group));
 }
 
 fn wait_until_daemon_works(run: &Run) {

@@ -18,8 +18,10 @@ pub(crate) struct Failure {
 pub(crate) enum Cause {
     /// There was no response, or the response cannot be from the service: a proxy or a captive portal may have sent it.
     NoAnswer,
-    /// The failure is temporary: for example, the service is busy, or a clock is wrong.
+    /// The failure is temporary: for example, a clock is wrong, or the service has an internal error.
     Passing,
+    /// The service has no capacity for the request at the moment. Many retries would make that worse.
+    Busy,
     /// These credentials have expired. New credentials from the same source may be accepted.
     ExpiredCredentials,
     /// These credentials have no permission for this action. The text is the name of the action in IAM policies.
@@ -41,7 +43,7 @@ pub(crate) enum Cause {
 impl Cause {
     /// Whether a retry of the request cannot help.
     pub(crate) fn is_final(self) -> bool {
-        !matches!(self, Self::NoAnswer | Self::Passing | Self::ExpiredCredentials)
+        !matches!(self, Self::NoAnswer | Self::Passing | Self::Busy | Self::ExpiredCredentials)
     }
 
     /// Whether the failure shows that the table or bucket of the request cannot contain a terraform lock. If false, it
@@ -81,6 +83,10 @@ impl Cause {
             Self::RejectedCredentials
         } else if is(&REFUSALS) {
             Self::Refused
+        } else if is(&["Throughput", "Throttl", "RequestLimitExceeded", "TooManyRequests", "SlowDown"]) {
+            // The error codes that the SDK counts as throttling (aws_runtime::retries::classifiers::THROTTLING_ERRORS), as
+            // far as DynamoDB and S3 have them.
+            Self::Busy
         } else {
             Self::Passing
         }
@@ -226,8 +232,10 @@ mod tests {
             // These conditions may be over at the next attempt: a wrong clock, an expired session, a busy service.
             (Some("RequestTimeTooSkewed"), Some("skewed"), Some(403), Cause::Passing),
             (Some("InvalidTokenId"), None, Some(403), Cause::Passing),
-            (Some("ProvisionedThroughputExceededException"), None, Some(400), Cause::Passing),
-            (Some("SlowDown"), None, Some(503), Cause::Passing),
+            (Some("ProvisionedThroughputExceededException"), None, Some(400), Cause::Busy),
+            (Some("ThrottlingException"), None, Some(400), Cause::Busy),
+            (Some("RequestLimitExceeded"), None, Some(400), Cause::Busy),
+            (Some("SlowDown"), None, Some(503), Cause::Busy),
             (Some("InternalServerError"), None, Some(500), Cause::Passing),
             (None, Some("<html>"), Some(403), Cause::NoAnswer),
             // This is the response to a HEAD request, which has no body.
@@ -238,7 +246,8 @@ mod tests {
             let failure =
                 Failure::of_answer("S3", "s3:GetObject", ServiceAnswer { code, message, status }, "unhandled error");
             assert_eq!(failure.cause(), expected, "{code:?} {message:?} {status:?}");
-            let may_pass = matches!(expected, Cause::NoAnswer | Cause::Passing | Cause::ExpiredCredentials);
+            let may_pass =
+                matches!(expected, Cause::NoAnswer | Cause::Passing | Cause::Busy | Cause::ExpiredCredentials);
             assert_eq!(failure.is_final(), !may_pass, "{code:?} {message:?} {status:?}");
         }
     }
@@ -249,6 +258,7 @@ mod tests {
         let others = [
             Cause::NoAnswer,
             Cause::Passing,
+            Cause::Busy,
             Cause::ExpiredCredentials,
             Cause::Denied("x"),
             Cause::RejectedCredentials,

@@ -56,12 +56,17 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
 }
 
 /// Reports that the kernel has stopped terraform because of its lease.
-pub(crate) fn lease_stopped(has_terminal: bool) -> String {
-    let end = if has_terminal { "\nto end it now, without saving its state, press ^C three times" } else { "" };
+pub(crate) fn lease_stopped(has_person: bool) -> String {
+    let end = if has_person { "\nto end it now, without saving its state, press ^C three times" } else { "" };
     format!(
         "terraform was stopped, because the lease of its lock was not renewed in time\n\
          it goes on when the service answers and the lock is still this run's{end}"
     )
+}
+
+/// Reports why a terraform that was stopped because of its lease stays stopped.
+pub(crate) fn cannot_renew(reason: &str) -> String {
+    format!("the lease cannot be renewed: {}", visible_lines(reason))
 }
 
 /// Reports that a terraform goes on that was stopped because of its lease.
@@ -90,6 +95,21 @@ pub(crate) fn lease_interrupts(trouble: &Trouble) -> String {
         ),
         Trouble::Gone => "somebody has deleted the lock of this run, so terraform is asked to stop".to_owned(),
     }
+}
+
+/// Reports that the processes fail that renew the lease. `how` says how the last one has.
+pub(crate) fn keepers_fail(how: &str) -> String {
+    format!(
+        "the process that renews the lease of this run's lock has failed several times in a row: {}\n\
+         it is started again; the lease is not extended until that succeeds\n\
+         to see what it does, set TFW_LOG to the name of a file",
+        visible_lines(how)
+    )
+}
+
+/// Reports that the second lock of a run has no lease. `path` is the lock's.
+pub(crate) fn lock_without_lease(path: &str) -> String {
+    format!("the lock of {} has no lease: a run has a lease only for its first lock", visible(path))
 }
 
 /// Reports that a run has no lease. `reason` says why.

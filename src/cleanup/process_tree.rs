@@ -64,7 +64,9 @@ pub(crate) struct Tree {
     run: String,
     terraform: Option<Pid>,
     /// Helpers that this process has started, such as the guardian. They do not belong to the tree.
-    ours: RefCell<Vec<Pid>>,
+    /// The second value is the start time in clock ticks since boot: when a helper was reaped, another process may get
+    /// its pid. `None` if it is unknown.
+    ours: RefCell<Vec<(Pid, Option<u64>)>>,
     /// Children that this process had before it started terraform. For example, a shell can start children and then
     /// replace itself with `tf` (exec).
     preexisting_children: Vec<Pid>,
@@ -241,8 +243,17 @@ impl Tree {
     }
 
     /// Records that `pid`, the guardian or another helper, is a child of this process and does not belong to the tree.
+    /// Call this before the helper can be reaped.
     pub(crate) fn exclude(&self, pid: Pid) {
-        self.ours.borrow_mut().push(pid);
+        let start = Process::look_up(pid).map(|process| process.start);
+        self.ours.borrow_mut().push((pid, start));
+    }
+
+    /// Whether the process is a helper of this process.
+    fn is_ours(&self, process: &Process) -> bool {
+        let is_same =
+            |(pid, start): &(Pid, Option<u64>)| *pid == process.pid && start.is_none_or(|start| start == process.start);
+        self.ours.borrow().iter().any(is_same)
     }
 
     /// Records that terraform was started as `pid`. Returns the data that identify the processes of the tree.
@@ -267,7 +278,7 @@ impl Tree {
             return;
         }
         for process in Process::children(getpid()) {
-            let ours = self.ours.borrow().contains(&process.pid) || others.contains(&process.pid);
+            let ours = self.is_ours(&process) || others.contains(&process.pid);
             if process.is_dead() && Some(process.pid) != self.terraform && !ours {
                 wait::reap(process.pid);
             }
@@ -346,7 +357,7 @@ impl Tree {
                 None => break,
             }
         }
-        if self.preexisting_children.contains(&top.pid) || self.ours.borrow().contains(&top.pid) {
+        if self.preexisting_children.contains(&top.pid) || self.is_ours(top) {
             Membership::Other
         } else if Some(top.pid) == self.terraform || Some(process.group) == self.terraform || !self.has_foreign_orphans
         {
@@ -609,6 +620,21 @@ mod tests {
         let of_helper = Process { parent: Pid::from_raw(HELPER), ..orphan };
         let below = [process(HELPER, getpid().as_raw()), of_helper.clone()];
         assert_eq!(tree(true).membership(&of_helper, &below), Membership::Other);
+    }
+
+    #[test]
+    fn a_process_that_got_the_pid_of_a_helper_later_is_no_helper() {
+        let own = getpid();
+        let Some(itself) = Process::look_up(own) else { return };
+        let tree = tree(false);
+        let helper = Process { parent: Pid::from_raw(1), ..itself };
+        for is_excluded in [false, true] {
+            let expected = if is_excluded { Membership::Other } else { Membership::Member };
+            assert_eq!(tree.membership_by_parents(&helper, std::slice::from_ref(&helper)), expected);
+            tree.exclude(own);
+        }
+        let later = Process { start: helper.start + 1, ..helper };
+        assert_eq!(tree.membership_by_parents(&later, std::slice::from_ref(&later)), Membership::Member);
     }
 
     /// The list of processes is not read at one moment, so a reused pid can make a process its own ancestor.

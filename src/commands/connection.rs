@@ -160,7 +160,7 @@ impl Trouble {
                 "this service does not support that request, so do not try again\nto check the backend, type in its directory: tf locks doctor".to_owned()
             }
             Cause::Refused => "the service refused the request; correct the cause above, and try again".to_owned(),
-            Cause::Passing => format!("the service in {region} cannot do that now\ntry again in a minute"),
+            Cause::Passing | Cause::Busy => format!("the service in {region} cannot do that now\ntry again in a minute"),
             Cause::NoAnswer => format!("check the network and the region ({region}), and try again"),
         };
         Self::Failed { failure, next }

@@ -50,10 +50,10 @@ pub(crate) struct StoppedRun {
     /// renewal without a fence counts, too. One from before the new fuse does not, even if its response is read later.
     pub(crate) is_renewed: bool,
     /// Whether a person at a terminal can end it.
-    pub(crate) has_terminal: bool,
+    pub(crate) has_person: bool,
     /// How often that person has asked for the end.
     pub(crate) interrupts: u8,
-    /// How long it has been stopped.
+    /// How long it has been stopped, without the time in which its supervisor did not run.
     pub(crate) stopped_for: Duration,
 }
 
@@ -88,6 +88,15 @@ pub(crate) enum FenceStep {
     LookAgain,
 }
 
+/// How long to wait until another reason is reported why the lock of a stopped run is not known.
+const REASON_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Whether to report the reason why a stopped run cannot go on. `reported` is the one that was reported last, and how long
+/// ago.
+pub(crate) fn is_reason_due(reported: Option<(&str, Duration)>, reason: &str) -> bool {
+    !reason.is_empty() && reported.is_none_or(|(last, ago)| last != reason && ago >= REASON_INTERVAL)
+}
+
 /// Decides what to do with a stopped run after a look at the lock.
 pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep {
     if look == Look::Lost {
@@ -106,7 +115,7 @@ pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep 
         (Look::Unknown | Look::Lost, ..) => FenceStep::LookAgain,
     };
     // The service may show the lock and refuse the renewal for ever.
-    if step != FenceStep::Continue && !run.has_terminal && run.stopped_for >= terms.longest_stop() {
+    if step != FenceStep::Continue && !run.has_person && run.stopped_for >= terms.longest_stop() {
         return FenceStep::End(EndReason::TimedOut);
     }
     step
@@ -115,6 +124,21 @@ pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_is_reported_once_and_another_one_a_minute_later() {
+        let [early, late] = [59, 60].map(Duration::from_secs);
+        for (reported, reason, expected) in [
+            (None, "", false),
+            (None, "no network", true),
+            (Some(("no network", late)), "no network", false),
+            (Some(("no network", early)), "login expired", false),
+            (Some(("no network", late)), "login expired", true),
+            (Some(("no network", late)), "", false),
+        ] {
+            assert_eq!(is_reason_due(reported, reason), expected, "{reported:?} {reason}");
+        }
+    }
 
     #[test]
     fn a_stopped_run_goes_on_only_with_its_lock_and_ends_only_for_a_reason() {
@@ -128,7 +152,7 @@ mod tests {
                             is_rearmed: bit(0),
                             can_rearm: bit(1),
                             is_renewed: bit(2),
-                            has_terminal: bit(3),
+                            has_person: bit(3),
                             interrupts,
                             stopped_for: Duration::from_mins(minutes),
                         };

@@ -52,6 +52,45 @@ pub(crate) fn next_renewal(terms: Terms, last: Response, now: Duration) -> NextR
     }
 }
 
+/// Whether the keeper must read the lock before it renews at `now`. The renewal writes the time of the response `last`.
+/// After an outage, that time is so old that the lease would be extended by little, and the next renewal would come an
+/// interval later. After a read, the first renewal extends the lease in full.
+pub(crate) fn is_outdated(terms: Terms, last: Response, now: Duration) -> bool {
+    now.saturating_sub(last.sent) > terms.renewal_interval() * 3 / 2
+}
+
+/// Why a keeper must send a request again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Setback {
+    /// There was no response, or the service refused the request.
+    Failed,
+    /// The service has no capacity for the request.
+    Busy,
+    /// The source of the credentials has failed. It must not be asked again and again: a few failed requests may lock an
+    /// account.
+    Credentials,
+}
+
+/// The shortest pause after a request that failed, and the longest one if the service does not respond: the first renewal
+/// after an outage comes soon.
+const MIN_RETRY_PAUSE: Duration = Duration::from_millis(250);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// The longest pause after the source of the credentials has failed.
+const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
+
+/// Returns how long to wait before the next request, after so many `failures` in a row. The pauses of the runs of a fleet
+/// differ by up to a half, so that not all send a request at the same moment after an outage. `random` is any number.
+pub(crate) fn retry_pause(terms: Terms, failures: u32, setback: Setback, random: u64) -> Duration {
+    let longest = match setback {
+        Setback::Failed => MAX_RETRY_PAUSE.min(terms.renewal_interval()),
+        Setback::Busy => terms.renewal_interval() / 2,
+        Setback::Credentials => MAX_CREDENTIALS_PAUSE,
+    };
+    let pause = (MIN_RETRY_PAUSE * 2_u32.pow(failures.clamp(1, 12) - 1)).min(longest);
+    pause * u32::try_from(500 + random % 501).unwrap_or(1000) / 1000
+}
+
 /// What a keeper sees before each renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct KeeperSight {
@@ -104,6 +143,8 @@ pub(crate) enum Answer {
     Refused,
     /// No response, or none of the service.
     None,
+    /// The service has no capacity for the request now.
+    Busy,
 }
 
 /// What a keeper does after an answer.
@@ -140,8 +181,15 @@ pub(crate) fn after_answer(terms: Terms, history: History, answer: Answer, uncon
         Answer::Refused if !history.has_interrupted && unconfirmed >= terms.refusal_time() => {
             KeeperStep::InterruptTerraform
         }
-        Answer::None | Answer::Refused => KeeperStep::Retry,
+        Answer::None | Answer::Busy | Answer::Refused => KeeperStep::Retry,
     }
+}
+
+/// Whether a stored record that another keeper of the run has written confirms a renewal. `sent` is what the record of
+/// that renewal promises, and `stored` what the stored one does. A stored record that promises more confirms nothing: the
+/// caller would take the fence down, or count a promise as withdrawn, while others rely on it.
+pub(crate) fn is_confirmed_by_another(sent: Fence, stored: Fence) -> bool {
+    sent == Fence::Stop || stored == Fence::None
 }
 
 /// Returns the fence that the next record promises. Once the clock has stood still, it may do so again.
@@ -192,6 +240,54 @@ mod tests {
     }
 
     #[test]
+    fn after_an_outage_the_lock_is_read_so_that_the_next_renewal_counts_in_full() {
+        let last = response(100, 101, 0);
+        // An interval of 60 s, changed by at most a tenth, and a slow request.
+        for (now, expected) in [(100, false), (166, false), (190, false), (191, true), (1000, true), (0, false)] {
+            assert_eq!(is_outdated(terms(), last, Duration::from_secs(now)), expected, "{now}");
+        }
+    }
+
+    #[test]
+    fn the_pauses_grow_to_a_limit_that_depends_on_the_setback_and_are_never_the_same_for_a_fleet() {
+        let seconds = Duration::from_secs;
+        let short = Terms::new(seconds(60)).unwrap();
+        for (terms, setback, longest) in [
+            (terms(), Setback::Failed, seconds(5)),
+            (terms(), Setback::Busy, seconds(30)),
+            (terms(), Setback::Credentials, seconds(60)),
+            (short, Setback::Failed, seconds(5)),
+            (short, Setback::Busy, seconds(6)),
+            (short, Setback::Credentials, seconds(60)),
+        ] {
+            let mut before = Duration::ZERO;
+            for failures in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, u32::MAX] {
+                let [least, most] = [0, 500].map(|random| retry_pause(terms, failures, setback, random));
+                assert_eq!(least * 2, most, "{setback:?} {failures}");
+                assert!(most >= before && most <= longest, "{setback:?} {failures}");
+                before = most;
+                for random in [1, 499, 501, u64::MAX] {
+                    assert!((least..=most).contains(&retry_pause(terms, failures, setback, random)));
+                }
+            }
+            assert_eq!(before, longest, "{setback:?}");
+            assert_eq!(retry_pause(terms, 1, setback, 500), Duration::from_millis(250));
+        }
+    }
+
+    #[test]
+    fn a_stored_record_that_promises_more_confirms_nothing() {
+        for (sent, stored, expected) in [
+            (Fence::Stop, Fence::Stop, true),
+            (Fence::Stop, Fence::None, true),
+            (Fence::None, Fence::None, true),
+            (Fence::None, Fence::Stop, false),
+        ] {
+            assert_eq!(is_confirmed_by_another(sent, stored), expected, "{sent:?} {stored:?}");
+        }
+    }
+
+    #[test]
     fn a_keeper_renews_only_the_lease_of_a_terraform_that_works_or_will() {
         for bits in 0..32_u8 {
             let bit = |place: u8| bits & (1 << place) != 0;
@@ -223,6 +319,7 @@ mod tests {
                     assert_eq!(step(Answer::RenewedBefore), TellDeadline);
                     assert_eq!(step(Answer::Lost), ReportLoss);
                     assert_eq!(step(Answer::None), Retry);
+                    assert_eq!(step(Answer::Busy), Retry);
                     let refused = match (record, interrupted, seconds >= 180) {
                         (false, ..) => GiveUp,
                         (true, false, true) => InterruptTerraform,

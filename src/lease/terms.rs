@@ -57,6 +57,12 @@ impl Terms {
         self.length * 4 / 5
     }
 
+    /// How long the process that renews the lease may not answer until it is replaced. This leaves its successor the time
+    /// for a renewal before the holder must stop. 10 s, and less only for the leases of the tests.
+    pub(crate) fn keeper_timeout(self) -> Duration {
+        self.renewal_interval().clamp(Duration::from_secs(2), Duration::from_secs(10))
+    }
+
     /// How long the service may refuse renewals until terraform gets an interrupt, counted like
     /// [`Terms::working_time`].
     pub(crate) fn refusal_time(self) -> Duration {
@@ -150,6 +156,16 @@ mod tests {
     }
 
     #[test]
+    fn a_keeper_that_does_not_answer_is_replaced_while_the_holder_may_still_work() {
+        for seconds in 60..=3600 {
+            let terms = terms(seconds);
+            // The last renewal carries the time of the response before it, and was just not repeated.
+            let left = terms.working_time().checked_sub(terms.renewal_interval() * 11 / 10 * 2).unwrap();
+            assert!(left > terms.keeper_timeout() + Duration::from_secs(5), "{seconds}: {left:?}");
+        }
+    }
+
+    #[test]
     fn a_lease_lapses_by_the_time_of_the_service() {
         let renewed: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
         let after = |seconds| renewed + SignedDuration::from_secs(seconds);
@@ -183,6 +199,7 @@ mod tests {
         assert_eq!(seconds(terms.working_time()), 240);
         assert_eq!(seconds(terms.quiet_window()), 90);
         assert_eq!(seconds(terms.longest_stop()), 900);
+        assert_eq!(seconds(terms.keeper_timeout()), 10);
         assert_eq!(seconds(Terms::of_claim().quiet_window()), 18);
     }
 }

@@ -69,6 +69,8 @@ pub(crate) struct Supervision<'a> {
     pub(crate) run_record: &'a mut RunRecord,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
     pub(crate) lease: Option<&'a mut RunLease>,
+    /// Whether this is a CI job ([`crate::settings::Settings::ci`]).
+    pub(crate) is_ci: bool,
     /// Readable when the parent of `tf` has exited. `None` if that exit is not a request to stop, if the parent cannot
     /// be watched, or if the exit has been handled.
     pub(crate) parent: Option<OwnedFd>,
@@ -279,15 +281,15 @@ impl Supervision<'_> {
             may_be_for_unit: self.may_be_for_all(sender),
         };
         match route(signal, origin, circumstances) {
-            Route::Ask(event) => {
-                if event == StopEvent::Keyboard
-                    && let Some(lease) = &mut self.lease
-                    && let Some(keys) = lease.note_key()
-                {
+            Route::Ask(StopEvent::Keyboard) => {
+                if let Some(keys) = self.lease.as_mut().and_then(|lease| lease.note_key()) {
                     console::say(&messages::key_while_stopped(keys));
+                    self.asked(StopEvent::KeyboardWhileStopped);
+                } else {
+                    self.asked(StopEvent::Keyboard);
                 }
-                self.asked(event);
             }
+            Route::Ask(event) => self.asked(event),
             Route::AskGuardian => {
                 self.unit_stop.get_or_insert(Instant::now() + UNIT_STOP_WINDOW);
             }
@@ -351,7 +353,9 @@ impl Supervision<'_> {
                 Effect::InterruptGroup if !self.tree.is_behind_a_shim() => {
                     let _ = killpg(self.terraform, Signal::SIGINT);
                 }
-                Effect::InterruptGroup => self.interrupt_behind_shim(event == StopEvent::Keyboard),
+                Effect::InterruptGroup => {
+                    self.interrupt_behind_shim(matches!(event, StopEvent::Keyboard | StopEvent::KeyboardWhileStopped));
+                }
                 Effect::InterruptTerraform => self.interrupt_terraform(),
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
@@ -475,6 +479,9 @@ impl Supervision<'_> {
         {
             self.run_record.tell_lease(orders, self.recorder);
         }
+        if let Some(lock) = lease.lock_without_lease(self.recorder.log()) {
+            console::say(&messages::lock_without_lease(&lock.path));
+        }
     }
 
     /// Whether the kernel has stopped terraform because of its lease.
@@ -490,9 +497,8 @@ impl Supervision<'_> {
     /// Reads what has happened to the lease, and does what follows from it.
     fn step_lease(&mut self) {
         let Some(lease) = &mut self.lease else { return };
-        // A person can end a terraform that is stopped. Nobody asks otherwise.
-        let has_terminal =
-            lease.is_stopped() && matches!(self.foreground.foreground(), Foreground::Ours | Foreground::Terraforms);
+        // Nobody asks unless terraform is stopped.
+        let has_person = lease.is_stopped() && has_person(self.is_ci, self.foreground.foreground());
         if lease.stop_again() {
             // Somebody else has continued terraform: `kill -CONT`, or a service manager with its SIGTERM.
             trace!("terraform was continued by another process, and is stopped again");
@@ -503,20 +509,29 @@ impl Supervision<'_> {
             Some(lock) if lock.progress.is_before_unlock() => LockPhase::Held,
             Some(_) => LockPhase::Unlocking,
         };
-        for effect in lease.step(has_terminal, phase) {
+        for effect in lease.step(has_person, phase) {
             trace!("lease: {effect:?}");
             match effect {
                 LeaseEffect::Stopped => {
-                    self.foreground.reclaim_foreground();
-                    console::say(&messages::lease_stopped(has_terminal));
+                    self.foreground.take_from_stopped();
+                    console::say(&messages::lease_stopped(has_person));
                 }
-                LeaseEffect::Continued => console::say(messages::lease_continued()),
+                LeaseEffect::CannotRenew(reason) => console::say(&messages::cannot_renew(&reason)),
+                LeaseEffect::Continue => {
+                    self.foreground.give_back_to_stopped();
+                    if self.lease.as_mut().is_some_and(|lease| lease.go_on(self.tree)) {
+                        console::say(messages::lease_continued());
+                    } else {
+                        self.foreground.take_from_stopped();
+                    }
+                }
                 LeaseEffect::Interrupt(trouble) => {
                     console::say(&messages::lease_interrupts(&trouble));
                     self.asked(StopEvent::LeaseEnds);
                 }
                 LeaseEffect::Kill(reason) => self.asked(StopEvent::LeaseEnded(reason)),
-                LeaseEffect::NewFuse(pid) => self.tree.exclude(pid),
+                LeaseEffect::NewHelper(pid) => self.tree.exclude(pid),
+                LeaseEffect::KeepersFail(how) => console::say(&messages::keepers_fail(&how)),
                 LeaseEffect::NoLease(reason) => console::say(&messages::no_lease(&reason)),
             }
         }
@@ -579,6 +594,12 @@ impl Supervision<'_> {
         self.asked(StopEvent::NobodyCanAnswer);
         Stopped::ContinueSoon
     }
+}
+
+/// Whether a person at the terminal can end a terraform that is stopped for its lease, by pressing ^C. Some CI systems
+/// give a job a terminal, but no person types there.
+fn has_person(is_ci: bool, foreground: Foreground) -> bool {
+    !is_ci && matches!(foreground, Foreground::Ours | Foreground::Terraforms)
 }
 
 /// What remains to be done after a stop of terraform.
@@ -666,6 +687,15 @@ mod tests {
         ] {
             let expected = expected.map(Duration::from_millis);
             assert_eq!(timeout(is_queued, &deadlines, now), expected, "{is_queued} {deadlines:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_person_in_the_foreground_of_a_terminal_can_end_a_stopped_terraform_and_no_ci_job_has_one() {
+        for foreground in [Foreground::Ours, Foreground::Terraforms, Foreground::Others, Foreground::Gone] {
+            let is_ours = matches!(foreground, Foreground::Ours | Foreground::Terraforms);
+            assert_eq!(has_person(false, foreground), is_ours, "{foreground:?}");
+            assert!(!has_person(true, foreground), "{foreground:?}");
         }
     }
 

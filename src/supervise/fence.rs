@@ -22,13 +22,14 @@
 //! `tf` died meanwhile, the kernel would continue terraform first. Only a process that was forked before cannot do that.
 //!
 //! One write end in a wrong process would keep a pipe silent. So every write end is closed on exec, and every process
-//! that `tf` forks without exec closes it: [`crate::sys::detached`] closes all descriptors that are not named.
+//! that `tf` forks without exec closes it: [`crate::sys::detached`] and [`crate::sys::group_signal_watcher`] close all
+//! descriptors that are not named.
 //!
 //! Without a lease there is no fence, and nothing of this exists.
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -141,6 +142,12 @@ impl Fence {
     /// Returns the kill pipe. The keeper must inherit its read end.
     pub(crate) fn kill_pipe(&self) -> &HangupPipe {
         &self.kill
+    }
+
+    /// Returns the write end of the kill pipe. A process that this one starts must close it at once. `None` in the
+    /// guardian, and before the first fuse was forked.
+    pub(crate) fn kill_write_end(&self) -> Option<BorrowedFd<'_>> {
+        self.kill_write_end.as_ref().map(AsFd::as_fd)
     }
 
     /// Returns the keeper's end of the deadline socket. The keeper must inherit it.

@@ -89,6 +89,9 @@ pub(crate) struct ForegroundControl {
     /// The modes that the terminal must have again before `tf` reclaims the foreground. `None` until `tf` makes
     /// terraform's group the foreground group, and again after it has reclaimed the foreground with these modes.
     normal: Option<Modes>,
+    /// The modes that a program of terraform's group had set when the kernel stopped the group for its lease. `None` if
+    /// they were the previous modes, or if the group was not stopped.
+    modes_when_stopped: Option<Modes>,
     group_signal_watcher: Option<GroupSignalWatcher>,
     /// Whether the kernel stopped members of this process's group while terraform's group was the foreground group.
     stopped_ours: bool,
@@ -108,6 +111,7 @@ impl ForegroundControl {
             own: getpgrp(),
             since: None,
             normal: None,
+            modes_when_stopped: None,
             group_signal_watcher: None,
             stopped_ours: false,
             search_until: None,
@@ -178,6 +182,36 @@ impl ForegroundControl {
             // that program. This process gets the SIGCONT as well, and passes it on to terraform, where the signal has
             // no effect.
             let _ = kill(Pid::from_raw(0), Signal::SIGCONT);
+        }
+    }
+
+    /// Takes the terminal from a group that the kernel has stopped for its lease, as a shell does for a stopped job: the
+    /// foreground, and the modes. A program may have been stopped while it prompted without echo or in raw mode, and in
+    /// raw mode a ^C would signal nobody.
+    pub(crate) fn take_from_stopped(&mut self) {
+        let theirs = self.terminal.as_ref().and_then(Terminal::modes);
+        let normal = self.normal.clone();
+        self.reclaim_foreground();
+        if let (Some(terminal), Some(theirs), Some(normal)) = (&self.terminal, theirs, normal)
+            && theirs != normal
+            && self.foreground() == Foreground::Ours
+            && terminal.set_modes(&normal).is_ok()
+        {
+            trace!("the terminal has its previous modes while terraform is stopped");
+            (self.modes_when_stopped, self.normal) = (Some(theirs), None);
+        }
+    }
+
+    /// Gives the terminal back to the program from which [`ForegroundControl::take_from_stopped`] has taken it: the modes,
+    /// and the foreground. Call this before the group is continued. Does nothing if the terminal had its previous modes: a
+    /// program that then reads from the terminal gets the foreground as any other.
+    pub(crate) fn give_back_to_stopped(&mut self) {
+        let Some(theirs) = self.modes_when_stopped.take() else { return };
+        let Some(terminal) = self.terminal.as_ref().filter(|_| self.foreground() == Foreground::Ours) else { return };
+        let normal = terminal.modes();
+        if terminal.set_modes(&theirs).is_ok() {
+            self.normal = normal;
+            self.give_foreground();
         }
     }
 

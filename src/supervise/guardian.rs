@@ -818,7 +818,7 @@ impl<'a> Watch<'a> {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
             if let Some(lease) = lease {
-                lease.withdraw(|_| true);
+                lease.withdraw(|_| true, &mut Waiter::Unattended);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -830,7 +830,7 @@ impl<'a> Watch<'a> {
         }
         let left = after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
         if let Some(lease) = lease {
-            lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id));
+            lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), &mut Waiter::Unattended);
         }
         left.unfinished
     }

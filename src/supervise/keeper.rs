@@ -7,12 +7,15 @@
 //! together with `tf`. Two keepers of one run do no harm: the store accepts a renewal only if it is newer than the
 //! stored one, and a stored one that is newer confirms both.
 //!
+//! The process that has started a keeper asks it for an answer every few seconds ([`Keeper::ping`]), and replaces it if it
+//! does not answer ([`super::keepers`]).
+//!
 //! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
 //! and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
-//! Between fork and exec, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe.
-//! If `tf` and the fuse die in that moment, terraform is killed only when the keeper has called exec. Until then at
-//! most a millisecond passes, and the lease is valid: the fuse dies by itself at 80 % of the lease.
+//! When it is forked, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe. It
+//! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and if
+//! `tf` died in that moment, the kernel would continue terraform.
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -20,7 +23,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -34,16 +37,17 @@ use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
+use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::keeper::{
-    self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, after_answer, before_renewal,
-    next_renewal,
+    self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, Setback, after_answer,
+    before_renewal, next_renewal,
 };
 use crate::lease::record::{Fence as Promise, Holder, Record};
 use crate::lease::terms::Terms;
-use crate::lock::leased::{LeasedLock, Renewed};
+use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::location::LockLocation;
 use crate::lock::probe::IfMatch;
 use crate::lock::stores::{StoreKey, Stores};
@@ -101,12 +105,17 @@ pub(crate) enum Report {
     Renewed { fence: Promise, fuse: Option<u32> },
     /// What the lock looks like while the fuse is gone. `reason` says why it is unknown.
     Looked { look: Look, loss: Option<Loss>, reason: String },
+    /// A request has failed for this reason. The keeper goes on. The same reason is not reported again until a request has
+    /// succeeded.
+    Failed(String),
     /// The lock is not the run's any more.
     Lost(Loss),
     /// The service has refused every renewal so far, so there is no lease. The keeper ends.
     NoLease(String),
     /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
     Refused(String),
+    /// The answer to [`Keeper::ping`].
+    Alive,
 }
 
 /// The descriptors that a keeper inherits.
@@ -118,6 +127,8 @@ pub(crate) struct Inherited<'a> {
     pub(crate) fence: Option<&'a Fence>,
     /// A pidfd of the terraform that holds the lock.
     pub(crate) terraform: BorrowedFd<'a>,
+    /// The write end of the kill pipe, which the keeper closes as soon as it was forked. `None` if this process has none.
+    pub(crate) kill_write_end: Option<BorrowedFd<'a>>,
 }
 
 /// A keeper, as seen by the process that has started it.
@@ -152,6 +163,9 @@ impl Keeper {
             descriptors.extend([fence.keeper_end().as_fd(), fence.stop_pipe().as_fd(), fence.kill_pipe().as_fd()]);
         }
         let mut command = another_tf::locks(&[WORD])?;
+        if let Some(write_end) = inherited.kill_write_end {
+            descriptor::close_after_fork(&mut command, write_end);
+        }
         command.args(descriptors.iter().map(|descriptor| descriptor.as_raw_fd().to_string()));
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(marks_us)) {
@@ -200,51 +214,83 @@ impl Keeper {
         let _ = (&self.socket).write(&[HURRY]);
     }
 
+    /// Asks the keeper to report [`Report::Alive`].
+    pub(crate) fn ping(&self) {
+        let _ = (&self.socket).write(&[PING]);
+    }
+
+    /// Returns the pid of the keeper, which is a child of this process.
+    pub(crate) fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.process.id()).ok().map(Pid::from_raw)
+    }
+
     /// Tells the keeper to end.
     pub(crate) fn tell_to_end(&self) {
         let _ = (&self.socket).write(&[END]);
     }
 
-    /// Tells the keeper to end, and waits for its end.
-    pub(crate) fn end(mut self) {
+    /// Tells the keeper to end, and waits for its end. Returns how it ended. `None` if it did not end, even when it was
+    /// killed.
+    pub(crate) fn end(mut self) -> Option<ExitStatus> {
         self.tell_to_end();
-        self.wait(END_TIMEOUT);
+        self.wait(END_TIMEOUT)
     }
 
-    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
-    pub(crate) fn withdrawn(mut self) -> bool {
-        self.wait(LAST_RENEWAL_TIMEOUT + END_TIMEOUT)
+    /// Kills the keeper. A stopped process dies of that, too.
+    pub(crate) fn kill(mut self) {
+        self.wait(Duration::ZERO);
     }
 
-    /// Waits for the end of the keeper, and kills it after `limit`. Returns whether it has done what it was told.
-    fn wait(&mut self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        loop {
-            match self.process.try_wait() {
-                Ok(Some(status)) => return status.success(),
-                Ok(None) if Instant::now() < until => {}
-                Ok(None) => break,
-                // The event loop has reaped it.
-                Err(_) => return false,
+    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone. The
+    /// first SIGINT ends the wait.
+    pub(crate) fn withdrawn(mut self, waiter: &mut Waiter<'_>) -> bool {
+        let until = Instant::now() + LAST_RENEWAL_TIMEOUT + END_TIMEOUT;
+        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
+            if waiter.interrupts() > 0 {
+                trace!("a SIGINT ends the wait for the withdrawal of the promise");
+                break;
             }
-            poll::wait(&[(self.socket.as_fd(), nix::poll::PollFlags::empty())], Some(POLL_INTERVAL));
+            waiter.wait(WITHDRAWAL_POLL_INTERVAL);
+        }
+        self.wait(Duration::ZERO).is_some_and(|status| status.success())
+    }
+
+    /// Waits for the end of the keeper, and kills it after `limit`. Returns how it ended. `None` if it did not end.
+    fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        match self.wait_until(Instant::now() + limit) {
+            Ok(None) => {}
+            // If it was reaped elsewhere, its pid may be that of another process by now.
+            ended => return ended.ok().flatten(),
         }
         // A keeper that is frozen, or hangs in the kernel, does not end even if it is killed. Init reaps it after this
         // process has ended.
         let _ = self.process.kill();
-        let until = Instant::now() + END_TIMEOUT;
-        while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
-            poll::wait(&[], Some(POLL_INTERVAL));
+        self.wait_until(Instant::now() + END_TIMEOUT).ok().flatten()
+    }
+
+    /// Waits until `until` for the end of the keeper. Returns how it ended. `None` if it did not end.
+    ///
+    /// # Errors
+    /// If it is not a child of this process any more.
+    fn wait_until(&mut self, until: Instant) -> io::Result<Option<ExitStatus>> {
+        loop {
+            match self.process.try_wait() {
+                Ok(None) if Instant::now() < until => poll::wait(&[], Some(POLL_INTERVAL)),
+                ended => return ended,
+            };
         }
-        false
     }
 }
 
 /// How often to check whether a keeper that was told to end has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
+/// How often to check whether a keeper that withdraws a promise has ended.
+const WITHDRAWAL_POLL_INTERVAL: Duration = Duration::from_millis(10);
+
 /// The messages to a keeper. Each has 1 byte.
 const HURRY: u8 = b'h';
+const PING: u8 = b'p';
 const END: u8 = b'e';
 
 /// How long the last renewal of a keeper may take, which promises no fence.
@@ -253,12 +299,12 @@ const LAST_RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest time for one request. A request that takes longer counts as unanswered. It may still arrive.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The shortest and the longest pause after a request that failed.
-const MIN_PAUSE: Duration = Duration::from_millis(250);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// How long to wait before the next step after the fuse has not answered.
+const FUSE_PAUSE: Duration = Duration::from_millis(250);
 
-/// The longest pause after the source of the credentials has failed.
-const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
+/// The longest pause after the source of the credentials has failed while terraform is stopped: a person may have logged
+/// in again.
+const MAX_CREDENTIALS_PAUSE_WHILE_STOPPED: Duration = Duration::from_secs(15);
 
 /// Runs a keeper. `descriptors` are the arguments with the numbers of its descriptors, in the order of
 /// [`Keeper::start`]. Returns whether it has done what it was told.
@@ -319,6 +365,7 @@ impl Link {
                 _ = self.terraform.readable() => return Wake::End(Ending::TerraformEnded),
                 read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
                     (Ok(1), END) => return Wake::End(Ending::Left),
+                    (Ok(1), PING) => self.report(&Report::Alive),
                     (Ok(1), _) => return Wake::Hurry,
                     _ => self.is_abandoned = true,
                 },
@@ -330,7 +377,9 @@ impl Link {
     /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease must
     /// be renewed all the same. If the socket is full, the report is lost. The next one says the same or is newer.
     fn report(&mut self, report: &Report) {
-        trace!("keeper: {report:?}");
+        if *report != Report::Alive {
+            trace!("keeper: {report:?}");
+        }
         let Ok(line) = serde_json::to_vec(report) else { return };
         if self.unsent.is_empty() {
             self.unsent.extend(line);
@@ -483,7 +532,10 @@ struct Renewals {
     failures: u32,
     /// Whether a test of the service has begun and not ended.
     is_testing: Rc<Cell<bool>>,
-    /// Whether the last attempt to connect has failed.
+    /// Why the last request has failed, as it was reported. `None` if it has not failed.
+    reason: Option<String>,
+    /// Whether the last attempt to connect has failed because there were no credentials. False if the service that
+    /// issues them did not respond.
     lacks_credentials: Cell<bool>,
 }
 
@@ -507,6 +559,7 @@ impl Renewals {
             history,
             failures: 0,
             is_testing: Rc::default(),
+            reason: None,
             lacks_credentials: Cell::new(false),
         }
     }
@@ -543,7 +596,9 @@ impl Renewals {
     async fn step(&mut self, before: BeforeRenewal) -> Step {
         match self.next_request(before).await {
             Ok(step) => {
-                self.failures = 0;
+                if !matches!(step.report, Some(Report::Looked { look: Look::Unknown, .. })) {
+                    (self.failures, self.reason) = (0, None);
+                }
                 step
             }
             Err((answer, reason)) => self.failed(answer, reason),
@@ -556,17 +611,23 @@ impl Renewals {
             let (look, loss, reason) = match self.read().await {
                 Ok(None) => (Look::Ours, None, String::new()),
                 Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
-                Err((_, reason)) => (Look::Unknown, None, reason),
+                Err((answer, reason)) => {
+                    let pause = self.retry_pause(answer).min(MAX_CREDENTIALS_PAUSE_WHILE_STOPPED);
+                    return Ok(Step {
+                        report: Some(Report::Looked { look: Look::Unknown, loss: None, reason }),
+                        pause,
+                    });
+                }
             };
             let report = Some(Report::Looked { look, loss, reason });
-            let pause = if self.lacks_credentials.get() { MAX_CREDENTIALS_PAUSE / 4 } else { LOOK_INTERVAL };
-            return Ok(Step { report, pause });
+            return Ok(Step { report, pause: jittered(LOOK_INTERVAL, random()) });
         }
         if let Some(record) = self.unmentioned.take() {
             self.mention(&record).await;
             return Ok(Step { report: None, pause: self.until_next_renewal() });
         }
-        if self.last.is_none()
+        let is_outdated = |last| keeper::is_outdated(self.terms, last, boot_clock::now());
+        if self.last.is_none_or(is_outdated)
             && let Some(loss) = self.read().await?
         {
             return Ok(self.lost(loss));
@@ -583,7 +644,7 @@ impl Renewals {
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
                 Some(_) => self.promised = Promise::None,
                 // The fuse is gone. The next step looks at the lock.
-                None => return Ok(Step { report: None, pause: MIN_PAUSE }),
+                None => return Ok(Step { report: None, pause: FUSE_PAUSE }),
             }
         }
         let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
@@ -599,6 +660,12 @@ impl Renewals {
         let read = boot_clock::now();
         let (seen, answer) = match renewed {
             Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
+            Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&seen) => {
+                // The next renewal is newer.
+                self.last = seen.date.map(|date| Response { sent, read, date });
+                self.lock = seen.lock;
+                return Err((Answer::None, "another keeper has stored a record that promises more".to_owned()));
+            }
             // A record that was overtaken by another keeper's is as good: the stored one is at least as new.
             Ok(Renewed::Before(seen) | Renewed::Overtaken(seen)) => (seen, Answer::RenewedBefore),
             Ok(Renewed::Lost(seen)) => (seen, Answer::Lost),
@@ -643,6 +710,12 @@ impl Renewals {
         jittered(self.terms.renewal_interval(), random())
     }
 
+    /// Whether the record of another keeper, which `seen` has, confirms a renewal of this one.
+    fn is_confirmed_by(&self, seen: &LeaseRead) -> bool {
+        let stored = seen.lock.as_ref().and_then(|lock| lock.record.as_ref()?.as_ref().ok());
+        stored.is_none_or(|stored| keeper::is_confirmed_by_another(self.promised, stored.fence))
+    }
+
     /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
     async fn confirmed(&mut self, last: Response, deadline: Duration) -> Step {
         self.confirmed = last.sent;
@@ -671,14 +744,7 @@ impl Renewals {
 
     fn failed(&mut self, answer: Answer, reason: String) -> Step {
         trace!("keeper: {answer:?}: {reason}");
-        self.failures += 1;
-        // A source of credentials must not be asked again and again: a few failed requests may lock an account.
-        let longest = if self.lacks_credentials.get() {
-            MAX_CREDENTIALS_PAUSE
-        } else {
-            MAX_PAUSE.min(self.terms.renewal_interval())
-        };
-        let pause = (MIN_PAUSE * 2_u32.saturating_pow(self.failures.min(8) - 1)).min(longest);
+        let pause = self.retry_pause(answer);
         let unconfirmed = boot_clock::now().saturating_sub(self.confirmed);
         let report = match after_answer(self.terms, self.history, answer, unconfirmed) {
             KeeperStep::GiveUp => Some(Report::NoLease(reason)),
@@ -686,9 +752,23 @@ impl Renewals {
                 self.history.has_interrupted = true;
                 Some(Report::Refused(reason))
             }
-            KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => None,
+            KeeperStep::TellDeadline | KeeperStep::Retry | KeeperStep::ReportLoss => {
+                let is_new = self.reason.replace(reason.clone()).as_ref() != Some(&reason);
+                is_new.then_some(Report::Failed(reason))
+            }
         };
         Step { report, pause }
+    }
+
+    /// Counts a failed request, and returns how long to wait before the next one.
+    fn retry_pause(&mut self, answer: Answer) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        let setback = match answer {
+            _ if self.lacks_credentials.get() => Setback::Credentials,
+            Answer::Busy => Setback::Busy,
+            _ => Setback::Failed,
+        };
+        keeper::retry_pause(self.terms, self.failures, setback, random())
     }
 
     /// Reads the lock. Returns how it was lost. `None` if it is the run's.
@@ -732,7 +812,7 @@ impl Renewals {
                     let is_silent = matches!(unreachable, Unreachable::Silent(_));
                     let answer = if is_silent { Answer::None } else { Answer::Refused };
                     reason = (answer, unreachable.to_string());
-                    self.lacks_credentials.set(true);
+                    self.lacks_credentials.set(!is_silent);
                     continue;
                 }
             };
@@ -772,7 +852,7 @@ impl Renewals {
 
     /// If new credentials may help, makes the next attempt connect anew.
     fn forget_connection_after(&mut self, failure: &Failure) {
-        if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing) {
+        if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing | Cause::Busy) {
             return;
         }
         // The lock is read anew over the new connection.
@@ -861,6 +941,7 @@ fn loss(id: &str, lock: Option<&LeasedLock>) -> Option<Loss> {
 fn answer(failure: &Failure) -> (Answer, String) {
     let answer = match failure.cause() {
         Cause::NoAnswer | Cause::Passing => Answer::None,
+        Cause::Busy => Answer::Busy,
         _ => Answer::Refused,
     };
     (answer, failure.to_string())

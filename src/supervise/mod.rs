@@ -8,6 +8,7 @@ pub(crate) mod foreground;
 pub(crate) mod fuse;
 pub(crate) mod guardian;
 pub(crate) mod keeper;
+pub(crate) mod keepers;
 pub(crate) mod outcome;
 pub(crate) mod pipes;
 pub(crate) mod routing;
@@ -309,6 +310,7 @@ impl<'a> Prepared<'a> {
             tree: &self.tree,
             run_record: &mut self.run_record,
             lease: self.lease.as_mut(),
+            is_ci: self.settings.ci,
             parent: self.parent.take(),
             children_changed: false,
             outlived: false,
@@ -354,12 +356,17 @@ impl<'a> Prepared<'a> {
             let loss = self.lease.as_ref().and_then(RunLease::loss);
             console::say(&messages::lock_lost(loss, &self.context.invocation.name.to_string_lossy()));
         }
+        if self.stop.killed() == Some(Why::LeaseUnknown)
+            && let Some(reason) = self.lease.as_ref().and_then(RunLease::reason)
+        {
+            console::say(&messages::cannot_renew(reason));
+        }
         let unfinished = if ending.may_have_left_a_lock(&log) {
             crash_point::reached("tf: locks may be held");
             let left = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
             // Nobody may take a lock that stays on purpose without being asked.
             if let Some(lease) = &mut self.lease
-                && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id))
+                && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), waiter)
             {
                 console::say(messages::LEASE_STANDS);
             }

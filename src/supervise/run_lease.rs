@@ -14,26 +14,28 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
+use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
-use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, next_step};
+use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, is_reason_due, next_step};
 use crate::lease::record::{Fence as Promise, Holder};
+use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::supervise::fence::{self, Fence};
-use crate::supervise::keeper::{Heard, Inherited, Keeper, Orders, Report};
+use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
+use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
 use crate::sys::detached::Parent;
+use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
-
-/// How long to wait before a keeper that has died is replaced.
-const KEEPER_RESTART_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
 pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
@@ -43,16 +45,20 @@ pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 pub(crate) enum LeaseEffect {
     /// The kernel has stopped terraform. The supervisor takes the terminal back.
     Stopped,
-    /// Terraform was continued.
-    Continued,
+    /// Terraform stays stopped for this reason.
+    CannotRenew(String),
+    /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
+    Continue,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
     Interrupt(Trouble),
     /// Terraform and everything that it has started must be killed.
     Kill(EndReason),
     /// There is no lease. The text says why.
     NoLease(String),
-    /// There is a new fuse with this pid. It does not belong to terraform's tree.
-    NewFuse(Pid),
+    /// There is a new fuse or keeper with this pid. It does not belong to terraform's tree.
+    NewHelper(Pid),
+    /// Several keepers in a row have failed. The text says how the last one has.
+    KeepersFail(String),
 }
 
 /// How far terraform is with the lock of the lease, by its log.
@@ -68,8 +74,8 @@ pub(crate) enum LockPhase {
 /// A terraform that the kernel has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stopped {
-    /// When, on the clock of [`boot_clock::now`].
-    since: Duration,
+    /// For how long. The time in which the host or `tf` was suspended does not count: the keeper could not look then.
+    time: RunningTime,
     /// Whether a new fuse holds the stop pipe.
     is_rearmed: bool,
     /// Whether a new fuse could be made so far.
@@ -98,14 +104,18 @@ pub(crate) struct RunLease {
     orders: Option<Orders>,
     /// A pidfd of the terraform that holds the lock.
     terraform: Option<OwnedFd>,
-    keeper: Option<Keeper>,
-    /// Keepers that were told to end and were not waited for.
-    ending: Vec<Keeper>,
-    /// When to start another keeper, on the clock of [`boot_clock::now`].
-    restart_at: Option<Duration>,
+    keepers: Keepers,
     stopped: Option<Stopped>,
     /// How the lock was lost.
     loss: Option<Loss>,
+    /// Why the last request of the keeper has failed. `None` if it has not failed.
+    reason: Option<String>,
+    /// The ID of the lock that has the lease, or had it. `None` if no lock had one.
+    leased: Option<String>,
+    /// Whether a lock without a lease was reported.
+    has_reported_lock: bool,
+    /// The reason that was reported last since terraform was stopped, and when, on the clock of [`boot_clock::now`].
+    reported: Option<(String, Duration)>,
     /// Whether the orders have changed since the guardian got them.
     has_new_orders: bool,
     is_over: bool,
@@ -126,11 +136,13 @@ impl RunLease {
             group: None,
             orders: None,
             terraform: None,
-            keeper: None,
-            ending: Vec::new(),
-            restart_at: None,
+            keepers: Keepers::new(terms),
             stopped: None,
             loss: None,
+            reason: None,
+            reported: None,
+            leased: None,
+            has_reported_lock: false,
             has_new_orders: false,
             is_over: false,
         }
@@ -144,14 +156,14 @@ impl RunLease {
     /// Returns the descriptors to wait for: the stop pipe, which is readable when the fuse is gone, and the keeper.
     pub(crate) fn awaited(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let pipe = self.fence.as_ref().filter(|_| self.orders.is_some() && self.stopped.is_none() && !self.is_over);
-        pipe.map(|fence| fence.stop_pipe().as_fd()).into_iter().chain(self.keeper.as_ref().map(Keeper::socket))
+        pipe.map(|fence| fence.stop_pipe().as_fd()).into_iter().chain(self.keepers.socket())
     }
 
     /// Returns when to call [`RunLease::step`] at the latest, on the clock of [`boot_clock::now`]. `None` if no time
     /// matters.
     pub(crate) fn deadline(&self) -> Option<Duration> {
         let stop_again_at = self.is_stopped().then(|| boot_clock::now() + STOP_AGAIN_INTERVAL);
-        self.restart_at.into_iter().chain(stop_again_at).min()
+        self.keepers.restart_at().into_iter().chain(stop_again_at).min()
     }
 
     /// Whether the kernel has stopped terraform, and it was not continued since.
@@ -228,6 +240,15 @@ impl RunLease {
         self.begin(lock, &candidates(), tree)
     }
 
+    /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it. `None`
+    /// if there is none, or if one was returned before.
+    pub(crate) fn lock_without_lease<'a>(&mut self, log: &'a Log) -> Option<&'a RecordedLock> {
+        let leased = self.leased.as_deref().filter(|_| !self.has_reported_lock)?;
+        let lock = lock_besides(log, leased);
+        self.has_reported_lock = lock.is_some();
+        lock
+    }
+
     fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
         let Some(group) = self.group else { return false };
         let places: Vec<_> = candidates.of(lock).iter().map(LockLocation::to_json).collect();
@@ -255,6 +276,7 @@ impl RunLease {
             trace!("the fence cannot be armed: {error}");
             self.take_down();
         }
+        self.leased = Some(lock.id.clone());
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places,
@@ -266,32 +288,23 @@ impl RunLease {
             withdraws: false,
             directory: candidates.working_directory.clone(),
         });
-        self.start_keeper();
+        self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
         true
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead. Only the guardian calls this.
     pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<OwnedFd>) {
-        (self.keeper, self.orders, self.terraform) = (None, orders, terraform);
-        if self.orders.is_some() {
-            self.start_keeper();
-        }
+        (self.orders, self.terraform) = (orders, terraform);
+        self.start_keeper();
     }
 
-    /// Replaces a keeper that has died. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
+    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
     /// being stopped already, so nothing that a keeper reports makes a difference.
     pub(crate) fn step_as_guardian(&mut self) {
-        while let Some(keeper) = &mut self.keeper {
-            match keeper.hear() {
-                Heard::Nothing => break,
-                Heard::Report(report) => trace!("guardian: the keeper: {report:?}"),
-                Heard::Gone => {
-                    self.keeper = None;
-                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-                }
-            }
+        while let Some(news) = self.keepers.hear() {
+            trace!("guardian: the keeper: {news:?}");
         }
-        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
+        if self.keepers.is_restart_due() {
             self.start_keeper();
         }
     }
@@ -330,30 +343,29 @@ impl RunLease {
         }
     }
 
-    fn start_keeper(&mut self) {
-        let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return };
+    /// Starts a keeper if a lock is held. Returns its pid. `None` if none was started.
+    fn start_keeper(&mut self) -> Option<Pid> {
+        let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return None };
+        if poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+            // The terraform with the lock has ended, for example behind a shim that goes on. A keeper would end at once.
+            self.keepers.end();
+            return None;
+        }
         // A keeper whose records promise nothing must not heed the pipe of a fuse that is gone.
         let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
-        let inherited = Inherited { fence, terraform: terraform.as_fd() };
-        self.restart_at = None;
-        match Keeper::start(orders, &inherited) {
-            Ok(keeper) => {
-                self.keeper = Some(keeper);
-                if let Some(orders) = &mut self.orders {
-                    orders.may_have_a_record = true;
-                }
-            }
-            Err(error) => {
-                trace!("no keeper: {error}");
-                self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-            }
+        let kill_write_end = self.fence.as_ref().and_then(Fence::kill_write_end);
+        let inherited = Inherited { fence, terraform: terraform.as_fd(), kill_write_end };
+        let pid = self.keepers.start(orders, &inherited)?;
+        if let Some(orders) = &mut self.orders {
+            orders.may_have_a_record = true;
         }
+        Some(pid)
     }
 
     /// Reads what the keeper reports and whether the fuse is gone, and carries out what follows. Returns what the
-    /// caller must do. `has_terminal`: a person can end a stopped run. `phase` reads the log, and returns how far
+    /// caller must do. `has_person`: a person can end a stopped run with ^C. `phase` reads the log, and returns how far
     /// terraform is with the lock with an ID.
-    pub(crate) fn step(&mut self, has_terminal: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
+    pub(crate) fn step(&mut self, has_person: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
         let mut effects = Vec::new();
         if self.is_over || self.orders.is_none() {
             return effects;
@@ -361,17 +373,16 @@ impl RunLease {
         if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
             trace!("the fuse is gone, and terraform is stopped");
             self.stopped = Some(Stopped {
-                since: boot_clock::now(),
+                time: RunningTime::since(boot_clock::now()),
                 is_rearmed: false,
                 can_rearm: true,
                 is_renewed: false,
                 interrupts: 0,
                 look: Look::Unknown,
             });
+            self.reported = None;
             effects.push(LeaseEffect::Stopped);
-            if let Some(keeper) = &self.keeper {
-                keeper.hurry();
-            }
+            self.keepers.hurry();
         }
         if let Some(stopped) = &mut self.stopped
             && stopped.is_rearmed
@@ -380,24 +391,35 @@ impl RunLease {
             trace!("the new fuse is gone, too");
             (stopped.is_rearmed, stopped.is_renewed) = (false, false);
         }
-        while let Some(keeper) = &mut self.keeper {
-            match keeper.hear() {
-                Heard::Nothing => break,
-                Heard::Gone => {
-                    trace!("the keeper is gone");
-                    if let Some(keeper) = self.keeper.take() {
-                        keeper.end();
-                    }
-                    self.restart_at = Some(boot_clock::now() + KEEPER_RESTART_INTERVAL);
-                }
-                Heard::Report(report) => effects.extend(self.heard(report, &mut phase)),
+        while let Some(news) = self.keepers.hear() {
+            match news {
+                News::Report(report) => effects.extend(self.heard(report, &mut phase)),
+                News::Failing(how) => effects.push(LeaseEffect::KeepersFail(how)),
             }
         }
-        if self.restart_at.is_some_and(|at| at <= boot_clock::now()) {
-            self.start_keeper();
+        if self.keepers.is_restart_due() {
+            effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
         }
-        effects.extend(self.step_while_stopped(has_terminal));
+        effects.extend(self.step_while_stopped(has_person));
+        effects.extend(self.reason_to_report().map(LeaseEffect::CannotRenew));
         effects
+    }
+
+    /// Returns the reason why a stopped terraform cannot go on, if it must be reported now.
+    fn reason_to_report(&mut self) -> Option<String> {
+        let (_, reason) = (self.stopped.as_ref()?, self.reason.as_ref()?);
+        let now = boot_clock::now();
+        let reported = self.reported.as_ref().map(|(reason, at)| (reason.as_str(), now.saturating_sub(*at)));
+        if !is_reason_due(reported, reason) {
+            return None;
+        }
+        self.reported = Some((reason.clone(), now));
+        Some(reason.clone())
+    }
+
+    /// Returns why the last request of the keeper has failed. `None` if it has not failed.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
     }
 
     /// Notes what the keeper reports.
@@ -421,6 +443,7 @@ impl RunLease {
         }
         match report {
             Report::Renewed { fence, fuse } => {
+                self.reason = None;
                 let newest = self.fence.as_ref().map(Fence::fuse_number);
                 if let Some(stopped) = &mut self.stopped {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
@@ -432,7 +455,8 @@ impl RunLease {
                 }
                 None
             }
-            Report::Looked { look, loss, .. } => {
+            Report::Looked { look, loss, reason } => {
+                self.reason = (look == Look::Unknown).then_some(reason);
                 if let Some(stopped) = &mut self.stopped {
                     stopped.look = look;
                 }
@@ -447,27 +471,36 @@ impl RunLease {
                 self.loss = Some(loss);
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
-            Report::Refused(reason) => Some(LeaseEffect::Interrupt(Trouble::Refused(reason))),
+            Report::Alive => None,
+            Report::Failed(reason) => {
+                self.reason = Some(reason);
+                None
+            }
+            Report::Refused(reason) => {
+                self.reason = Some(reason.clone());
+                Some(LeaseEffect::Interrupt(Trouble::Refused(reason)))
+            }
             Report::NoLease(reason) => {
                 self.take_down();
                 self.let_go();
-                self.orders = None;
+                (self.orders, self.leased) = (None, None);
                 Some(LeaseEffect::NoLease(reason))
             }
         }
     }
 
-    fn step_while_stopped(&mut self, has_terminal: bool) -> Vec<LeaseEffect> {
+    fn step_while_stopped(&mut self, has_person: bool) -> Vec<LeaseEffect> {
         let mut effects = Vec::new();
         loop {
-            let Some(stopped) = self.stopped else { return effects };
+            let Some(stopped) = &mut self.stopped else { return effects };
+            let stopped_for = stopped.time.advance(boot_clock::now());
             let run = StoppedRun {
                 is_rearmed: stopped.is_rearmed,
                 can_rearm: stopped.can_rearm,
                 is_renewed: stopped.is_renewed,
-                has_terminal,
+                has_person,
                 interrupts: stopped.interrupts,
-                stopped_for: boot_clock::now().saturating_sub(stopped.since),
+                stopped_for,
             };
             let step = next_step(self.terms, stopped.look, run);
             let fence = self.fence.as_mut();
@@ -476,8 +509,8 @@ impl RunLease {
                     Ok(fuse) => {
                         trace!("a new fuse holds the stop pipe");
                         (stopped.is_rearmed, stopped.is_renewed) = (true, false);
-                        effects.extend(fuse.map(LeaseEffect::NewFuse));
-                        self.hurry();
+                        effects.extend(fuse.map(LeaseEffect::NewHelper));
+                        self.keepers.hurry();
                     }
                     Err(error) => {
                         trace!("no new fuse: {error}");
@@ -487,12 +520,11 @@ impl RunLease {
                 // The keeper renews by itself.
                 (FenceStep::Renew | FenceStep::LookAgain | FenceStep::Rearm, ..) => return effects,
                 (FenceStep::RenewWithoutFence, ..) => {
-                    self.renew_without_fence();
+                    effects.extend(self.renew_without_fence().map(LeaseEffect::NewHelper));
                     return effects;
                 }
                 (FenceStep::Continue, ..) => {
-                    effects.extend(self.go_on());
-                    effects.extend(self.fork_spare().map(LeaseEffect::NewFuse));
+                    effects.push(LeaseEffect::Continue);
                     return effects;
                 }
                 (FenceStep::End(reason), ..) => {
@@ -503,15 +535,15 @@ impl RunLease {
         }
     }
 
-    /// Continues terraform after a renewal.
-    fn go_on(&mut self) -> Option<LeaseEffect> {
-        let stopped = self.stopped.take()?;
+    /// Continues terraform after [`LeaseEffect::Continue`]. Returns false if it stays stopped.
+    pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
+        let Some(stopped) = self.stopped.take() else { return false };
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 if fence.give_kill_pipe().is_err() {
                     // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
                     self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
-                    return None;
+                    return false;
                 }
                 self.continue_group();
             }
@@ -524,7 +556,8 @@ impl RunLease {
             }
         }
         trace!("the lease is renewed, and terraform goes on");
-        Some(LeaseEffect::Continued)
+        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        true
     }
 
     /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the forked
@@ -537,26 +570,18 @@ impl RunLease {
         spare.inspect_err(|error| trace!("no spare fuse: {error}")).ok().flatten()
     }
 
-    /// Replaces the keeper by one whose records promise no fence.
-    fn renew_without_fence(&mut self) {
+    /// Replaces the keeper by one whose records promise no fence. Returns the pid of the new one.
+    fn renew_without_fence(&mut self) -> Option<Pid> {
         if self.promise == Promise::None {
-            return;
+            return None;
         }
         self.promise = Promise::None;
         self.has_new_orders = true;
         if let Some(orders) = &mut self.orders {
             orders.fence = Promise::None;
         }
-        if let Some(keeper) = self.keeper.take() {
-            keeper.end();
-        }
-        self.start_keeper();
-    }
-
-    fn hurry(&self) {
-        if let Some(keeper) = &self.keeper {
-            keeper.hurry();
-        }
+        self.keepers.end();
+        self.start_keeper()
     }
 
     /// Takes the fence down: from now on nothing stops terraform.
@@ -578,8 +603,8 @@ impl RunLease {
         fence::continue_group(self.fence.as_ref(), group);
     }
 
-    /// Notes a ^C. If terraform is stopped, it does not get the ^C, and this returns how often a person has pressed it
-    /// since the stop. Otherwise returns `None`.
+    /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is not
+    /// stopped.
     pub(crate) fn note_key(&mut self) -> Option<u8> {
         let stopped = self.stopped.as_mut()?;
         stopped.interrupts = stopped.interrupts.saturating_add(1);
@@ -590,17 +615,14 @@ impl RunLease {
     /// a read and a delete of the lock.
     pub(crate) fn end(&mut self) {
         self.let_go();
-        std::mem::take(&mut self.ending).into_iter().for_each(Keeper::end);
+        self.keepers.end();
     }
 
     /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper, because the caller has
     /// to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
-        if let Some(keeper) = self.keeper.take() {
-            keeper.tell_to_end();
-            self.ending.push(keeper);
-        }
-        (self.restart_at, self.stopped, self.is_over) = (None, None, true);
+        self.keepers.let_go();
+        (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
             fence.end(self.group);
         }
@@ -609,19 +631,53 @@ impl RunLease {
     /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
     /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not be
     /// released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID was kept
-    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands.
-    pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool) -> bool {
+    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands. A SIGINT
+    /// ends the wait for it.
+    pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
         // A keeper that was started may have stored a record, even if nothing was heard of it.
         let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
         let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
-        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd() }) {
-            Ok(keeper) => keeper.withdrawn(),
+        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
+            Ok(keeper) => {
+                trace!("the promise of the lease is being withdrawn");
+                keeper.withdrawn(waiter)
+            }
             Err(error) => {
                 trace!("no keeper: {error}");
                 false
             }
+        }
+    }
+}
+
+/// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
+fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
+    let is_held = |lock: &&RecordedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
+    log.unreleased().filter(is_held).find(|lock| lock.id != leased)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terraform::log::tests::{ID, lock_line};
+
+    #[test]
+    fn only_a_lock_that_is_held_beside_the_one_with_the_lease_has_none() {
+        const OTHER: &str = "0f0e0d0c-0000-4000-8000-000000000001";
+        const REQUESTED: &str = "Attempting to lock remote state (DynamoDB only)...";
+        let mut log = Log::default();
+        for (second, message, id, expected) in [
+            (1, REQUESTED, ID, None),
+            (2, "Locked remote state (DynamoDB only)", ID, None),
+            (3, REQUESTED, OTHER, None),
+            (4, "Locked remote state (DynamoDB only)", OTHER, Some(OTHER)),
+            (5, "Attempting to unlock remote state (DynamoDB only)...", OTHER, None),
+            (6, "Unlocked remote state (DynamoDB only)", OTHER, None),
+        ] {
+            log.read(lock_line(second, message, id, id).as_bytes());
+            assert_eq!(lock_besides(&log, ID).map(|lock| lock.id.as_str()), expected, "{second}");
         }
     }
 }

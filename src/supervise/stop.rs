@@ -29,6 +29,10 @@ pub(crate) enum StopEvent {
     /// A ^C that the terminal sent to terraform, because terraform is in the foreground group. Terraform counts it as
     /// an interrupt, so `tf` does not send another one.
     KeyboardAtTerraform,
+    /// A ^C that the terminal sent to `tf` while terraform is stopped because of its lease. Terraform handles an interrupt
+    /// when it goes on. The keys that end the stopped terraform are counted elsewhere
+    /// ([`crate::supervise::run_lease::RunLease::note_key`]), so this event never leads to a second interrupt.
+    KeyboardWhileStopped,
     /// An INT, TERM or HUP that a process sent, or a hangup.
     Request,
     /// A TERM that a service manager sent to every process of the unit. Terraform has got it and counts it as an
@@ -159,7 +163,10 @@ impl Stop {
                 }
                 vec![]
             }
-            StopEvent::ReaderGone | StopEvent::NobodyCanAnswer | StopEvent::LeaseEnds => self.graceful(now),
+            StopEvent::ReaderGone
+            | StopEvent::NobodyCanAnswer
+            | StopEvent::LeaseEnds
+            | StopEvent::KeyboardWhileStopped => self.graceful(now),
             StopEvent::LeaseEnded(reason) => self.lease_ended(reason),
             StopEvent::Time => match self.kill {
                 Some((at, why)) if at <= now => self.kill_now(why),
@@ -236,7 +243,7 @@ mod tests {
     use super::*;
 
     /// Every event. If a new event is added, the match in [`number`] does not compile until it has that event too.
-    const ALL: [StopEvent; 10] = [
+    const ALL: [StopEvent; 11] = [
         StopEvent::Keyboard,
         StopEvent::KeyboardAtTerraform,
         StopEvent::Request,
@@ -247,6 +254,7 @@ mod tests {
         StopEvent::Time,
         StopEvent::LeaseEnds,
         StopEvent::LeaseEnded(EndReason::LockLost),
+        StopEvent::KeyboardWhileStopped,
     ];
 
     fn number(event: StopEvent) -> usize {
@@ -261,6 +269,7 @@ mod tests {
             StopEvent::Time => 7,
             StopEvent::LeaseEnds => 8,
             StopEvent::LeaseEnded(_) => 9,
+            StopEvent::KeyboardWhileStopped => 10,
         }
     }
 
@@ -390,6 +399,22 @@ mod tests {
         assert_eq!(stop.decide(StopEvent::Time, ms(21_001)), [Effect::Kill(Why::Forced)]);
         assert!(stop.was_forced());
         assert_eq!(stop.deadline(), None);
+    }
+
+    /// While terraform is stopped, `tf` says how many keys end it. It must not offer to force terraform as well.
+    #[test]
+    fn keys_while_terraform_is_stopped_are_one_interrupt_and_force_nothing() {
+        for events in sequences(3) {
+            for ignores in [false, true] {
+                let mut stop = Stop::new(ignores, None);
+                play(&mut stop, &events, ms(20));
+                let (was_interrupted, was_forced) = (stop.was_interrupted(), stop.was_forced());
+                let effects = play(&mut stop, &[StopEvent::KeyboardWhileStopped; 5], ms(70));
+                let expected: &[Effect] = if was_interrupted { &[] } else { &[Effect::InterruptGroup] };
+                assert_eq!(effects, expected, "{events:?}");
+                assert!(stop.was_interrupted() && stop.was_forced() == was_forced, "{events:?}");
+            }
+        }
     }
 
     #[test]

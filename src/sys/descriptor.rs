@@ -61,6 +61,21 @@ pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[Borrow
     }
 }
 
+/// Makes the process that `command` starts close `descriptor` as soon as it was forked, and not only when it calls exec.
+/// Call this before other functions that prepare `command`.
+pub(crate) fn close_after_fork(command: &mut std::process::Command, descriptor: BorrowedFd<'_>) {
+    use std::os::unix::process::CommandExt;
+    let number = descriptor.as_raw_fd();
+    // SAFETY: the closure only calls close(2), which is async-signal-safe (signal-safety(7)). The child uses the
+    // descriptor for nothing, and would close it on exec.
+    unsafe {
+        command.pre_exec(move || {
+            libc::close(number);
+            Ok(())
+        });
+    }
+}
+
 /// Takes the descriptors with these numbers, which this process has inherited. They are closed on exec from now on.
 /// `None` if one of them is a standard descriptor or is not open, or if a number occurs twice. Call this once, before
 /// this process opens anything.
@@ -73,6 +88,54 @@ pub(crate) fn inherited(numbers: &[RawFd]) -> Option<Vec<OwnedFd>> {
     }
     // SAFETY: the descriptors are open, each number occurs once, and nothing else in this process owns them.
     Some(numbers.iter().map(|number| unsafe { OwnedFd::from_raw_fd(*number) }).collect())
+}
+
+/// Closes all descriptors from `lowest` up, except those in `keep`, which must be sorted. This process must have one
+/// thread.
+///
+/// # Safety
+/// Nothing in this process may use a descriptor that is closed here.
+pub(crate) unsafe fn close_from(lowest: RawFd, keep: &[RawFd]) {
+    let mut from = lowest;
+    for &kept in keep.iter().filter(|kept| **kept >= lowest) {
+        // SAFETY: as for this function.
+        unsafe { close_between(from, kept) };
+        from = kept + 1;
+    }
+    // SAFETY: as for this function.
+    unsafe { close_between(from, RawFd::MAX) };
+}
+
+/// The highest number of a descriptor that is closed without a list of the open ones: Linux before 5.9 or another system,
+/// and no /proc or /dev/fd. To close each number up to the limit could take minutes.
+const MAX_UNLISTED: RawFd = 1 << 16;
+
+/// Closes all descriptors from `from` to `to - 1`.
+///
+/// # Safety
+/// As for [`close_from`].
+unsafe fn close_between(from: RawFd, to: RawFd) {
+    if from >= to {
+        return;
+    }
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: as for this function.
+        let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
+        if closed == 0 {
+            return;
+        }
+    }
+    // This code is for Linux before 5.9 and for other systems.
+    let listed = ["/proc/self/fd", "/dev/fd"].iter().find_map(|directory| std::fs::read_dir(directory).ok());
+    let open: Vec<RawFd> = match listed {
+        Some(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),
+        None => (from..to.min(MAX_UNLISTED)).collect(),
+    };
+    for descriptor in open.into_iter().filter(|descriptor| (from..to).contains(descriptor)) {
+        // SAFETY: as for this function.
+        unsafe { libc::close(descriptor) };
+    }
 }
 
 /// Returns descriptor `number` of this process. `number` must be 0, 1 or 2. These three descriptors are always open,
@@ -173,5 +236,33 @@ fn moved_bytes(result: isize) -> io::Result<Moved> {
             error if error.kind() == io::ErrorKind::Interrupted => Ok(Moved::NotReady),
             error => Err(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
+    fn a_descriptor_is_closed_in_the_child_before_the_rest_is_prepared() {
+        let (_read_end, write_end) = pipe().unwrap();
+        for closes in [false, true] {
+            let mut command = Command::new("true");
+            if closes {
+                close_after_fork(&mut command, write_end.as_fd());
+            }
+            let number = write_end.as_raw_fd();
+            // SAFETY: the closure only calls fcntl(2), which is async-signal-safe.
+            unsafe {
+                command.pre_exec(move || {
+                    if libc::fcntl(number, libc::F_GETFD) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+                });
+            }
+            let error = command.stdin(Stdio::null()).status().map_err(|error| error.raw_os_error());
+            assert_eq!(error.err(), closes.then_some(Some(libc::EBADF)));
+        }
     }
 }

@@ -15,6 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nix::unistd::Pid;
 
+use super::descriptor;
 use super::spawn::AllBlocked;
 
 /// The parent of a detached process.
@@ -96,12 +97,8 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
         }
     }
     let _ = name;
-    let mut from = 3;
-    for &kept in keep.iter().filter(|kept| **kept >= 3) {
-        close_between(from, kept);
-        from = kept + 1;
-    }
-    close_between(from, RawFd::MAX);
+    // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses one that is closed here.
+    unsafe { descriptor::close_from(3, keep) };
 }
 
 /// Removes the arguments of this process from the process list (Linux only). A forked process has the arguments of its
@@ -125,31 +122,5 @@ fn hide_arguments() {
             // user of these strings copies them. Code that reads them again gets empty strings.
             unsafe { std::ptr::write_bytes(start as *mut u8, 0, end - start) };
         }
-    }
-}
-
-/// Closes all descriptors from `from` to `to - 1`.
-fn close_between(from: RawFd, to: RawFd) {
-    if from >= to {
-        return;
-    }
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses a descriptor that is
-        // closed here.
-        let closed = unsafe { libc::syscall(libc::SYS_close_range, from, to - 1, 0) };
-        if closed == 0 {
-            return;
-        }
-    }
-    // This code is for Linux before 5.9 and for other systems.
-    let listed = ["/proc/self/fd", "/dev/fd"].iter().find_map(|directory| std::fs::read_dir(directory).ok());
-    let open: Vec<RawFd> = match listed {
-        Some(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),
-        None => (from..to.min(1024)).collect(),
-    };
-    for descriptor in open.into_iter().filter(|descriptor| (from..to).contains(descriptor)) {
-        // SAFETY: nothing in this process uses this descriptor, because it is not one of the kept descriptors.
-        unsafe { libc::close(descriptor) };
     }
 }

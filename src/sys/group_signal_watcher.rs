@@ -6,17 +6,24 @@
 //! report signals that a process sent, such as those that `tf` passes on. On systems other than Linux, it cannot
 //! distinguish these two kinds of signals and reports all of them.
 //!
-//! The watcher is a fork without exec, so it costs little. On Linux it closes every descriptor except the pipe, and the
-//! kernel kills it when `tf` exits.
+//! The watcher is a fork without exec, so it costs little. It closes every descriptor except the pipe before it joins the
+//! group: a copy of a write end of the fence (`supervise::fence`) would keep that pipe silent. On Linux the kernel kills
+//! it when `tf` exits.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
+use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::spawn::AllBlocked;
-use super::{descriptor, disposition};
+use super::{descriptor, disposition, poll};
+
+/// How long the watcher may take to join the group. It may be stopped together with the group before it has reported
+/// that.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The parent's handle of the watcher. Dropping it kills the watcher.
 #[derive(Debug)]
@@ -26,17 +33,17 @@ pub(crate) struct GroupSignalWatcher {
 }
 
 impl GroupSignalWatcher {
-    /// Starts a watcher in the process group `group`, and waits until it has joined the group. This process must have
-    /// one thread.
+    /// Starts a watcher in the process group `group`, and waits until it has joined the group, at most
+    /// [`JOIN_TIMEOUT`]. This process must have one thread.
     ///
     /// # Errors
     /// An error if no pipe can be created, if fork(2) fails, or if the watcher cannot join the group, for example
-    /// because the group no longer exists.
+    /// because the group no longer exists. `TimedOut` if it did not join in time; it was killed then.
     pub(crate) fn place(group: Pid) -> io::Result<Self> {
         let (received, writer) = descriptor::pipe()?;
         let parent = nix::unistd::getpid();
         let blocked = AllBlocked::now()?;
-        // SAFETY: there is one thread, and the child calls only async-signal-safe functions.
+        // SAFETY: there is one thread (a condition for the caller), so the child may run any Rust code.
         let pid = match unsafe { libc::fork() } {
             -1 => return Err(io::Error::last_os_error()),
             0 => watch(group, parent, writer.as_raw_fd()),
@@ -46,6 +53,13 @@ impl GroupSignalWatcher {
         let group_signal_watcher = Self { pid, received };
         // The first byte reports that the watcher is in the group. Only after that may terraform's group become the
         // foreground process group.
+        let until = Instant::now() + JOIN_TIMEOUT;
+        let joined = [(group_signal_watcher.as_fd(), PollFlags::POLLIN)];
+        while poll::wait(&joined, Some(until.saturating_duration_since(Instant::now()))) != [true] {
+            if Instant::now() >= until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
         let mut byte = [0];
         match nix::unistd::read(&group_signal_watcher.received, &mut byte) {
             Ok(1) if byte[0] == 0 => {
@@ -84,7 +98,8 @@ impl Drop for GroupSignalWatcher {
 }
 
 fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
-    // SAFETY: all calls are async-signal-safe (signal-safety(7)). Every signal has been blocked since before the fork.
+    // SAFETY: this process uses no descriptor except `writer` from here on, and each call gets valid memory. Every signal
+    // has been blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
         {
@@ -92,12 +107,9 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
             if libc::getppid() != parent.as_raw() {
                 libc::_exit(1);
             }
-            if writer > 0 {
-                libc::syscall(libc::SYS_close_range, 0, writer - 1, 0);
-            }
-            libc::syscall(libc::SYS_close_range, writer + 1, libc::c_uint::MAX, 0);
         }
         let _ = parent;
+        descriptor::close_from(0, &[writer]);
         if libc::setpgid(0, group.as_raw()) != 0 {
             libc::_exit(1);
         }

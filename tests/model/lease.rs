@@ -527,7 +527,7 @@ impl Lease {
             is_rearmed: state.fuse != Fuse::Dead,
             can_rearm: self.setup.host != Host::NoSecondFuse,
             is_renewed: state.is_renewed,
-            has_terminal: true,
+            has_person: true,
             interrupts: 0,
             stopped_for: Duration::ZERO,
         };

@@ -503,7 +503,7 @@ impl LeaseHost {
                 Report::RenewedWithoutFence => true,
                 Report::Nothing | Report::Ours | Report::Lost => false,
             },
-            has_terminal: true,
+            has_person: true,
             interrupts: if is_asked_to_end { INTERRUPTS_TO_END } else { 0 },
             stopped_for: Duration::ZERO,
         };

@@ -16,7 +16,7 @@ use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{
-    guardian_of, home, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+    guardian_of, home, is_gone, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
     wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
@@ -141,6 +141,48 @@ fn a_killed_keeper_is_replaced_and_terraform_notices_nothing() {
 }
 
 #[test]
+fn a_keeper_that_does_not_answer_is_replaced_before_terraform_must_stop() {
+    let env = leased(Lock::Both, "15s");
+    let run = start(&env);
+    let keeper = named(&env, "tf-keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    wait_until_gone(&env, keeper);
+    let last = record(&env).unwrap_or_default();
+    wait_for_renewal_after(&env, &last);
+    assert_eq!(run.err(), "", "{}", env.trace());
+    ends_well(&env, run);
+}
+
+#[test]
+fn a_terraform_that_was_stopped_because_its_keeper_does_not_answer_goes_on_by_itself() {
+    // The deadline comes before the keeper counts as silent.
+    let env = leased(Lock::Both, "2s");
+    let run = start(&env);
+    let keeper = named(&env, "tf-keeper");
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    run.wait_for_err("terraform was stopped, because the lease of its lock was not renewed in time");
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    assert!(is_gone(keeper), "{}", env.trace());
+    ends_well(&env, run);
+}
+
+#[test]
+fn keepers_that_fail_again_and_again_are_reported_once_and_terraform_goes_on_in_the_end() {
+    let env = leased(Lock::Both, "4s");
+    let run = start(&env);
+    for failures in 1..=5 {
+        let keeper = named(&env, "tf-keeper");
+        kill(keeper, Signal::SIGKILL).unwrap();
+        env.wait_for_trace(&format!("after {failures} failures: signal: 9 (SIGKILL)"));
+    }
+    let last = record(&env).unwrap_or_default();
+    wait_for_renewal_after(&env, &last);
+    let said = "the process that renews the lease of this run's lock has failed several times in a row: signal: 9";
+    assert_eq!(run.err().matches(said).count(), 1, "{}", run.err());
+    ends_well(&env, run);
+}
+
+#[test]
 fn without_tf_and_fuse_terraform_is_killed_at_once_and_the_guardian_releases_its_lock() {
     let env = leased(Lock::Both, "4s");
     let run = start(&env);
@@ -197,9 +239,72 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
         is_away.store(true, Ordering::SeqCst);
         wait_until_stopped(&env, terraform);
         run.wait_for_err("terraform was stopped, because the lease of its lock was not renewed in time");
+        run.wait_for_err("tf: the lease cannot be renewed: ");
         is_away.store(false, Ordering::SeqCst);
         wait_until_it_goes_on(&env, terraform);
         run.wait_for_err("the lease was renewed, and terraform goes on");
+        ends_well(&env, run);
+    }
+}
+
+#[test]
+fn a_second_lock_of_a_run_has_no_lease_and_that_is_said_once() {
+    let mut env = leased(Lock::DynamoDb, "10s");
+    let terraform = crate::support::test_env::terraform();
+    let again = format!("'{}' apply -auto-approve -no-color -replace=terraform_data.a", terraform.display());
+    env.stand_in(
+        "twice",
+        &format!("#!/bin/sh\n'{}' \"$@\"\nrm go began\n{again}\ntouch third\n{again}\n", terraform.display()),
+    );
+    let run = start(&env);
+    env.unblock();
+    let path = env.path();
+    run.wait_for_err(&format!("tf: the lock of {path} has no lease: a run has a lease only for its first lock"));
+    assert_eq!(record(&env), None, "{}", env.trace());
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(env.exists("third"));
+    assert_eq!(end.err.matches("has no lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
+fn a_stopped_terraform_whose_credentials_have_expired_says_so_and_goes_on_with_new_ones() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    let has_expired = Arc::new(AtomicBool::new(false));
+    let expired = has_expired.clone();
+    let _proxy = through(&mut env, move |request| {
+        if is_dynamodb(request, "Item") && expired.load(Ordering::SeqCst) { expiry() } else { ProxyAction::Pass }
+    });
+    let run = start(&env);
+    has_expired.store(true, Ordering::SeqCst);
+    kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
+    run.wait_for_err("terraform was stopped, because the lease");
+    run.wait_for_err("tf: the lease cannot be renewed: DynamoDB: ExpiredTokenException: expired");
+    has_expired.store(false, Ordering::SeqCst);
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    ends_well(&env, run);
+}
+
+#[test]
+fn the_first_renewal_after_an_outage_extends_the_lease_in_full() {
+    for lock in [Lock::DynamoDb, Lock::File] {
+        let mut env = leased(lock, "30s");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        is_away.store(true, Ordering::SeqCst);
+        let last = record(&env).unwrap();
+        let now = || jiff::Timestamp::now().as_second();
+        // More than two intervals between renewals, and less than the time after which terraform is stopped.
+        let is_old = || (now() - last["renewed"].as_i64().unwrap() >= 15).then_some(());
+        wait_for("a record of 15 s ago", is_old, || env.trace());
+        let back = now();
+        is_away.store(false, Ordering::SeqCst);
+        let first = wait_for_renewal_after(&env, &last);
+        assert!(first["renewed"].as_i64().unwrap() >= back - 1, "{back}: {first}\n{}", env.trace());
+        assert_eq!(run.err(), "", "{}", env.trace());
         ends_well(&env, run);
     }
 }
@@ -396,6 +501,125 @@ fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal
     is_away.store(true, Ordering::SeqCst);
     wait_until_gone(env, fuse);
     (terminal, terraform)
+}
+
+/// Starts an apply at a terminal, and takes the network away until the kernel has stopped terraform.
+fn stopped_at_a_terminal(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
+    let mut terminal = shell(env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(env, &Value::Null);
+    let terraform = terraform_below(terminal.pid());
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_stopped(env, terraform);
+    terminal.wait_for("to end it now, without saving its state, press ^C three times");
+    (terminal, terraform)
+}
+
+#[test]
+fn three_keys_end_a_terraform_that_is_stopped_for_its_lease_and_nothing_else_is_offered() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let (mut terminal, terraform) = stopped_at_a_terminal(&env, &is_away);
+    let before = env.state();
+    terminal.type_in("\x03");
+    terminal.wait_for("press ^C 2 more times");
+    terminal.type_in("\x03");
+    terminal.wait_for("press ^C 1 more time");
+    terminal.type_in("\x03");
+    terminal.wait_for("ending the stopped terraform; its state is not saved");
+    wait_until_gone(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("status=137");
+    let screen = terminal.screen();
+    for text in ["to force it", "and will release its lock", "second interrupt", "Two interrupts"] {
+        assert!(!screen.contains(text), "{text}: {screen}");
+    }
+    assert_eq!(env.state(), before);
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn two_keys_while_terraform_is_stopped_for_its_lease_are_one_interrupt_when_it_goes_on() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    let (_proxy, is_away) = network(&mut env);
+    let (mut terminal, _) = stopped_at_a_terminal(&env, &is_away);
+    for more in ["press ^C 2 more times", "press ^C 1 more time"] {
+        terminal.type_in("\x03");
+        terminal.wait_for(more);
+    }
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    terminal.wait_for("status=1");
+    let screen = terminal.screen();
+    assert!(!screen.contains("Two interrupts") && !screen.contains("to force it"), "{screen}");
+    assert_eq!(env.trace().matches("[InterruptGroup]").count(), 1, "{}", env.trace());
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn a_ci_job_with_a_terminal_is_not_told_to_press_keys() {
+    let mut env = leased(Lock::DynamoDb, "3s");
+    env.set("CI", "true");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    env.wait_for_file("began");
+    wait_for_renewal_after(&env, &Value::Null);
+    is_away.store(true, Ordering::SeqCst);
+    terminal.wait_for("it goes on when the service answers and the lock is still this run's");
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    assert!(!terminal.screen().contains("press ^C"), "{}", terminal.screen());
+    env.unblock();
+    terminal.wait_for("Apply complete!");
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn a_prompt_without_echo_goes_on_after_a_stop_for_the_lease_and_the_terminal_echoes_in_between() {
+    let script =
+        "bash -c 'read -s -p \"secret? \" secret </dev/tty 2>/dev/tty && echo $secret > answer'; touch answered";
+    let mut env = TestEnv::new(Lock::DynamoDb, script);
+    env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", APPLY));
+    wait_for_renewal_after(&env, &Value::Null);
+    terminal.wait_for("secret? ");
+    wait_for("no echo", || (!terminal.echoes()).then_some(()), || terminal.screen());
+    for round in 1..=2 {
+        is_away.store(true, Ordering::SeqCst);
+        terminal.wait_for_times("terraform was stopped, because the lease", round);
+        wait_for("an echo", || terminal.echoes().then_some(()), || terminal.screen());
+        is_away.store(false, Ordering::SeqCst);
+        terminal.wait_for_times("the lease was renewed, and terraform goes on", round);
+        wait_for("no echo", || (!terminal.echoes()).then_some(()), || terminal.screen());
+    }
+    terminal.type_in("sesame\n");
+    terminal.wait_for("status=0");
+    assert_eq!(env.read("answer"), "sesame\n");
+    assert!(!terminal.screen().contains("sesame"), "{}", terminal.screen());
+    wait_until_unlocked(&env);
+}
+
+#[test]
+fn the_approval_prompt_is_answered_after_a_stop_for_the_lease() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in(&line_of("tf", "apply -no-color"));
+    terminal.wait_for("Enter a value:");
+    wait_for_renewal_after(&env, &Value::Null);
+    is_away.store(true, Ordering::SeqCst);
+    terminal.wait_for("terraform was stopped, because the lease");
+    is_away.store(false, Ordering::SeqCst);
+    terminal.wait_for("the lease was renewed, and terraform goes on");
+    terminal.type_in("yes\n");
+    terminal.wait_for("Apply complete!");
+    terminal.wait_for("status=0");
+    wait_until_unlocked(&env);
 }
 
 #[test]
@@ -616,6 +840,23 @@ fn tf_handles_signals_while_its_keeper_ends() {
 }
 
 #[test]
+fn a_key_ends_the_wait_for_a_service_that_does_not_withdraw_the_promise() {
+    let mut env = leased(Lock::DynamoDb, "4s");
+    env.set("TFW_RELEASE", "never");
+    let (_proxy, is_away) = network(&mut env);
+    let run = start(&env);
+    is_away.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    env.wait_for_trace("the promise of the lease is being withdrawn");
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(env.trace().contains("a SIGINT ends the wait for the withdrawal"), "{}", env.trace());
+    assert!(end.err.contains("could not be withdrawn"), "{}", env.dump(&end));
+    env.unblock();
+    wait_until_all_is_gone(&env);
+}
+
+#[test]
 fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     let mut env = leased(Lock::DynamoDb, "3s");
     let (_proxy, is_away) = network(&mut env);
@@ -631,6 +872,14 @@ fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
     wait_until_unlocked(&env);
 }
 
+/// The response of DynamoDB to expired credentials.
+fn expiry() -> ProxyAction {
+    ProxyAction::Answer(Message::answer(
+        "400 Bad Request",
+        r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,
+    ))
+}
+
 #[test]
 fn a_keeper_whose_credentials_expire_asks_for_new_ones_and_terraform_notices_nothing() {
     let mut env = leased(Lock::DynamoDb, "4s");
@@ -640,10 +889,7 @@ fn a_keeper_whose_credentials_expire_asks_for_new_ones_and_terraform_notices_not
     let _proxy = through(&mut env, move |request| {
         let is_renewal = is_dynamodb(request, ".PutItem") && request.text().contains("taken");
         if is_renewal && expired.swap(false, Ordering::SeqCst) {
-            return ProxyAction::Answer(Message::answer(
-                "400 Bad Request",
-                r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,
-            ));
+            return expiry();
         }
         ProxyAction::Pass
     });

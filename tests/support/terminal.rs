@@ -120,6 +120,12 @@ impl Terminal {
         nix::unistd::tcgetpgrp(self.master.as_ref()?).ok()
     }
 
+    /// Whether the terminal echoes what a person types.
+    pub fn echoes(&self) -> bool {
+        let modes = nix::sys::termios::tcgetattr(self.master.as_ref().unwrap()).unwrap();
+        modes.local_flags.contains(nix::sys::termios::LocalFlags::ECHO)
+    }
+
     /// Closes the terminal, as a closed window does. The kernel then hangs it up.
     pub fn close(&mut self) {
         // The reader has a copy of the master. It closes the copy when nothing else refers to its screen.
