@@ -4,7 +4,7 @@
 //! the terminal from which terraform reads. It reports on stderr. It ends when its stdin ends, but not between the claim
 //! of a lock and its delete. So it ends with the process that has started it.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
@@ -59,7 +59,13 @@ struct Orders {
 #[derive(Debug)]
 pub(crate) struct TakeoverProcess {
     child: Child,
+    /// Whether the process was told that terraform is between two attempts to get the lock.
+    rests: bool,
 }
+
+/// The messages to a taker, after its orders: whether terraform is between two attempts to get the lock. Each has 1 byte.
+const RESTS: u8 = b'r';
+const TRIES: u8 = b't';
 
 /// How a taker has ended, as its exit code says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,12 +103,24 @@ impl TakeoverProcess {
         line.push(b'\n');
         // The pipe has room for more than any orders. A process that has ended is noticed by its stdout.
         let _ = child.stdin.as_mut().map(|stdin| stdin.write_all(&line));
-        Ok(Self { child })
+        Ok(Self { child, rests: false })
     }
 
     /// Returns the process ID.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Tells the process whether terraform is between two attempts to get the lock. The process deletes the lock only
+    /// then.
+    pub(crate) fn tell_whether_terraform_rests(&mut self, rests: bool) {
+        let Some(stdin) = self.child.stdin.as_mut().filter(|_| self.rests != rests) else { return };
+        // A process that does not read, for example because it is stopped, must not block this one.
+        if poll::ready_now(stdin.as_fd(), PollFlags::POLLOUT)
+            && stdin.write_all(&[if rests { RESTS } else { TRIES }]).is_ok()
+        {
+            self.rests = rests;
+        }
     }
 
     /// Tells the process to end.
@@ -175,16 +193,23 @@ pub(crate) fn run() -> u8 {
     working_directory::go(&directory);
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
     let until = if is_awaited { Until::Told } else { Until::Decided };
-    let taker = Taker { by: by(), terms, until };
     let (end_of_stdin, told) = tokio::sync::oneshot::channel::<()>();
     // This thread ends with the process.
+    let (tell_rest, rests) = tokio::sync::watch::channel(false);
     let listens = std::thread::Builder::new().spawn(move || {
-        let _ = std::io::copy(&mut stdin, &mut std::io::sink());
+        for byte in stdin.bytes() {
+            match byte {
+                Ok(byte) => drop(tell_rest.send(byte == RESTS)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
         drop(end_of_stdin);
     });
     if listens.is_err() {
         return FAILED;
     }
+    let taker = Taker { by: by(), terms, until, rests };
     let told = async {
         let _ = told.await;
     };

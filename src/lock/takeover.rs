@@ -10,6 +10,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::deleted::Deleted;
@@ -54,7 +55,14 @@ pub(crate) struct Taker {
     /// The terms of the lease of this host's own runs. The intervals between two reads follow from them.
     pub(crate) terms: Terms,
     pub(crate) until: Until,
+    /// Whether the terraform that waits for the lock is between two attempts to get it. If the lock is deleted during an
+    /// attempt, terraform may give up.
+    pub(crate) rests: watch::Receiver<bool>,
 }
+
+/// How long a taker waits until terraform is between two attempts. Terraform's longest pause is 16 s. If terraform's
+/// log does not show the attempts, the lock is taken over after this time.
+const MAX_REST_WAIT: Duration = Duration::from_secs(20);
 
 /// How long a taker watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +166,15 @@ pub(crate) async fn take_over(
             Decision::End(end) => return end,
             Decision::Take(take) => *take,
         };
+        if taker.until == Until::Told {
+            let mut rests = taker.rests.clone();
+            let rest = timeout(MAX_REST_WAIT, rests.wait_for(|rests| *rests));
+            tokio::select! {
+                biased;
+                () = &mut told => return End::Over,
+                _ = rest => {}
+            }
+        }
         match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
             Ok(Ok(Taken::Yes)) => report(Progress::Took(&lapsed)),
             Ok(Ok(Taken::Gone)) => report(Progress::Gone(&lapsed)),

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use nix::unistd::Pid;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
@@ -82,6 +83,9 @@ impl Waiting {
         if awaited.is_none() {
             self.ending.extend(self.taker.take().map(TakeoverProcess::into_child));
             self.ending.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        }
+        if let (Some(lock), Some(attempted), Some(taker)) = (awaited, log.attempted, &mut self.taker) {
+            taker.tell_whether_terraform_rests(rests(lock.progress.asked, attempted, Timestamp::now()));
         }
         let next = next_search(self.look_at, awaited.is_some(), Instant::now());
         self.look_at = next.at;
@@ -169,6 +173,25 @@ impl Waiting {
     }
 }
 
+/// Whether terraform, which waits for a lock, is between two attempts to get it. `asked` and `attempted` are when the
+/// first and the last attempt began.
+///
+/// An attempt is a request for the lock and, if that is refused, a read of the lock that is there. If the lock is gone by
+/// the time of that read, terraform gives up, although it could wait longer: it then has no complete error
+/// (statemgr.LockWithContext). So a lock must not be deleted during an attempt. Between two attempts, terraform waits
+/// 1 s, 2 s, 4 s, 8 s, and then always 16 s. An attempt seldom takes long, and a delete is finished in a fraction of a
+/// second, so both get a part of that time.
+fn rests(asked: Timestamp, attempted: Timestamp, now: Timestamp) -> bool {
+    const LONGEST_PAUSE: u64 = 16;
+    const LONGEST_ATTEMPT: Duration = Duration::from_secs(2);
+    let since = |earlier: Timestamp, later: Timestamp| Duration::try_from(later.duration_since(earlier)).ok();
+    let (Some(waited), Some(since)) = (since(asked, attempted), since(attempted, now)) else { return false };
+    // The attempts themselves take time too, so the sum of the pauses before this one is a little less than `waited`.
+    let pause = Duration::from_secs(1 << (waited.as_secs() + 1).min(LONGEST_PAUSE).ilog2());
+    let attempt = (pause * 3 / 10).min(LONGEST_ATTEMPT);
+    (attempt..pause.saturating_sub(attempt)).contains(&since)
+}
+
 /// How long to wait before a dead run, or the lock of another host, is tried again. `lacks_credentials` is whether the
 /// last attempt failed because no credentials were available.
 fn retry_interval(lacks_credentials: bool) -> Duration {
@@ -238,6 +261,30 @@ mod tests {
         ] {
             assert_eq!(next_search(look_at, waits, now), NextSearch { is_due, at }, "{look_at:?} {waits}");
         }
+    }
+
+    #[test]
+    fn terraform_rests_between_two_attempts_and_not_during_one() {
+        let asked: Timestamp = "2026-11-27T01:00:00Z".parse().unwrap();
+        let after = |milliseconds: u64| asked + Duration::from_millis(milliseconds);
+        for (attempted, begin, end) in [
+            (0, 300, 699),
+            (1_050, 600, 1_399),
+            (3_150, 1_200, 2_799),
+            (7_300, 2_000, 5_999),
+            (15_500, 2_000, 13_999),
+            (31_900, 2_000, 13_999),
+            (3_600_000, 2_000, 13_999),
+            // Slow attempts.
+            (1_900, 600, 1_399),
+            (6_500, 1_200, 2_799),
+            (14_900, 2_000, 5_999),
+        ] {
+            let rests = |since| rests(asked, after(attempted), after(attempted + since));
+            assert!(!rests(0) && !rests(begin - 1) && rests(begin) && rests(end) && !rests(end + 1), "{attempted}");
+        }
+        // A clock that was set.
+        assert!(!rests(after(5), asked, after(9)) && !rests(asked, after(5), asked));
     }
 
     #[test]

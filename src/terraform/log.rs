@@ -126,6 +126,9 @@ pub(crate) struct Log {
     /// Whether the log contains requests to DynamoDB or S3.
     #[serde(default)]
     has_exchanges: bool,
+    /// When the last attempt to get a lock began. With `-lock-timeout`, terraform makes several. `None` if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) attempted: Option<Timestamp>,
     #[serde(skip)]
     exchanges: Exchanges,
     /// A record of the S3 backend that is not complete yet, because the lines of its last value have not been read.
@@ -489,6 +492,9 @@ impl Log {
     }
 
     fn exchange(&mut self, exchange: Exchange, time: Timestamp) {
+        if matches!(exchange, Exchange::PutItem { .. } | Exchange::PutLock { .. }) {
+            self.attempted = Some(time);
+        }
         match exchange {
             Exchange::PutItem { info, text } => {
                 self.await_answer("PutItem", Some(info.id.clone()));
@@ -603,6 +609,7 @@ impl Log {
         if !is_lock_id(&id) {
             return;
         }
+        self.attempted = Some(record.time);
         let parts = match kind {
             "S3 Native only" => LockParts { s3: true, dynamodb: false },
             "DynamoDB only" => LockParts { s3: false, dynamodb: true },
