@@ -43,13 +43,24 @@ pub const LONGEST: Duration = Duration::from_mins(1);
 
 /// Waits until `state` returns a value. Panics after [`LONGEST`], with the result of `seen`.
 #[track_caller]
-pub fn wait_for<T>(what: &str, mut state: impl FnMut() -> Option<T>, seen: impl Fn() -> String) -> T {
+pub fn wait_for<T>(what: &str, state: impl FnMut() -> Option<T>, seen: impl Fn() -> String) -> T {
+    wait_within(LONGEST, what, state, seen)
+}
+
+/// Does the same as [`wait_for`], and panics after `limit`.
+#[track_caller]
+pub fn wait_within<T>(
+    limit: Duration,
+    what: &str,
+    mut state: impl FnMut() -> Option<T>,
+    seen: impl Fn() -> String,
+) -> T {
     let begun = Instant::now();
     loop {
         if let Some(value) = state() {
             return value;
         }
-        assert!(begun.elapsed() < LONGEST, "waited in vain for {what}; last seen:\n{}", seen());
+        assert!(begun.elapsed() < limit, "waited in vain for {what}; last seen:\n{}", seen());
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -5,11 +5,12 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-use super::wait_for;
+use super::{LONGEST, wait_for, wait_within};
 
 /// The exit status and the output of a process.
 #[derive(Debug)]
@@ -116,10 +117,17 @@ impl Run {
 
     /// Waits until the process has exited and its output is complete.
     #[track_caller]
-    pub fn wait(mut self) -> Ended {
+    pub fn wait(self) -> Ended {
+        self.wait_at_most(LONGEST)
+    }
+
+    /// Does the same as [`Run::wait`], for a process that may take longer than any other.
+    #[track_caller]
+    pub fn wait_at_most(mut self, limit: Duration) -> Ended {
         drop(self.stdin.take());
         let (out, err) = (Arc::clone(&self.out), Arc::clone(&self.err));
-        let status = wait_for(
+        let status = wait_within(
+            limit,
             "the end of the process",
             || self.child.try_wait().unwrap(),
             || format!("{}\n{}\n{}", text(&out), text(&err), all_processes()),
