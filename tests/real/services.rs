@@ -201,7 +201,9 @@ fn a_service_that_ignores_conditions_is_reported_and_with_never_nothing_is_delet
 #[test]
 fn a_throttled_or_cut_release_succeeds_and_a_denied_one_is_told() {
     let port = free_port();
-    let (upstream, own) = (format!("http://127.0.0.1:{}", cloud().port), port.to_string());
+    // MiniStack may lose a response on a reused connection. The proxy opens a connection for each request.
+    let proxy = Proxy::start(cloud().port, |_| ProxyAction::Pass);
+    let (upstream, own) = (format!("http://127.0.0.1:{}", proxy.port), port.to_string());
     let _server =
         keep(&[tool("microburst").to_str().unwrap(), "-u", &upstream, "-p", &own, "--host", "127.0.0.1"], &[]);
     let rules = |rules: serde_json::Value| {
