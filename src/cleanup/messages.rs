@@ -121,8 +121,9 @@ pub(crate) fn no_lease(reason: &str) -> String {
     )
 }
 
-/// Reports that terraform was killed because the run has lost its lock.
-pub(crate) fn lock_lost(loss: Option<&Loss>, program: &str) -> String {
+/// Reports that terraform was killed because the run has lost its lock. `has_run_on` is whether another process had
+/// continued it, so that it may have written its state.
+pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) -> String {
     let how = match loss {
         Some(Loss::Claimed(claim)) => {
             let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
@@ -133,10 +134,12 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, program: &str) -> String {
         }
         Some(Loss::Gone) | None => "the lock of this run is gone: another host has released it".to_owned(),
     };
-    format!(
-        "{how}\nterraform was killed before it could write, so what it has changed since its last write is not in the \
-         state\nto compare the state with the real resources, type: {program} plan"
-    )
+    let state = if has_run_on {
+        "another process has continued terraform, so it may have written its state over the state of the other run"
+    } else {
+        "terraform was killed before it could write, so what it has changed since its last write is not in the state"
+    };
+    format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
 }
 
 /// Reports that the record of a lock that stays still promises a fence.

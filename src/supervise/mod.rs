@@ -353,8 +353,11 @@ impl<'a> Prepared<'a> {
         let waiter = &mut Waiter::Interactive(signals);
         reporter.terraform_ended(ending, &candidates, waiter);
         if self.stop.killed() == Some(Why::LockLost) {
-            let loss = self.lease.as_ref().and_then(RunLease::loss);
-            console::say(&messages::lock_lost(loss, &self.context.invocation.name.to_string_lossy()));
+            let lease = self.lease.as_ref();
+            let has_run_on =
+                matches!(ended, Ended::Exited(_)) || lease.is_some_and(|lease| lease.has_run_on(log.written));
+            let program = self.context.invocation.name.to_string_lossy();
+            console::say(&messages::lock_lost(lease.and_then(RunLease::loss), has_run_on, &program));
         }
         if self.stop.killed() == Some(Why::LeaseUnknown)
             && let Some(reason) = self.lease.as_ref().and_then(RunLease::reason)

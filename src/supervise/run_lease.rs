@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -35,6 +36,7 @@ use crate::sys::detached::Parent;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::terraform::log::{Log, RecordedLock};
+use crate::time::saturating_add;
 use crate::trace::trace;
 
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
@@ -106,6 +108,8 @@ pub(crate) struct RunLease {
     terraform: Option<OwnedFd>,
     keepers: Keepers,
     stopped: Option<Stopped>,
+    /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
+    renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
@@ -138,6 +142,7 @@ impl RunLease {
             terraform: None,
             keepers: Keepers::new(terms),
             stopped: None,
+            renewed: None,
             loss: None,
             reason: None,
             reported: None,
@@ -185,8 +190,8 @@ impl RunLease {
         self.orders()
     }
 
-    /// Stops terraform's group again if somebody else has continued a member of it since the kernel has stopped it.
-    /// Returns whether that was necessary. Call this again and again while [`RunLease::is_stopped`].
+    /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped it.
+    /// Returns whether its leader was running. Call this again and again while [`RunLease::is_stopped`].
     pub(crate) fn stop_again(&self) -> bool {
         self.is_stopped() && self.stop_group_again()
     }
@@ -205,13 +210,23 @@ impl RunLease {
 
     fn stop_group_again(&self) -> bool {
         let Some(group) = self.group else { return false };
-        let runs = |process: &Process| process.group == group && !matches!(process.state, 'T' | 't' | 'Z' | 'X');
-        // The first look may be in the middle of a stop, so only a second one counts.
-        if !Process::all().iter().any(runs) || !Process::all().iter().any(runs) {
-            return false;
-        }
+        let leader = Process::look_up(group);
+        let runs = leader.is_some_and(|leader| !matches!(leader.state, 'T' | 't' | 'Z' | 'X'));
+        // It is sent whatever the state of the processes is: terraform runs until it arrives, and to look at all of them
+        // takes longer than terraform may need for a request. A process that is stopped keeps it, until a SIGCONT
+        // discards it.
         let _ = killpg(group, Signal::SIGSTOP);
-        true
+        runs
+    }
+
+    /// Whether terraform may have run on after the deadline of its lease, because another process had continued it.
+    /// `written` is when it last began to write its state, as its log says.
+    pub(crate) fn has_run_on(&self, written: Option<Timestamp>) -> bool {
+        // The deadline counts from before the last renewal was sent, and not from its report. So an earlier time decides. A
+        // run that is connected has its lease renewed long before that.
+        let connected = SignedDuration::try_from(self.terms.refusal_time()).unwrap_or(SignedDuration::MAX);
+        let latest = self.renewed.map(|renewed| saturating_add(renewed, connected));
+        latest.zip(written).is_some_and(|(latest, written)| written > latest)
     }
 
     /// Returns what a keeper needs to know. `None` if no lock is held.
@@ -449,7 +464,10 @@ impl RunLease {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
                     stopped.is_renewed = fence == Promise::None || (stopped.is_rearmed && fuse == newest);
                     stopped.look = Look::Ours;
-                } else if fence == Promise::None && self.fence.is_some() {
+                    return None;
+                }
+                self.renewed = Some(Timestamp::now());
+                if fence == Promise::None && self.fence.is_some() {
                     // The host's clock has stood still. From now on nobody takes the lock without being asked.
                     self.take_down();
                 }

@@ -129,6 +129,9 @@ pub(crate) struct Log {
     /// When the last attempt to get a lock began. With `-lock-timeout`, terraform makes several. `None` if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attempted: Option<Timestamp>,
+    /// When terraform last began to write a state. `None` if the log shows no write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) written: Option<Timestamp>,
     #[serde(skip)]
     exchanges: Exchanges,
     /// A record of the S3 backend that is not complete yet, because the lines of its last value have not been read.
@@ -471,7 +474,7 @@ impl Log {
             let of = |name| record.field(name).filter(|text| text.len() < MAX_NAME_BYTES);
             self.mismatch = of("tf_backend.s3.bucket").zip(of("tf_backend.s3.path"));
         } else if record.message == "Uploading remote state" {
-            self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"));
+            self.uploads(&field("tf_backend.s3.bucket"), &field("tf_backend.s3.path"), record.time);
         } else if record.message == "Downloading remote state" && self.log_detail() == Some(LogDetail::IdsOnly) {
             // This version does not log whether a lock request succeeded. But it reads the state only after it has
             // acquired the lock.
@@ -485,7 +488,8 @@ impl Log {
         }
     }
 
-    fn uploads(&mut self, bucket: &str, key: &str) {
+    fn uploads(&mut self, bucket: &str, key: &str, time: Timestamp) {
+        self.written = Some(time);
         for lock in self.locks.iter_mut().filter(|lock| lock.may_lock(bucket, key)) {
             lock.progress_mut().begin_write();
         }
@@ -509,7 +513,7 @@ impl Log {
                     self.add(LoggedLock::Unnamed(UnnamedLock::asked_for(identity, time)));
                 }
             }
-            Exchange::PutState { bucket, key } => self.uploads(&bucket, &key),
+            Exchange::PutState { bucket, key } => self.uploads(&bucket, &key, time),
             Exchange::DeleteItem { path } => {
                 self.unlocks(&path);
                 self.await_answer("DeleteItem", Some(path));

@@ -1,9 +1,11 @@
 //! "A run with `TFW_LEASE` renews a lease on its lock, and stops working before anybody else may take the lock."
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
@@ -463,6 +465,85 @@ fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
         assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
         wait_until_all_is_gone(&env);
     }
+}
+
+/// The order in which the processes of a run are continued.
+#[derive(Clone, Copy, Debug)]
+enum Continued {
+    ByAge,
+    ByAgeReversed,
+    /// Terraform and its children, and those of `tf` after this time.
+    TerraformFirst(Duration),
+}
+
+/// A person stops every process of a run for longer than its lease, and continues them one after the other. The stop of
+/// the fuse has no effect, because a SIGCONT discards it. So terraform may run until `tf` stops it again, and its write
+/// of the state may get out. How often it does is printed, and is in docs/lease.md: TF_TEST_TRIALS=40.
+#[test]
+fn a_run_that_was_stopped_and_continued_whole_after_its_lock_was_taken_ends() {
+    let trials = std::env::var("TF_TEST_TRIALS").map_or(1, |number| number.parse().unwrap());
+    let gaps = [5, 20, 100].map(|gap| Continued::TerraformFirst(Duration::from_millis(gap)));
+    for order in [Continued::ByAge, Continued::ByAgeReversed].into_iter().chain(gaps) {
+        for is_cut in [false, true] {
+            let written = (0..trials).filter(|_| writes_after_it_was_continued(order, is_cut)).count();
+            let _ = writeln!(std::io::stderr(), "{order:?}, connections closed: {is_cut}: {written} of {trials} wrote");
+        }
+    }
+}
+
+/// Returns whether terraform has written what it had changed. `is_cut` is whether the service closes its connections while the
+/// run is stopped.
+fn writes_after_it_was_continued(order: Continued, is_cut: bool) -> bool {
+    let mut env = TestEnv::new(Lock::DynamoDb, "trap '' INT; touch began; read -r _ < go");
+    env.set("TFW_LEASE", "2s").set("TFW_CLOCK", "steady");
+    let go = env.directory.join("go");
+    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let proxy = through(&mut env, |_| ProxyAction::Pass);
+    let run = start(&env);
+    let fuse = named(&env, "tf-fuse");
+    let mut all = marked(&home(&env));
+    for pid in &all {
+        let _ = kill(*pid, Signal::SIGSTOP);
+    }
+    wait_until_gone(&env, fuse);
+    env.delete_lock();
+    let other = env.lock_of_another();
+    env.put_lock(&other);
+    assert_eq!(cloud().s3("PUT", &env.path(), SUCCESSOR.as_bytes()).status(), 200);
+    if is_cut {
+        proxy.close_connections();
+    }
+    // It stays open: the stop has interrupted the shell's open(2), which begins anew.
+    let mut go = fs::OpenOptions::new().read(true).write(true).open(&go).unwrap();
+    go.write_all(b"\n").unwrap();
+    let ours = ours(&env);
+    match order {
+        Continued::ByAge => {}
+        Continued::ByAgeReversed => all.reverse(),
+        Continued::TerraformFirst(gap) => {
+            for pid in all.extract_if(.., |pid| !ours.contains(pid)) {
+                let _ = kill(pid, Signal::SIGCONT);
+            }
+            std::thread::sleep(gap);
+        }
+    }
+    for pid in &all {
+        let _ = kill(*pid, Signal::SIGCONT);
+    }
+    let end = run.wait();
+    assert_ne!(end.code(), Some(0), "{order:?}: {}", env.dump(&end));
+    assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
+    wait_until_all_is_gone(&env);
+    let has_written = env.state().unwrap().contains("terraform_data");
+    // If terraform was faster than every stop, it has reported itself that its lock is another one by now.
+    if end.signal() == Some(9) {
+        assert!(end.err.contains("the lock is held by another run now"), "{order:?}: {}", env.dump(&end));
+        let admits = end.err.contains("it may have written its state");
+        assert!(admits || !has_written, "{order:?}: {:?} {}", env.state(), env.dump(&end));
+    } else {
+        assert!(end.err.contains("Error releasing the state lock"), "{order:?}: {}", env.dump(&end));
+    }
+    has_written
 }
 
 #[test]

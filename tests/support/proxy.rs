@@ -2,7 +2,7 @@
 //! after the death of its sender, lose a response, or send another response.
 
 use std::io::{BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::authority::Authority;
@@ -37,6 +37,8 @@ struct Shared {
     held: Mutex<(usize, bool)>,
     changed: Condvar,
     delivered: Mutex<Vec<String>>,
+    /// The connections of all clients, even if they have ended.
+    clients: Mutex<Vec<TcpStream>>,
 }
 
 pub struct Proxy {
@@ -71,11 +73,13 @@ impl Proxy {
             held: Mutex::new((0, false)),
             changed: Condvar::new(),
             delivered: Mutex::default(),
+            clients: Mutex::default(),
         });
         let for_listener = Arc::clone(&shared);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (shared, serve) = (Arc::clone(&for_listener), serve.clone());
+                shared.clients.lock().unwrap().extend(stream.try_clone());
                 std::thread::spawn(move || serve(stream, &shared));
             }
         });
@@ -110,6 +114,14 @@ impl Proxy {
     pub fn let_go(&self) {
         self.shared.held.lock().unwrap().1 = true;
         self.shared.changed.notify_all();
+    }
+
+    /// Closes the connections of all clients, as a service does with idle ones.
+    pub fn close_connections(&self) {
+        for client in self.shared.clients.lock().unwrap().drain(..) {
+            // A client may have closed it.
+            let _ = client.shutdown(Shutdown::Both);
+        }
     }
 
     /// Waits until a held request was delivered and answered. Returns the first line of the response.
