@@ -18,6 +18,7 @@ use super::staleness::Staleness;
 use crate::holder::host::HostView;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};
+use crate::terraform::lock_info::is_lock_id;
 
 /// The maximum number of requests in flight.
 const AT_ONCE: usize = 8;
@@ -118,6 +119,35 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
         console::say(UNSEEN);
     }
     Ok(Inventory { entries, states: looked, incomplete })
+}
+
+/// Reads the lock of the selected workspace, and judges its holder. `None` if no entry there has the ID or the path
+/// `word`. A refused run names the lock of its own workspace, and the backend may have hundreds of others.
+///
+/// # Errors
+/// Fails if the lock cannot be read.
+pub(super) async fn take_selected(
+    directory: &Directory,
+    stores: &Stores,
+    word: &str,
+) -> Result<Option<Vec<ListedEntry>>, Trouble> {
+    let state = state(directory, &directory.workspace).filter(|state| is_lock_id(word) || state.path() == word);
+    let Some(state) = state else { return Ok(None) };
+    let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
+    let unseen = Cell::new(false);
+    let mut entries = read(&state, wanted, stores, &unseen).await?;
+    let is_meant = |entry: &ListedEntry| match entry {
+        ListedEntry::Lock(lock) => lock.info.id == word || lock.path() == word,
+        ListedEntry::UnreadableLock(unreadable) => unreadable.place.path() == word,
+    };
+    if !entries.iter().any(is_meant) {
+        return Ok(None);
+    }
+    Staleness::default().judge(&mut entries, &HostView::look());
+    if unseen.get() {
+        console::say(UNSEEN);
+    }
+    Ok(Some(entries))
 }
 
 /// Reads the parts of one state's lock; the holder is not judged yet. Sets `unseen` if the backend locks only in a
