@@ -6,6 +6,7 @@ pub(crate) mod clean_up;
 pub(crate) mod end_of_run;
 pub(crate) mod invocation;
 pub(crate) mod messages;
+pub(crate) mod ordered_process;
 pub(crate) mod other_backend;
 pub(crate) mod planned_backends;
 pub(crate) mod process_tree;
