@@ -17,5 +17,6 @@ pub(crate) mod release_all;
 pub(crate) mod run_context;
 pub(crate) mod takeover_process;
 pub(crate) mod terminal_report;
+pub(crate) mod wait_explanation;
 pub(crate) mod waiter;
 pub(crate) mod working_directory;

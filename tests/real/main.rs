@@ -67,5 +67,6 @@ mod taken_over;
 mod terminal;
 mod two_at_once;
 mod two_hosts;
+mod waiting;
 mod where_it_is;
 mod which_machine;
