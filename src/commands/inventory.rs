@@ -26,7 +26,8 @@ const AT_ONCE: usize = 8;
 /// Printed if a backend locks only in a table and the lock objects cannot be read. This backend's own locks are in the
 /// table and were read. If the backend block of another run already has `use_lockfile`, the lock object of that run was
 /// not read.
-const UNSEEN: &str = "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
+pub(super) const UNSEEN: &str =
+    "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
 
 /// The locks of a directory's backend.
 pub(super) struct Inventory {
@@ -36,6 +37,8 @@ pub(super) struct Inventory {
     pub(super) states: u64,
     /// The message why the list of workspaces is incomplete; `None` if it is complete.
     pub(super) incomplete: Option<String>,
+    /// Whether the lock objects were not checked ([`UNSEEN`]).
+    pub(super) unseen: bool,
 }
 
 /// One state, and the locations that its lock can have.
@@ -99,11 +102,23 @@ pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedStat
     })
 }
 
+/// As [`look`]. Prints [`UNSEEN`] if the lock objects were not checked.
+///
+/// # Errors
+/// As [`look`].
+pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
+    let inventory = look(directory, stores, staleness).await?;
+    if inventory.unseen {
+        console::say(UNSEEN);
+    }
+    Ok(inventory)
+}
+
 /// Reads the locks of every state of the backend, and judges their holders.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.
-pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
+pub(super) async fn look(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
     let (states, incomplete) = states(directory, stores).await?;
     let looked = states.len() as u64;
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
@@ -115,10 +130,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
         .await?;
     let mut entries: Vec<ListedEntry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &HostView::look());
-    if unseen.get() {
-        console::say(UNSEEN);
-    }
-    Ok(Inventory { entries, states: looked, incomplete })
+    Ok(Inventory { entries, states: looked, incomplete, unseen: unseen.get() })
 }
 
 /// Reads the lock of the selected workspace, and judges its holder. `None` if no entry there has the ID or the path

@@ -25,6 +25,7 @@ mod shim;
 mod show;
 mod staleness;
 mod targets;
+mod watch;
 
 use crate::cleanup::takeover_process;
 use crate::cleanup::wait_explanation;

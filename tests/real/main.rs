@@ -68,5 +68,6 @@ mod terminal;
 mod two_at_once;
 mod two_hosts;
 mod waiting;
+mod watch;
 mod where_it_is;
 mod which_machine;
