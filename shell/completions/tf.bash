@@ -67,7 +67,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks)
-            opts="-V --chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --rate --version list show release audit doctor history recover shell-init shim"
+            opts="-V --chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --watch --rate --version list show release audit doctor history recover shell-init shim"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -102,6 +102,10 @@ _tf() {
                     return 0
                     ;;
                 --endpoint-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --watch)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -219,7 +223,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks__subcmd__list)
-            opts="--chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --rate"
+            opts="--chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --watch --rate"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -254,6 +258,10 @@ _tf() {
                     return 0
                     ;;
                 --endpoint-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --watch)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -33,6 +33,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcomm
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l watch -d 'List the locks again every TIME (default: 5s), from 1s to 24h, until ^C; in a pipe, print a line for each change' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -l json -d 'Print one JSON object, as described in docs/locks.schema.json'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim" -s V -l version -d 'Print version'
@@ -53,6 +54,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l watch -d 'List the locks again every TIME (default: 5s), from 1s to 24h, until ^C; in a pipe, print a line for each change' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l json -d 'Print one JSON object, as described in docs/locks.schema.json'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from show" -l chdir -d 'Use the backend of this working directory, like terraform\'s -chdir' -r -F

@@ -875,6 +875,34 @@ pub(crate) fn refused(
     format!("{said}\n{next}")
 }
 
+/// Why a line about the lock is printed for which terraform waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Occasion {
+    /// No line was printed about this wait.
+    First,
+    /// The last line was about another lock.
+    Changed,
+    /// The last line is 5 minutes old.
+    Again,
+}
+
+/// Reports on one line who holds the lock for which terraform waits, with its CI job, and whether the holder is alive.
+pub(crate) fn waits(occasion: Occasion, Refusal { info, lease, judgement }: &Refusal<'_>, now: Timestamp) -> String {
+    let begin = match occasion {
+        Occasion::First => "terraform is waiting for a lock held by",
+        Occasion::Changed => "the lock for which terraform is waiting is now held by",
+        Occasion::Again => "terraform is still waiting for a lock held by",
+    };
+    let job = lease.and_then(ObservedLease::shown_record).and_then(|record| lease_text::job(&record.holder));
+    format!(
+        "{begin} {}{}; {}: {}",
+        held(info, now),
+        job.map_or_else(String::new, |job| format!(", job {job}")),
+        judgement.verdict.of_the_holder(),
+        judgement.reason
+    )
+}
+
 /// Reports that the log of this run does not show its locks, and that the lock `info` may belong to this run. `show`
 /// and `unlock` are the commands without the lock's ID.
 pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, show: &str, unlock: &str) -> String {

@@ -1,13 +1,11 @@
 //! Starts another `tf` process that takes over the lock of a host that is gone, and contains the work of that process.
 //!
-//! The process has a session of its own, so that it does not get a ^C that interrupts terraform, and it cannot prompt at
-//! the terminal from which terraform reads. It reports on stderr. It ends when its stdin ends, but not between the claim
-//! of a lock and its delete. So it ends with the process that has started it.
+//! It ends when its stdin ends, but not between the claim of a lock and its delete.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::Duration;
 
 use nix::poll::PollFlags;
@@ -15,9 +13,9 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::another_tf;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
+use crate::cleanup::ordered_process;
 use crate::cleanup::working_directory;
 use crate::console;
 use crate::holder::ci_job::CiJob;
@@ -41,8 +39,7 @@ const NO_CREDENTIALS: u8 = 1;
 /// The exit code of a taker whose requests failed.
 const FAILED: u8 = 2;
 
-/// What a taker needs to know. It reads this as one line of JSON from its stdin, because the backend may contain
-/// credentials.
+/// What a taker needs to know.
 #[derive(Serialize, Deserialize)]
 struct Orders {
     /// As [`LockLocation::to_json`].
@@ -87,23 +84,13 @@ impl TakeoverProcess {
         terms: Terms,
         is_awaited: bool,
     ) -> std::io::Result<Self> {
-        let mut command = another_tf::locks(&[WORD])?;
-        // The end of stdout shows that the process has ended.
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        session::of_its_own(&mut command);
-        #[expect(clippy::disallowed_methods, reason = "this starts `tf`, not terraform; it needs only the setup above")]
-        let mut child = command.spawn()?;
         let orders = Orders {
             location: location.to_json(),
             length: terms.length(),
             is_awaited,
             directory: here.working_directory.clone(),
         };
-        let mut line = serde_json::to_vec(&orders)?;
-        line.push(b'\n');
-        // The pipe has room for more than any orders. A process that has ended is noticed by its stdout.
-        let _ = child.stdin.as_mut().map(|stdin| stdin.write_all(&line));
-        Ok(Self { child, rests: false })
+        Ok(Self { child: ordered_process::start(WORD, &orders)?, rests: false })
     }
 
     /// Returns the process ID.
@@ -183,36 +170,15 @@ pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut S
 /// Does the work of a taker, and returns its exit code.
 pub(crate) fn run() -> u8 {
     session::become_helper(c"tf-takeover");
-    let mut orders = String::new();
-    let mut stdin = BufReader::new(std::io::stdin());
-    if stdin.read_line(&mut orders).is_err() {
-        return FAILED;
-    }
-    let Ok(Orders { location, length, is_awaited, directory }) = serde_json::from_str(&orders) else { return FAILED };
+    let Some((orders, stdin)) = ordered_process::Orders::read() else { return FAILED };
+    let Orders { location, length, is_awaited, directory } = orders;
     let (Some(location), Some(terms)) = (LockLocation::of_json(&location), Terms::new(length)) else { return FAILED };
     working_directory::go(&directory);
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
     let until = if is_awaited { Until::Told } else { Until::Decided };
-    let (end_of_stdin, told) = tokio::sync::oneshot::channel::<()>();
-    // This thread ends with the process.
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
-    let listens = std::thread::Builder::new().spawn(move || {
-        for byte in stdin.bytes() {
-            match byte {
-                Ok(byte) => drop(tell_rest.send(byte == RESTS)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        drop(end_of_stdin);
-    });
-    if listens.is_err() {
-        return FAILED;
-    }
     let taker = Taker { by: by(), terms, until, rests };
-    let told = async {
-        let _ = told.await;
-    };
+    let Some(told) = stdin.end(move |byte| drop(tell_rest.send(byte == RESTS))) else { return FAILED };
     let end = panics::caught(|| runtime.block_on(takeover::take_over(&location, &taker, told, note)));
     // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();

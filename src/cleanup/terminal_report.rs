@@ -22,15 +22,13 @@ use crate::console;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::journal::runs::Replaced;
-use crate::lease::observed::ObservedLease;
-use crate::lock::leased::StoredPart;
+use crate::lock::leased::{StoredPart, locks_of};
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 use crate::terraform::errored_state::errored_state;
-use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
 
@@ -354,19 +352,6 @@ fn stored_locks(location: &LockLocation, candidates: &CandidateBackends, waiter:
     waiter.block_on(release::stored(location)).unwrap_or_default()
 }
 
-/// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has one.
-fn locks_of(parts: &[StoredPart]) -> Vec<(LockInfo, Option<ObservedLease>)> {
-    let mut locks: Vec<(LockInfo, Option<ObservedLease>)> = Vec::new();
-    for part in parts {
-        let Some(info) = part.stored.info() else { continue };
-        match locks.iter_mut().find(|(known, _)| *known == info) {
-            Some((_, lease)) => *lease = lease.take().or_else(|| part.lease.clone()),
-            None => locks.push((info, part.lease.clone())),
-        }
-    }
-    locks
-}
-
 /// Whether the request for `lock` most likely got no response before terraform exited at the time `at`. This is the
 /// case if terraform waited for the response for about as long as it waits after a second interrupt.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
@@ -379,32 +364,6 @@ fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
 mod tests {
     use super::*;
     use crate::terraform::log::{Log, tests::ID, tests::lock_line};
-
-    #[test]
-    fn two_parts_of_a_lock_are_one_lock_with_its_lease() {
-        use crate::lease::observed::tests::lease;
-        use crate::lease::record::Fence;
-        use crate::lock::dynamodb::InfoAttribute;
-        use crate::lock::stores::{StoreKey, StoredLock};
-        let part = |id: &str, age: Option<i64>| StoredPart {
-            store_key: StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() },
-            stored: StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#))),
-            lease: age.map(|age| lease(id, age, None, Fence::Stop)),
-        };
-        for (parts, expected) in [
-            (vec![part("a", None), part("a", Some(1))], vec![("a", Some(1))]),
-            (vec![part("a", Some(1)), part("a", Some(2))], vec![("a", Some(1))]),
-            (vec![part("a", None), part("b", Some(2))], vec![("a", None), ("b", Some(2))]),
-            (vec![part("", None)], vec![]),
-        ] {
-            let expected: Vec<_> = expected
-                .into_iter()
-                .map(|(id, age)| (id.to_owned(), age.map(|age| lease(id, age, None, Fence::Stop))))
-                .collect();
-            let found: Vec<_> = locks_of(&parts).into_iter().map(|(info, lease)| (info.id, lease)).collect();
-            assert_eq!(found, expected);
-        }
-    }
 
     #[test]
     fn a_request_was_waited_for_where_terraform_stayed_for_as_long_as_it_does_after_a_second_interrupt() {

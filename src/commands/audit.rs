@@ -282,7 +282,7 @@ impl Audit {
     ) -> Result<Option<Signal>, Trouble> {
         let now = Timestamp::now();
         let staleness = Staleness { older_than: Some(self.older_than) };
-        let scan = Scan { target, stores, speed, staleness };
+        let scan = Scan { target, stores, speed, staleness, is_silent: false };
         let scanned = scan
             .run(signals, output, |entry| {
                 count.add(entry, now);

@@ -28,8 +28,15 @@ pub(super) enum Choice {
 /// `which` is `None`. For a table, also fails if `which` is an ID or the key of a digest.
 pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
-        (ScanTarget::Directory(directory), _) => {
-            inventory::take(directory, &reach.stores, &Staleness::default()).await?.entries
+        (ScanTarget::Directory(directory), which) => {
+            let selected = match which {
+                Some(word) => inventory::take_selected(directory, &reach.stores, word).await?,
+                None => None,
+            };
+            match selected {
+                Some(entries) => entries,
+                None => inventory::take(directory, &reach.stores, &Staleness::default()).await?.entries,
+            }
         }
         (ScanTarget::Table(_), Some(word)) if is_lock_id(word) => {
             return Err(Trouble::Said(format!(

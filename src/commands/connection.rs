@@ -46,6 +46,7 @@ pub(super) struct LocationArgs {
 }
 
 /// Where a command looks for locks.
+#[derive(Clone)]
 pub(super) enum ScanTarget {
     /// The backend of a working directory.
     Directory(Directory),
@@ -56,6 +57,7 @@ pub(super) enum ScanTarget {
 }
 
 /// A working directory with an S3 backend.
+#[derive(Clone)]
 pub(super) struct Directory {
     /// The path of the directory.
     pub(super) path: PathBuf,

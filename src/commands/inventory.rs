@@ -18,6 +18,7 @@ use super::staleness::Staleness;
 use crate::holder::host::HostView;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};
+use crate::terraform::lock_info::is_lock_id;
 
 /// The maximum number of requests in flight.
 const AT_ONCE: usize = 8;
@@ -25,7 +26,8 @@ const AT_ONCE: usize = 8;
 /// Printed if a backend locks only in a table and the lock objects cannot be read. This backend's own locks are in the
 /// table and were read. If the backend block of another run already has `use_lockfile`, the lock object of that run was
 /// not read.
-const UNSEEN: &str = "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
+pub(super) const UNSEEN: &str =
+    "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
 
 /// The locks of a directory's backend.
 pub(super) struct Inventory {
@@ -35,6 +37,8 @@ pub(super) struct Inventory {
     pub(super) states: u64,
     /// The message why the list of workspaces is incomplete; `None` if it is complete.
     pub(super) incomplete: Option<String>,
+    /// Whether the lock objects were not checked ([`UNSEEN`]).
+    pub(super) unseen: bool,
 }
 
 /// One state, and the locations that its lock can have.
@@ -98,11 +102,23 @@ pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedStat
     })
 }
 
+/// As [`look`]. Prints [`UNSEEN`] if the lock objects were not checked.
+///
+/// # Errors
+/// As [`look`].
+pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
+    let inventory = look(directory, stores, staleness).await?;
+    if inventory.unseen {
+        console::say(UNSEEN);
+    }
+    Ok(inventory)
+}
+
 /// Reads the locks of every state of the backend, and judges their holders.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.
-pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
+pub(super) async fn look(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
     let (states, incomplete) = states(directory, stores).await?;
     let looked = states.len() as u64;
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
@@ -114,10 +130,36 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
         .await?;
     let mut entries: Vec<ListedEntry> = found.into_iter().flatten().collect();
     staleness.judge(&mut entries, &HostView::look());
+    Ok(Inventory { entries, states: looked, incomplete, unseen: unseen.get() })
+}
+
+/// Reads the lock of the selected workspace, and judges its holder. `None` if no entry there has the ID or the path
+/// `word`. A refused run names the lock of its own workspace, and the backend may have hundreds of others.
+///
+/// # Errors
+/// Fails if the lock cannot be read.
+pub(super) async fn take_selected(
+    directory: &Directory,
+    stores: &Stores,
+    word: &str,
+) -> Result<Option<Vec<ListedEntry>>, Trouble> {
+    let state = state(directory, &directory.workspace).filter(|state| is_lock_id(word) || state.path() == word);
+    let Some(state) = state else { return Ok(None) };
+    let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
+    let unseen = Cell::new(false);
+    let mut entries = read(&state, wanted, stores, &unseen).await?;
+    let is_meant = |entry: &ListedEntry| match entry {
+        ListedEntry::Lock(lock) => lock.info.id == word || lock.path() == word,
+        ListedEntry::UnreadableLock(unreadable) => unreadable.place.path() == word,
+    };
+    if !entries.iter().any(is_meant) {
+        return Ok(None);
+    }
+    Staleness::default().judge(&mut entries, &HostView::look());
     if unseen.get() {
         console::say(UNSEEN);
     }
-    Ok(Inventory { entries, states: looked, incomplete })
+    Ok(Some(entries))
 }
 
 /// Reads the parts of one state's lock; the holder is not judged yet. Sets `unseen` if the backend locks only in a

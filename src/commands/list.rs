@@ -9,7 +9,7 @@ use super::output::{End, FleetEnd, Output, TargetEnd, Widths};
 use super::scan::{self, Scan, Scanned, unless_stopped};
 use super::staleness::Staleness;
 use super::targets::{Fleet, Speed, Tally, TargetArgs, Targets};
-use super::{Finding, inventory};
+use super::{Finding, inventory, watch};
 use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -18,12 +18,16 @@ pub(super) const EXAMPLES: &str = "Examples:
   tf locks list --table terraform-locks --region eu-west-1
   tf locks list --bucket my-states --prefix prod/
   tf locks list --from targets.txt
+  tf locks --watch                                the same every 5 s, until ^C
 
 With several targets, or with --from, a line on stderr counts the locks of each target, and one the locks of all. If a
 target fails, the others are listed nevertheless.
 
 Exit codes: 0 no lock is stale, 2 a lock is stale (dead or likely dead) or is not a lock, 1 the command failed, 3 (only
 with several targets) a lock is stale and a target failed.";
+
+/// The message for `--watch` with several targets.
+const SEVERAL_WATCHED: &str = "--watch works with one directory, table or bucket\nwatch each in a terminal of its own";
 
 /// The arguments of `tf locks list`, and of `tf locks` without a command.
 #[derive(Args, Clone, Debug, Default)]
@@ -33,6 +37,16 @@ pub(super) struct List {
     /// Print one JSON object, as described in docs/locks.schema.json
     #[arg(long)]
     json: bool,
+    /// List the locks again every TIME (default: 5s), from 1s to 24h, until ^C; in a pipe, print a line for each change
+    #[arg(
+        long,
+        value_name = "TIME",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "5s",
+        conflicts_with = "json"
+    )]
+    watch: Option<String>,
     #[command(flatten)]
     speed: Speed,
 }
@@ -43,10 +57,13 @@ impl List {
     /// # Errors
     /// Fails if the target cannot be reached, if a request fails, or if the result cannot be written.
     pub(super) fn run(self) -> Result<Finding, Trouble> {
+        let interval = self.watch.as_deref().map(watch::interval).transpose()?;
         super::block_on(async {
-            match self.targets.targets(self.speed)? {
-                Targets::One(place) => self.one(&place).await,
-                Targets::Several(fleet) => Box::pin(self.several(&fleet)).await,
+            match (self.targets.targets(self.speed)?, interval) {
+                (Targets::One(place), Some(interval)) => Box::pin(watch::watch(&place, self.speed, interval)).await,
+                (Targets::Several(_), Some(_)) => Err(Trouble::Said(SEVERAL_WATCHED.to_owned())),
+                (Targets::One(place), None) => self.one(&place).await,
+                (Targets::Several(fleet), None) => Box::pin(self.several(&fleet)).await,
             }
         })
     }
@@ -106,7 +123,7 @@ impl List {
             output.next_target();
             let mut tally = Tally::default();
             let listed = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
-                Err(signal) => Ok(Scanned { items: 0, stopped: Some(signal) }),
+                Err(signal) => Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
                 Ok(Err(trouble)) => Err(trouble),
                 Ok(Ok(connection)) => scan(connection, target.speed, &mut signals, &mut output, &mut tally).await,
             };
@@ -149,7 +166,7 @@ async fn scan(
     output: &mut Output,
     tally: &mut Tally,
 ) -> Result<Scanned, Trouble> {
-    let scan = Scan { target, stores, speed, staleness: Staleness::default() };
+    let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: false };
     scan.run(signals, output, |entry| {
         match entry {
             ListedEntry::Lock(lock) => {

@@ -25,8 +25,10 @@ mod shim;
 mod show;
 mod staleness;
 mod targets;
+mod watch;
 
 use crate::cleanup::takeover_process;
+use crate::cleanup::wait_explanation;
 use crate::console;
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -173,6 +175,9 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     environment::unset_empty("AWS_");
     if words == [takeover_process::WORD] {
         return takeover_process::run();
+    }
+    if words == [wait_explanation::WORD] {
+        return wait_explanation::run();
     }
     let words = std::iter::once(OsString::from("tf locks")).chain(words);
     let found = match Locks::try_parse_from(words) {

@@ -81,7 +81,7 @@ impl Widths {
     pub(super) const USUAL: Self = Self { path: 48, workspace: 10, operation: 10, who: 20 };
 
     /// Returns the widths that `entries` need, at most 200 for each column.
-    pub(super) fn of(entries: &[ListedEntry]) -> Self {
+    pub(super) fn of<'a>(entries: impl IntoIterator<Item = &'a ListedEntry>) -> Self {
         let mut widths = Self { path: 4, workspace: 9, operation: 9, who: 3 };
         for entry in entries {
             let ListedEntry::Lock(lock) = entry else { continue };
@@ -126,10 +126,8 @@ impl Output {
     pub(super) fn render(&self, entry: &ListedEntry) -> io::Result<Shown> {
         let now = Timestamp::now();
         let text = match (self, entry) {
-            (Self::Table(table), ListedEntry::Lock(lock)) => table.lock(lock, now),
-            (Self::Table(table), ListedEntry::UnreadableLock(unreadable)) => table.unreadable(unreadable),
-            (Self::Lines(widths), ListedEntry::Lock(lock)) => line(lock, *widths, now),
-            (Self::Lines(widths), ListedEntry::UnreadableLock(unreadable)) => unreadable_line(unreadable, *widths),
+            (Self::Table(table), entry) => table.entry(entry, now),
+            (Self::Lines(widths), entry) => line_of(entry, *widths, now),
             (Self::Json(json), ListedEntry::Lock(lock)) => json.text(&**lock)?,
             (Self::Json(json), ListedEntry::UnreadableLock(unreadable)) => json.text(unreadable)?,
         };
@@ -258,6 +256,21 @@ fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
     format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
 }
 
+/// Returns an entry as a plain line, which ends with a newline.
+pub(super) fn line_of(entry: &ListedEntry, widths: Widths, now: Timestamp) -> String {
+    match entry {
+        ListedEntry::Lock(found) => line(found, widths, now),
+        ListedEntry::UnreadableLock(unreadable) => unreadable_line(unreadable, widths),
+    }
+}
+
+/// Returns the header and the lines of each entry, as a table of `width` columns.
+pub(super) fn table_of(width: usize, entries: &[&ListedEntry], now: Timestamp) -> (String, Vec<String>) {
+    let mut table = Table::new(width, Widths::of(entries.iter().copied()));
+    let blocks = entries.iter().map(|entry| table.entry(entry, now)).collect();
+    (table.head(), blocks)
+}
+
 /// Returns the text of a column of a plain line. A blank text becomes `-`, because tools find a column by its position.
 fn column(text: &str) -> String {
     let shown = visible(text);
@@ -347,6 +360,13 @@ impl Table {
             return String::new();
         }
         self.row("VERDICT", &Style::new().bold(), ["PATH", "WORKSPACE", "OPERATION", "WHO", "SINCE"])
+    }
+
+    fn entry(&self, entry: &ListedEntry, now: Timestamp) -> String {
+        match entry {
+            ListedEntry::Lock(lock) => self.lock(lock, now),
+            ListedEntry::UnreadableLock(unreadable) => self.unreadable(unreadable),
+        }
     }
 
     fn lock(&self, lock: &FoundLock, now: Timestamp) -> String {

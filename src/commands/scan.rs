@@ -57,6 +57,8 @@ pub(super) struct Scan {
     pub(super) stores: Stores,
     pub(super) speed: Speed,
     pub(super) staleness: Staleness,
+    /// Whether nothing is shown on stderr while the scan runs.
+    pub(super) is_silent: bool,
 }
 
 /// The result of a scan.
@@ -66,6 +68,9 @@ pub(super) struct Scanned {
     pub(super) items: u64,
     /// The signal that stopped the scan early; `None` if it was completed.
     pub(super) stopped: Option<Signal>,
+    /// How long the table must not be read now, because the scan has used its capacity. `None` if the capacity is not
+    /// limited.
+    pub(super) owed: Option<Duration>,
 }
 
 /// How a table is divided into segments, and how fast it is read.
@@ -94,11 +99,13 @@ struct ListedPage {
     scanned: u64,
     /// Whether this is the last page of its segment.
     is_last: bool,
+    /// As [`Scanned::owed`]. Only the last page of a segment has it.
+    owed: Option<Duration>,
 }
 
 impl ListedPage {
     /// The page that marks the end of a segment.
-    const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true };
+    const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true, owed: None };
 }
 
 type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
@@ -117,9 +124,9 @@ impl Scan {
     ) -> Result<Scanned, Trouble> {
         let (segments, total) = match unless_stopped(signals, self.prepare()).await {
             Ok(prepared) => prepared?,
-            Err(signal) => return Ok(Scanned { items: 0, stopped: Some(signal) }),
+            Err(signal) => return Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
         };
-        let progress = progress(total);
+        let progress = if self.is_silent { ProgressBar::hidden() } else { progress(total) };
         let count = segments.len();
         let (sender, mut pages) = mpsc::channel(WAITING * count);
         for (number, segment) in segments.into_iter().enumerate() {
@@ -150,8 +157,9 @@ impl Scan {
                 }
             };
             let Some((segment, page)) = page else { break };
-            let ListedPage { entries, scanned: more, is_last } = page?;
+            let ListedPage { entries, scanned: more, is_last, owed } = page?;
             scanned.items += more;
+            scanned.owed = scanned.owed.max(owed);
             let mut shown = Vec::new();
             for entry in &entries {
                 if let ListedEntry::Lock(lock) = entry {
@@ -188,11 +196,14 @@ impl Scan {
                     Ok(description) => Some(description),
                     Err(failure) if failure.denied().is_some() => {
                         let rate = self.speed.rate.unwrap_or(UNKNOWN_RATE);
-                        console::say(&format!(
-                            "table {} is read slowly, at {rate} units per second, because its capacity is not known\n\
-                             permission denied: dynamodb:DescribeTable\nto read the table faster, add --rate UNITS",
-                            visible(table)
-                        ));
+                        if !self.is_silent {
+                            console::say(&format!(
+                                "table {} is read slowly, at {rate} units per second, because its capacity is not \
+                                 known\npermission denied: dynamodb:DescribeTable\nto read the table faster, add --rate \
+                                 UNITS",
+                                visible(table)
+                            ));
+                        }
                         None
                     }
                     Err(failure) => return Err(Trouble::failed(failure, &what, &self.stores)),
@@ -357,16 +368,16 @@ impl SegmentReader {
             });
             let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
             if pages
-                .send((number, entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false })))
+                .send((
+                    number,
+                    entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false, owed: None }),
+                ))
                 .await
                 .is_err()
             {
                 return;
             }
-            if from.is_none() {
-                let _ = pages.send((number, Ok(ListedPage::END))).await;
-                return;
-            }
+            let mut until = begun;
             if let Some(rate) = plan.rate {
                 // One unit reads 8 KB, and no item that terraform writes is larger. So if the service does not report
                 // the consumed capacity, one unit per item is enough.
@@ -376,8 +387,14 @@ impl SegmentReader {
                 limit = Some(next_limit(rate, Cost { scanned, consumed }));
                 #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
                 let used = consumed + read_again as f64;
-                sleep_until(begun + Duration::from_secs_f64((used / rate).min(3600.0))).await;
+                until = begun + Duration::from_secs_f64((used / rate).min(3600.0));
             }
+            if from.is_none() {
+                let owed = plan.rate.map(|_| until.saturating_duration_since(Instant::now()));
+                let _ = pages.send((number, Ok(ListedPage { owed, ..ListedPage::END }))).await;
+                return;
+            }
+            sleep_until(until).await;
         }
     }
 
@@ -422,7 +439,7 @@ impl SegmentReader {
             let page = match found {
                 Ok(found) => {
                     let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
-                    entries.map(|entries| ListedPage { entries, scanned, is_last: false })
+                    entries.map(|entries| ListedPage { entries, scanned, is_last: false, owed: None })
                 }
                 Err(trouble) => Err(trouble),
             };

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use jiff::Timestamp;
+use nix::unistd::Pid;
 
 use super::evidence::{Claim, Judgement, PossibleHolder, Seen, judge};
 use crate::journal::pending_requests::PendingRequests;
@@ -76,6 +77,13 @@ impl HostView {
             boot_time: process::boot_time(),
         };
         Self { recorded, late, seen }
+    }
+
+    /// Leaves out the process `tf` and its descendants. A run that waits for a lock does not hold it.
+    pub(crate) fn without_run_of(mut self, tf: Pid) -> Self {
+        let own: Vec<i32> = Process::below(tf).iter().map(|process| process.pid.as_raw()).collect();
+        self.seen.terraforms.retain(|process| process.pid != tf.as_raw() && !own.contains(&process.pid));
+        self
     }
 
     /// Judges the holder of `lock`, which must have been read before this `HostView` was made. `lease` is the lease

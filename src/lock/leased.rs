@@ -139,6 +139,19 @@ fn has_claim(lock: &LeasedLock, claim: &Claim) -> bool {
     taken.is_some_and(|taken| taken.number == claim.number && taken.at == claim.at)
 }
 
+/// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has one.
+pub(crate) fn locks_of(parts: &[StoredPart]) -> Vec<(LockInfo, Option<ObservedLease>)> {
+    let mut locks: Vec<(LockInfo, Option<ObservedLease>)> = Vec::new();
+    for part in parts {
+        let Some(info) = part.stored.info() else { continue };
+        match locks.iter_mut().find(|(known, _)| *known == info) {
+            Some((_, lease)) => *lease = lease.take().or_else(|| part.lease.clone()),
+            None => locks.push((info, part.lease.clone())),
+        }
+    }
+    locks
+}
+
 impl Stores {
     /// Reads the lock at `store_key` and its lease record with one consistent read.
     ///
@@ -404,6 +417,32 @@ mod tests {
 
     fn with(id: &str, record: &Record) -> LeasedLock {
         lock(&format!(r#"{{"ID":"{id}"}}"#), Member::Last(record.to_json()))
+    }
+
+    #[test]
+    fn two_parts_of_a_lock_are_one_lock_with_its_lease() {
+        use crate::lease::observed::tests::lease;
+        use crate::lease::record::Fence;
+        use crate::lock::dynamodb::InfoAttribute;
+        use crate::lock::stores::{StoreKey, StoredLock};
+        let part = |id: &str, age: Option<i64>| StoredPart {
+            store_key: StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() },
+            stored: StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#))),
+            lease: age.map(|age| lease(id, age, None, Fence::Stop)),
+        };
+        for (parts, expected) in [
+            (vec![part("a", None), part("a", Some(1))], vec![("a", Some(1))]),
+            (vec![part("a", Some(1)), part("a", Some(2))], vec![("a", Some(1))]),
+            (vec![part("a", None), part("b", Some(2))], vec![("a", None), ("b", Some(2))]),
+            (vec![part("", None)], vec![]),
+        ] {
+            let expected: Vec<_> = expected
+                .into_iter()
+                .map(|(id, age)| (id.to_owned(), age.map(|age| lease(id, age, None, Fence::Stop))))
+                .collect();
+            let found: Vec<_> = locks_of(&parts).into_iter().map(|(info, lease)| (info.id, lease)).collect();
+            assert_eq!(found, expected);
+        }
     }
 
     #[test]

@@ -279,13 +279,45 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
 /// belong to the locks of two different runs. A part that cannot be read is left out. Empty if the reads take longer
 /// than [`EXPLANATION_TIMEOUT`].
 pub(crate) async fn stored(location: &LockLocation) -> Vec<StoredPart> {
+    read_stored(location).await.unwrap_or_default()
+}
+
+/// Why a location could not be read.
+#[derive(Clone, Debug)]
+pub(crate) enum Unread {
+    /// The services could not be reached with the settings of the backend. In most cases there are no credentials.
+    Unreachable(Unreachable),
+    /// A request has failed, or took too long.
+    Failed(Failure),
+}
+
+/// As [`stored`].
+///
+/// # Errors
+/// [`Unread`] if no part could be read, or if the reads take longer than [`EXPLANATION_TIMEOUT`].
+pub(crate) async fn read_stored(location: &LockLocation) -> Result<Vec<StoredPart>, Unread> {
     let look = async {
-        let Ok(services) = Services::connect(location, Purpose::Explanation).await else { return Vec::new() };
+        let services = Services::connect(location, Purpose::Explanation).await.map_err(Unread::Unreachable)?;
         let reads = services.parts.iter().map(|part| services.stores.read_part(part));
-        let read = futures_util::future::join_all(reads).await;
-        read.into_iter().filter_map(|part| part.ok()?).collect()
+        let (mut parts, mut failed) = (Vec::new(), None);
+        for read in futures_util::future::join_all(reads).await {
+            match read {
+                Ok(part) => parts.extend(part),
+                Err(failure) => failed = Some(failure),
+            }
+        }
+        match failed {
+            Some(failure) if parts.is_empty() => {
+                if failure.cause() == Cause::ExpiredCredentials {
+                    connect::forget_credentials(&location.backend);
+                }
+                Err(Unread::Failed(failure))
+            }
+            _ => Ok(parts),
+        }
     };
-    timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_default()
+    let timed_out = || Unread::Failed(Failure::no_answer("AWS", "the request timed out"));
+    timeout(EXPLANATION_TIMEOUT, look).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
 /// Compares the state at `location` with its digest once. Returns the comparison if they do not match. `None` if they

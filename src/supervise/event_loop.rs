@@ -56,9 +56,8 @@ const UNIT_STOP_WINDOW: Duration = Duration::from_millis(250);
 pub(crate) struct Supervision<'a> {
     pub(crate) terraform: Pid,
     pub(crate) context: &'a RunContext<'a>,
-    /// Finishes the dead runs for whose locks terraform is waiting. `None` if no lock may be released
-    /// (`TFW_RELEASE=never`).
-    pub(crate) waiting: Option<&'a mut Waiting>,
+    /// What is done while terraform waits for a lock.
+    pub(crate) waiting: &'a mut Waiting,
     pub(crate) group: TerraformGroup,
     pub(crate) signals: &'a mut Signals,
     pub(crate) stop: &'a mut Stop,
@@ -177,9 +176,7 @@ impl Supervision<'_> {
                     look_at = now + DESCENDANTS_INTERVAL;
                 }
                 read_at = now + self.recorder.interval(now - started);
-                if let Some(waiting) = &mut self.waiting {
-                    waiting.step(self.recorder.log(), &self.context.candidates, self.tree);
-                }
+                self.waiting.step(self.recorder.log(), &self.context.candidates, self.tree);
             }
             // A group that the kernel has stopped for the lease does not need the terminal.
             if self.foreground.deadline().is_some_and(|at| at <= now)

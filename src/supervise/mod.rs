@@ -116,7 +116,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     }
     crash_point::reached("tf: begun");
     match Prepared::new(context, settings, &signals) {
-        Ok(prepared) => prepared.run(Waiting::new(tried, takes_over), &mut signals),
+        Ok(prepared) => prepared.run(Waiting::new(tried, takes_over, settings.release), &mut signals),
         Err(error) => {
             signals.stop_listening();
             Err(Unprepared(error))
@@ -234,17 +234,16 @@ impl<'a> Prepared<'a> {
     }
 
     /// Starts terraform, watches it, and cleans up after it.
-    fn run(mut self, waiting: Waiting, signals: &mut Signals) -> Result<Ended, NotSupervised> {
+    fn run(mut self, mut waiting: Waiting, signals: &mut Signals) -> Result<Ended, NotSupervised> {
         let started = self.start(signals)?;
-        let mut waiting = self.context.release.then_some(waiting);
-        let ended = self.watch(started.terraform, waiting.as_mut(), signals);
+        let ended = self.watch(started.terraform, &mut waiting, signals);
         // No renewal may come between a read and a delete of the lock. And the fuse must not stop what terraform has
         // left on purpose.
         if let Some(lease) = &mut self.lease {
             lease.end();
         }
         crash_point::reached("tf: terraform ended");
-        let tried = waiting.map(|waiting| waiting.finish(&mut Waiter::Interactive(signals))).unwrap_or_default();
+        let tried = waiting.finish(&mut Waiter::Interactive(signals));
         let all_written = self.pipes.flush();
         self.clean_up(ended, &started, &tried, signals);
         write_the_rest(&mut self.pipes, all_written, signals);
@@ -296,7 +295,7 @@ impl<'a> Prepared<'a> {
     }
 
     /// Watches terraform until it has exited, and returns how it ended.
-    fn watch(&mut self, terraform: Pid, waiting: Option<&mut Waiting>, signals: &mut Signals) -> Ended {
+    fn watch(&mut self, terraform: Pid, waiting: &mut Waiting, signals: &mut Signals) -> Ended {
         Supervision {
             terraform,
             context: &self.context,

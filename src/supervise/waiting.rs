@@ -2,9 +2,11 @@
 //! attempt succeeds. A run that died before this run started was normally finished before terraform started. This
 //! module handles a run that dies later, and tries again to finish a run that could not be finished before.
 //!
-//! With `TFW_LEASE`, it also watches the lock for which terraform waits, and takes it over when its lease has lapsed.
+//! If the wait takes 3 s, another `tf` process says who holds the lock.
 //!
-//! Another `tf` process finishes the dead run or takes over the lock, because a process that supervises a terraform sends no request to AWS
+//! With `TFW_LEASE`, this module also watches the lock for which terraform waits, and takes it over when its lease has lapsed.
+//!
+//! Another `tf` process does each of these, because a process that supervises a terraform sends no request to AWS
 //! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
 
 use crate::cleanup::recovery_process;
@@ -22,6 +24,7 @@ use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
 use crate::cleanup::takeover_process::{Ended, TakeoverProcess};
+use crate::cleanup::wait_explanation::{self, EXPLANATION_DELAY, WaitExplanation};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::terms::Terms;
@@ -44,9 +47,11 @@ const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 /// The exit code of `tf locks recover --say` if no credentials were available.
 const LACKS_CREDENTIALS: i32 = 1;
 
-/// Finishes dead runs while terraform waits for a lock.
+/// Finishes dead runs while terraform waits for a lock, and lets the wait be explained.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
+    /// Whether dead runs may be finished. False if no lock may be released.
+    recovers: bool,
     /// When to search the journal next. `None` if terraform does not wait for a lock.
     look_at: Option<Instant>,
     /// The IDs of the dead runs that `tf` tried to finish, and when each may be tried again.
@@ -60,41 +65,94 @@ pub(crate) struct Waiting {
     /// When to start the next one, if the last one has ended by itself, or if a recovery got no credentials
     /// before terraform started.
     take_at: Option<Instant>,
+    /// What is done to explain the wait.
+    explaining: Explaining,
+    /// The process that explains the wait, and the ID of the lock for which terraform waits. `None` if none was started
+    /// for this wait.
+    explanation: Option<(WaitExplanation, String)>,
     /// Processes that were told to end, because terraform does not wait any more.
     ending: Vec<Child>,
 }
 
 impl Waiting {
     /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished before
-    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock.
-    pub(crate) fn new(tried: Vec<Tried>, takes_over: Option<Terms>) -> Self {
+    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock. `recovers` is
+    /// whether dead runs may be finished.
+    pub(crate) fn new(tried: Vec<Tried>, takes_over: Option<Terms>, recovers: bool) -> Self {
         let now = Instant::now();
         let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
         let take_at = lacks_credentials.then(|| now + retry_interval(true));
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { tried: tried.collect(), takes_over, take_at, ..Self::default() }
+        Self { recovers, tried: tried.collect(), takes_over, take_at, ..Self::default() }
     }
 
-    /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs.
-    /// Call this each time the log has been read.
+    /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs and
+    /// explain the wait. Call this each time the log has been read.
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let awaited = log.unreleased().find(|lock| lock.progress.held.is_none());
         if awaited.is_none() {
             self.ending.extend(self.taker.take().map(TakeoverProcess::into_child));
-            self.ending.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         }
         if let (Some(lock), Some(attempted), Some(taker)) = (awaited, log.attempted, &mut self.taker) {
             taker.tell_whether_terraform_rests(rests(lock.progress.asked, attempted, Timestamp::now()));
         }
+        self.explain(awaited, here, tree);
+        self.ending.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         let next = next_search(self.look_at, awaited.is_some(), Instant::now());
         self.look_at = next.at;
-        if next.is_due {
+        if next.is_due && self.recovers {
             self.recover_dead_runs(here, tree);
             if let Some(awaited) = awaited {
                 self.watch_lease(awaited, here, tree);
             }
         }
+    }
+
+    /// Starts a process that says who holds the lock `awaited`, if that is due. Ends the process if terraform does not
+    /// wait, or waits for another lock.
+    fn explain(&mut self, awaited: Option<&RecordedLock>, here: &CandidateBackends, tree: &Tree) {
+        let now = Instant::now();
+        if let Some((process, id)) = self.explanation.take() {
+            if awaited.is_some_and(|awaited| awaited.id == id) {
+                self.explanation = Some((process, id));
+            } else {
+                self.ending.push(process.into_child());
+                self.explaining = Explaining::No;
+            }
+        }
+        let no_credentials_until = self.take_at.filter(|at| *at > now);
+        self.explaining = next_explaining(self.explaining, awaited.is_some(), no_credentials_until, now);
+        let (Explaining::Now, Some(awaited)) = (self.explaining, awaited) else { return };
+        self.explaining = match &mut self.explanation {
+            Some((process, _)) => match process.ended() {
+                None => Explaining::Now,
+                Some(wait_explanation::Ended::Over) => Explaining::Over,
+                Some(wait_explanation::Ended::CannotRead) => {
+                    self.explanation = None;
+                    Explaining::At(now + CREDENTIALS_RETRY_INTERVAL)
+                }
+            },
+            // A recovery that is at work may release the lock, or find that there are no credentials.
+            None if !self.at_work.is_empty() => Explaining::Now,
+            None => {
+                let location = here.of(awaited).into_iter().next().or_else(|| here.selected());
+                match location.map(|location| WaitExplanation::start(&location, here, awaited)) {
+                    Some(Ok(process)) => {
+                        if let Ok(pid) = i32::try_from(process.pid()) {
+                            tree.exclude(Pid::from_raw(pid));
+                        }
+                        self.explanation = Some((process, awaited.id.clone()));
+                        Explaining::Now
+                    }
+                    Some(Err(error)) => {
+                        trace!("no process for the explanation of the wait: {error}");
+                        Explaining::At(now + RETRY_INTERVAL)
+                    }
+                    None => Explaining::Over,
+                }
+            }
+        };
     }
 
     /// Starts a process that watches the lock `awaited`, if none is running.
@@ -125,11 +183,14 @@ impl Waiting {
     }
 
     fn recover_dead_runs(&mut self, here: &CandidateBackends, tree: &Tree) {
-        let tried = &mut self.tried;
+        let (tried, take_at) = (&mut self.tried, &mut self.take_at);
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,
             Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
-                tried.insert(run.clone(), Instant::now() + retry_interval(true));
+                let later = Instant::now() + retry_interval(true);
+                tried.insert(run.clone(), later);
+                // The other processes would ask for the same credentials.
+                *take_at = Some(later);
                 false
             }
             _ => false,
@@ -165,8 +226,10 @@ impl Waiting {
     /// stderr to its end must wait for these processes anyway, because they have stderr open too. Returns the IDs of
     /// the runs that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
-        let takers = self.ending.into_iter().chain(self.taker.map(TakeoverProcess::into_child));
-        for child in self.at_work.into_iter().map(|(child, _)| child).chain(takers) {
+        let taker = self.taker.map(TakeoverProcess::into_child);
+        let explanation = self.explanation.map(|(process, _)| process.into_child());
+        let others = self.ending.into_iter().chain(taker).chain(explanation);
+        for child in self.at_work.into_iter().map(|(child, _)| child).chain(others) {
             recovery_process::wait_for(child, waiter);
         }
         self.tried.into_keys().collect()
@@ -196,6 +259,37 @@ fn rests(asked: Timestamp, attempted: Timestamp, now: Timestamp) -> bool {
 /// last attempt failed because no credentials were available.
 fn retry_interval(lacks_credentials: bool) -> Duration {
     if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL }
+}
+
+/// What is done to explain a wait for a lock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Explaining {
+    /// Nothing: terraform does not wait.
+    #[default]
+    No,
+    /// The process is started at this time, if terraform still waits then.
+    At(Instant),
+    /// The process is running, or is to be started now.
+    Now,
+    /// The process has ended, and is not started again during this wait.
+    Over,
+}
+
+/// Returns what to do to explain a wait. `waits` is whether the log shows a lock request without a response.
+/// `no_credentials_until` is when credentials may be requested again. `None` if they may be requested now.
+fn next_explaining(
+    current: Explaining,
+    waits: bool,
+    no_credentials_until: Option<Instant>,
+    now: Instant,
+) -> Explaining {
+    match current {
+        _ if !waits => Explaining::No,
+        Explaining::No => Explaining::At(now + EXPLANATION_DELAY),
+        Explaining::At(at) if at > now => current,
+        Explaining::At(_) => no_credentials_until.map_or(Explaining::Now, Explaining::At),
+        Explaining::Now | Explaining::Over => current,
+    }
 }
 
 /// When to search the journal for dead runs.
@@ -288,6 +382,24 @@ mod tests {
     }
 
     #[test]
+    fn a_wait_is_explained_once_it_takes_three_seconds_and_only_with_credentials() {
+        let now = Instant::now();
+        let at = |seconds| Explaining::At(now + Duration::from_secs(seconds));
+        let later = Some(now + Duration::from_mins(10));
+        for no_credentials_until in [None, later] {
+            for current in [Explaining::No, at(0), at(1), Explaining::Now, Explaining::Over] {
+                assert_eq!(next_explaining(current, false, no_credentials_until, now), Explaining::No, "{current:?}");
+                let expected = match current {
+                    Explaining::No => at(3),
+                    Explaining::At(due) if due <= now => no_credentials_until.map_or(Explaining::Now, Explaining::At),
+                    other => other,
+                };
+                assert_eq!(next_explaining(current, true, no_credentials_until, now), expected, "{current:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_dead_run_is_tried_again_only_when_its_interval_is_over() {
         let now = Instant::now();
         for (due, expected) in [
@@ -306,7 +418,7 @@ mod tests {
         assert_eq!(retry_interval(true), Duration::from_mins(10));
         let tried = |run: &str, lacks_credentials| Tried { run: run.into(), lacks_credentials };
         let before = Instant::now();
-        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], None);
+        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], None, true);
         let after = Instant::now();
         for (run, interval) in [("a", Duration::from_secs(15)), ("b", Duration::from_mins(10))] {
             let due = waiting.tried[run];
@@ -316,6 +428,6 @@ mod tests {
         // A process that takes over a lock would ask for the same credentials.
         let take_at = waiting.take_at.unwrap();
         assert!(before + Duration::from_mins(10) <= take_at && take_at <= after + Duration::from_mins(10));
-        assert_eq!(Waiting::new(vec![tried("a", false)], None).take_at, None);
+        assert_eq!(Waiting::new(vec![tried("a", false)], None, true).take_at, None);
     }
 }

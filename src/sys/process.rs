@@ -495,12 +495,12 @@ impl Process {
         ids.is_some_and(|ids| ids.split_ascii_whitespace().take(3).filter(|id| *id == own).count() == 3)
     }
 
-    /// Returns whether the process is the guardian, the recovery, the fuse or the keeper of any run of `tf`: it executes this program, under
-    /// one of the names that these processes give themselves.
+    /// Returns whether the process works for any run of `tf`, for example as its guardian or its keeper: it executes this
+    /// program, under one of the names that these processes give themselves.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
         matches!(
             self.name.as_str(),
-            "tf-guardian" | "tf-recovery" | "tf-fuse" | "tf-spare" | "tf-keeper" | "tf-takeover"
+            "tf-guardian" | "tf-recovery" | "tf-fuse" | "tf-spare" | "tf-keeper" | "tf-takeover" | "tf-waiting"
         ) && self.runs_our_program() == Some(true)
     }
 

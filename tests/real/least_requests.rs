@@ -68,6 +68,43 @@ fn a_policy_that_permits_only_deletes_that_return_nothing_is_enough() {
     env.assert_unlocked();
 }
 
+/// A backend may have hundreds of workspaces. Neither a refused run nor the command that it names lists or reads them.
+fn a_refused_run_and_the_command_that_it_names_look_at_one_lock(lock: Lock) {
+    let mut env = TestEnv::new(lock, "true");
+    let other = format!("{}/env:/green/dir/prod.tfstate", env.bucket);
+    cloud().s3("PUT", &other, b"{}");
+    env.lock_of_another();
+    let (_proxy, asked) = record(&mut env, |_| ProxyAction::Pass);
+    let assert_one = |what: &str| {
+        let asked = std::mem::take(&mut *asked.lock().unwrap());
+        assert!(!asked.is_empty(), "{lock:?} {what}");
+        for request in asked {
+            let is_item = request.text().contains(&format!("\"{}\"", env.path()));
+            let is_object = request.start.contains(&format!(" /{}.tflock", env.path()));
+            let is_about_the_table = request.asks_for("DescribeTable");
+            assert!(
+                is_item || is_object || is_about_the_table,
+                "{lock:?} {what}: {} {}",
+                request.start,
+                request.text()
+            );
+        }
+    };
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    let (_, command) = end.err.rsplit_once("type: tf locks ").unwrap();
+    let words: Vec<String> = command.split_whitespace().map(ToOwned::to_owned).collect();
+    assert_one("plan");
+    let end = locks(&env, &words.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(end.code(), Some(0), "{words:?}: {}", env.dump(&end));
+    assert!(end.out.contains("11111111-2222-3333-4444-555555555555"), "{}", env.dump(&end));
+    assert_one("the command");
+    // Another word may name any workspace.
+    assert_eq!(locks(&env, &["show", "default"]).code(), Some(0));
+    assert!(asked.lock().unwrap().iter().any(|request| request.start.contains("list-type=2")), "{lock:?}");
+}
+for_each_lock!(a_refused_run_and_the_command_that_it_names_look_at_one_lock);
+
 /// An IAM policy may be limited to these keys (docs/iam.md).
 #[test]
 fn each_request_is_about_a_lock_a_digest_or_a_state_of_the_backend() {

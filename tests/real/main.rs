@@ -67,5 +67,7 @@ mod taken_over;
 mod terminal;
 mod two_at_once;
 mod two_hosts;
+mod waiting;
+mod watch;
 mod where_it_is;
 mod which_machine;

@@ -126,6 +126,13 @@ impl Terminal {
         modes.local_flags.contains(nix::sys::termios::LocalFlags::ECHO)
     }
 
+    /// Gives the terminal another size.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: the call reads `size`.
+        unsafe { libc::ioctl(self.master.as_ref().unwrap().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    }
+
     /// Closes the terminal, as a closed window does. The kernel then hangs it up.
     pub fn close(&mut self) {
         // The reader has a copy of the master. It closes the copy when nothing else refers to its screen.

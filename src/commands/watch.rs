@@ -1,0 +1,430 @@
+//! `tf locks list --watch`: lists the locks again and again. On a terminal, the table is redrawn in place, and what has
+//! changed since the last round is marked. In a pipe, each change is one more line.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::time::Duration;
+
+use ::console::Term;
+use jiff::Timestamp;
+use tokio::time::{Instant, sleep};
+
+use super::Finding;
+use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
+use super::found::ListedEntry;
+use super::inventory;
+use super::output::{self, Widths};
+use super::scan::{self, Scan, unless_stopped};
+use super::staleness::Staleness;
+use super::targets::Speed;
+use crate::console::{self, ellipsis, length_of_time, visible};
+use crate::settings;
+use crate::sys::signals::Signals;
+
+/// How often to check for signals and for another size of the terminal.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The shortest and the longest time between the beginnings of two rounds.
+const INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(24);
+
+/// Shows the alternate screen and hides the cursor (xterm's DECSET 1049 and 25).
+const ENTER: &str = "\u{1b}[?1049h\u{1b}[?25l";
+
+/// Undoes [`ENTER`].
+const LEAVE: &str = "\u{1b}[?25h\u{1b}[?1049l";
+
+/// Parses the value of `--watch`.
+///
+/// # Errors
+/// Fails if it is not a time from 1 s to 24 h.
+pub(super) fn interval(text: &str) -> Result<Duration, Trouble> {
+    settings::duration(text).filter(|interval| INTERVALS.contains(interval)).ok_or_else(|| {
+        Trouble::Said(format!("--watch={} is not a time from 1s to 24h, for example --watch=5s", visible(text)))
+    })
+}
+
+/// Lists the locks of `place` every `interval`, until a signal stops this process. A failed round is reported and
+/// repeated, except the first one.
+///
+/// # Errors
+/// Fails if the first round fails, or if the output cannot be written.
+pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration) -> Result<Finding, Trouble> {
+    console::stdout_is_open()?;
+    let mut signals = scan::listen()?;
+    let mut connection: Option<Connection> = None;
+    let mut rows: Option<Vec<Row>> = None;
+    let mut view: Option<View> = None;
+    loop {
+        let begun = Instant::now();
+        let round = match round(place, speed, &mut connection, rows.is_none(), &mut signals).await {
+            Ok(round) => Ok(round),
+            Err(Interrupted::Signal(signal)) => return Ok(Finding::Stopped(signal)),
+            Err(Interrupted::Trouble(trouble)) if rows.is_none() => return Err(trouble),
+            Err(Interrupted::Trouble(trouble)) => {
+                connection = None;
+                Err(trouble.to_string())
+            }
+        };
+        let took = begun.elapsed();
+        let view = view.get_or_insert_with(View::new);
+        let (note, owed) = match round {
+            Ok(Round { entries, note, owed }) => {
+                rows = Some(compared(rows.take(), entries));
+                (note, owed)
+            }
+            Err(trouble) => {
+                let reason = trouble.lines().next().unwrap_or_default().to_owned();
+                (Some(format!("not up to date: {reason}")), None)
+            }
+        };
+        let shown = rows.as_deref().unwrap_or_default();
+        view.show(shown, &title(shown, interval, Timestamp::now()), note.as_deref())?;
+        let until = begun + time_to_next_round(interval, took, owed);
+        while Instant::now() < until {
+            if let Some(signal) = signals.next_stop() {
+                return Ok(Finding::Stopped(signal));
+            }
+            view.redraw_if_resized(shown, note.as_deref())?;
+            sleep(POLL_INTERVAL.min(until - Instant::now())).await;
+        }
+    }
+}
+
+/// Why a round was not completed.
+enum Interrupted {
+    Signal(nix::sys::signal::Signal),
+    Trouble(Trouble),
+}
+
+impl From<Trouble> for Interrupted {
+    fn from(trouble: Trouble) -> Self {
+        Self::Trouble(trouble)
+    }
+}
+
+/// What one round has read.
+struct Round {
+    entries: Vec<ListedEntry>,
+    /// Why the entries may not be all. `None` if they are.
+    note: Option<String>,
+    /// How long the table must not be read now, because this round has used its capacity. `None` if the capacity of the
+    /// target is not limited.
+    owed: Option<Duration>,
+}
+
+/// Reads all locks of `place` once. Connects if `connection` is `None`. The first round shows the progress of a scan on
+/// stderr; a later one would draw over the table.
+async fn round(
+    place: &LocationArgs,
+    speed: Speed,
+    connection: &mut Option<Connection>,
+    is_first: bool,
+    signals: &mut Signals,
+) -> Result<Round, Interrupted> {
+    let reached = match connection.take() {
+        Some(connection) => connection,
+        None => unless_stopped(signals, Box::pin(place.reach())).await.map_err(Interrupted::Signal)??,
+    };
+    let Connection { target, stores } = connection.insert(reached);
+    if let ScanTarget::Directory(directory) = target {
+        let staleness = Staleness::default();
+        let looked = inventory::look(directory, stores, &staleness);
+        let inventory = unless_stopped(signals, Box::pin(looked)).await.map_err(Interrupted::Signal)??;
+        let unseen = inventory.unseen.then(|| inventory::UNSEEN.to_owned());
+        let note = inventory.incomplete.or(unseen).map(|note| note.replace('\n', ": "));
+        return Ok(Round { entries: inventory.entries, note, owed: None });
+    }
+    let (target, stores) = (target.clone(), stores.clone());
+    let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: !is_first };
+    let mut entries = Vec::new();
+    let mut nowhere = output::Output::Lines(Widths::USUAL);
+    let scanned = scan
+        .run(signals, &mut nowhere, |entry| {
+            entries.push(entry.clone());
+            false
+        })
+        .await?;
+    if let Some(signal) = scanned.stopped {
+        return Err(Interrupted::Signal(signal));
+    }
+    entries.sort_by_key(key);
+    Ok(Round { entries, note: None, owed: scanned.owed })
+}
+
+/// Returns the time from the beginning of a round to the beginning of the next one. `took` is how long the round took.
+/// If `owed` is not `None`, the capacity of the table is limited, and the table must not be read for that long after the
+/// round. Otherwise the pause is at least as long as the round, so that reading takes at most half of the time.
+fn time_to_next_round(interval: Duration, took: Duration, owed: Option<Duration>) -> Duration {
+    interval.max(took + owed.unwrap_or(took))
+}
+
+/// What has happened to an entry since the last round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    /// Nothing, or this is the first round.
+    Same,
+    New,
+    Changed,
+    Gone,
+}
+
+impl Mark {
+    /// Returns the mark as it precedes a row of the table.
+    fn sign(self) -> char {
+        match self {
+            Self::Same => ' ',
+            Self::New => '+',
+            Self::Changed => '~',
+            Self::Gone => '-',
+        }
+    }
+
+    /// Returns the mark as a word in a line.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Same => "held",
+            Self::New => "locked",
+            Self::Changed => "changed",
+            Self::Gone => "released",
+        }
+    }
+}
+
+/// An entry and its mark.
+#[derive(Clone, Debug)]
+struct Row {
+    mark: Mark,
+    entry: ListedEntry,
+}
+
+/// Returns what identifies an entry: its path and its ID.
+fn key(entry: &ListedEntry) -> (String, String) {
+    match entry {
+        ListedEntry::Lock(lock) => (lock.path(), lock.info.id.clone()),
+        ListedEntry::UnreadableLock(unreadable) => (unreadable.place.path(), unreadable.place.describe()),
+    }
+}
+
+/// Returns what counts as a change of an entry. The age of a lock or of its lease does not.
+fn state(entry: &ListedEntry) -> (String, Option<String>) {
+    match entry {
+        ListedEntry::Lock(lock) => (format!("{} {}", lock.verdict().word(), output::parts(lock)), lock.rival.clone()),
+        ListedEntry::UnreadableLock(unreadable) => (unreadable.reason.clone(), None),
+    }
+}
+
+/// Returns `entries` with what has happened to them since the round with the rows `before`, and after them the entries
+/// that are gone. `before` is `None` in the first round.
+fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>) -> Vec<Row> {
+    let Some(before) = before else {
+        return entries.into_iter().map(|entry| Row { mark: Mark::Same, entry }).collect();
+    };
+    let before: Vec<Row> = before.into_iter().filter(|row| row.mark != Mark::Gone).collect();
+    let known: std::collections::HashMap<_, _> =
+        before.iter().map(|row| (key(&row.entry), state(&row.entry))).collect();
+    let now: std::collections::HashSet<_> = entries.iter().map(key).collect();
+    let kept = entries.into_iter().map(|entry| {
+        let mark = match known.get(&key(&entry)) {
+            None => Mark::New,
+            Some(known) if *known != state(&entry) => Mark::Changed,
+            Some(_) => Mark::Same,
+        };
+        Row { mark, entry }
+    });
+    let gone = before.iter().filter(|row| !now.contains(&key(&row.entry)));
+    let gone: Vec<Row> = gone.map(|row| Row { mark: Mark::Gone, entry: row.entry.clone() }).collect();
+    kept.chain(gone).collect()
+}
+
+/// Returns the first line on a terminal.
+fn title(rows: &[Row], interval: Duration, now: Timestamp) -> String {
+    let held = || rows.iter().filter(|row| row.mark != Mark::Gone);
+    let (all, stale) = (held().count(), held().filter(|row| row.entry.is_stale()).count());
+    let locks = if all == 1 { "lock" } else { "locks" };
+    format!("{all} {locks}, {stale} stale, at {now:.0}, every {}; to stop, press ^C", length_of_time(interval))
+}
+
+/// Where the rounds are shown.
+enum View {
+    Terminal(Screen),
+    /// A pipe, a file, or a terminal that cannot move its cursor. The field is whether a round was shown.
+    Lines(bool),
+}
+
+impl View {
+    fn new() -> Self {
+        let is_dumb = std::env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
+        if Term::stdout().is_term() && !is_dumb { Self::Terminal(Screen::enter()) } else { Self::Lines(false) }
+    }
+
+    /// Shows a round.
+    ///
+    /// # Errors
+    /// Fails if stdout cannot be written, for example because its reader has exited.
+    fn show(&mut self, rows: &[Row], title: &str, note: Option<&str>) -> io::Result<()> {
+        match self {
+            Self::Terminal(screen) => {
+                title.clone_into(&mut screen.title);
+                screen.draw(rows, note)
+            }
+            Self::Lines(has_shown) => {
+                let is_first = !std::mem::replace(has_shown, true);
+                let now = Timestamp::now();
+                let mut text = String::new();
+                // The rows of a failed round are those of the round before it.
+                let is_failed = note.is_some_and(|note| note.starts_with("not up to date"));
+                for Row { mark, entry } in rows.iter().filter(|_| !is_failed) {
+                    if is_first || *mark != Mark::Same {
+                        let line = output::line_of(entry, Widths::USUAL, now);
+                        let _ = write!(text, "{now:.0}  {:<8}  {line}", mark.word());
+                    }
+                }
+                if let Some(note) = note {
+                    console::say(note);
+                }
+                let mut out = io::stdout().lock();
+                out.write_all(text.as_bytes())?;
+                out.flush()
+            }
+        }
+    }
+
+    /// Draws the last round again if the terminal has another size now.
+    fn redraw_if_resized(&mut self, rows: &[Row], note: Option<&str>) -> io::Result<()> {
+        match self {
+            Self::Terminal(screen) if screen.size != Term::stdout().size() => screen.draw(rows, note),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The alternate screen of the terminal. Its drop restores what was on the terminal before.
+struct Screen {
+    title: String,
+    /// The rows and columns of the terminal when it was drawn.
+    size: (u16, u16),
+}
+
+impl Screen {
+    fn enter() -> Self {
+        let _ = write_all(ENTER);
+        Self { title: String::new(), size: (0, 0) }
+    }
+
+    fn draw(&mut self, rows: &[Row], note: Option<&str>) -> io::Result<()> {
+        self.size = Term::stdout().size();
+        let (height, width) = (usize::from(self.size.0), usize::from(self.size.1));
+        let text = |text: &str| ::console::truncate_str(text, width, ellipsis()).into_owned();
+        let mut lines = vec![text(&self.title)];
+        lines.extend(note.map(text));
+        if !rows.is_empty() {
+            let entries: Vec<&ListedEntry> = rows.iter().map(|row| &row.entry).collect();
+            let (head, blocks) = output::table_of(width.saturating_sub(2), &entries, Timestamp::now());
+            lines.extend(head.lines().map(|line| format!("  {line}")));
+            let mut blocks: Vec<(&String, &Row)> = blocks.iter().zip(rows).collect();
+            let needed: usize = blocks.iter().map(|(block, _)| block.lines().count()).sum();
+            if lines.len() + needed > height {
+                // What has changed must not be below the end of the screen.
+                blocks.sort_by_key(|(_, row)| row.mark == Mark::Same);
+            }
+            for (block, row) in blocks {
+                let marks = std::iter::once(row.mark.sign()).chain(std::iter::repeat(' '));
+                lines.extend(block.lines().zip(marks).map(|(line, mark)| format!("{mark} {line}")));
+            }
+        }
+        write_all(&frame(&lines, height))
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = write_all(LEAVE);
+    }
+}
+
+/// Returns what draws `lines` on a screen of `height` rows over what it shows now. Lines for which there is no room are
+/// counted in the last row.
+fn frame(lines: &[String], height: usize) -> String {
+    let height = height.max(2);
+    let shown = if lines.len() > height { height - 1 } else { lines.len() };
+    let mut all: Vec<String> = lines[..shown].to_vec();
+    if shown < lines.len() {
+        all.push(format!("{} {} more lines", ellipsis(), lines.len() - shown));
+    }
+    // Home; clear each row before it is written, because a row that fills the width may lose its last character to a
+    // clear after it; then clear what is below.
+    let below = if all.len() < height { "\r\n\u{1b}[J" } else { "" };
+    format!("\u{1b}[H\u{1b}[K{}{below}", all.join("\r\n\u{1b}[K"))
+}
+
+fn write_all(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lock::stores::StoreKey;
+
+    fn entry(path: &str, reason: &str) -> ListedEntry {
+        let place = StoreKey::DynamoDb { table: "t".into(), key: path.into(), region: "r".into() };
+        ListedEntry::UnreadableLock(super::super::found::UnreadableLock { place, reason: reason.into(), stored: None })
+    }
+
+    #[test]
+    fn only_a_time_from_a_second_to_a_day_is_an_interval() {
+        for (text, seconds) in [("1s", 1), ("5s", 5), ("2m", 120), ("24h", 86_400)] {
+            assert_eq!(interval(text).unwrap(), Duration::from_secs(seconds), "{text}");
+        }
+        for text in ["", "0", "0s", "x", "-1s", "25h", "5 s\u{1b}[2J", "999999999999999999999h"] {
+            let message = interval(text).unwrap_err().to_string();
+            assert!(message.lines().count() == 1 && message.contains("--watch=5s"), "{message}");
+            assert!(!message.contains('\u{1b}'), "{message:?}");
+        }
+    }
+
+    #[test]
+    fn a_round_begins_when_the_interval_is_over_and_the_table_can_bear_it() {
+        let seconds = Duration::from_secs;
+        for (interval, took, owed, expected) in [
+            (5, 0, None, 5),
+            (5, 2, None, 5),
+            // An unlimited target is read at most half of the time.
+            (5, 4, None, 8),
+            (5, 1, Some(2), 5),
+            (5, 1, Some(60), 61),
+            // A read at the permitted rate may begin at once.
+            (5, 600, Some(0), 600),
+        ] {
+            let next = time_to_next_round(seconds(interval), seconds(took), owed.map(seconds));
+            assert_eq!(next, seconds(expected), "{interval} {took} {owed:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_new_changed_or_gone_since_the_last_round_is_marked_once() {
+        let marks = |rows: &[Row]| rows.iter().map(|row| (key(&row.entry).0, row.mark)).collect::<Vec<_>>();
+        let row = |path: &str, mark| (path.to_owned(), mark);
+        let first = compared(None, vec![entry("a", "x"), entry("b", "x")]);
+        assert_eq!(marks(&first), [row("a", Mark::Same), row("b", Mark::Same)]);
+        let second = compared(Some(first), vec![entry("a", "y"), entry("c", "x")]);
+        assert_eq!(marks(&second), [row("a", Mark::Changed), row("c", Mark::New), row("b", Mark::Gone)]);
+        let third = compared(Some(second), vec![entry("a", "y"), entry("b", "x"), entry("c", "x")]);
+        assert_eq!(marks(&third), [row("a", Mark::Same), row("b", Mark::New), row("c", Mark::Same)]);
+        assert_eq!(marks(&compared(Some(Vec::new()), vec![entry("a", "x")])), [row("a", Mark::New)]);
+    }
+
+    #[test]
+    fn a_frame_has_at_most_as_many_rows_as_the_screen() {
+        let lines: Vec<String> = (0..5).map(|number| format!("line {number}")).collect();
+        for height in 0..8 {
+            let frame = frame(&lines, height);
+            let rows = frame.split("\r\n").count();
+            assert!(rows <= height.max(2), "{height}: {frame:?}");
+            assert_eq!(frame.contains("line 4"), height >= 5, "{height}");
+            assert_eq!(frame.contains("more lines"), height < 5, "{height}");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `tf locks --watch` shows what changes, on a terminal and in a pipe.
+
+use std::os::unix::process::ExitStatusExt;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::cloud::cloud;
+use crate::support::process::Run;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::terminal::Terminal;
+use crate::support::test_env::lock_json;
+use crate::support::wait_for;
+use crate::support::{Lock, Subject, TestEnv};
+
+const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
+const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";
+const LEAVE: &str = "\u{1b}[?25h\u{1b}[?1049l";
+
+/// Creates the lock of another host, of whose holder nothing is known. Returns its ID.
+fn lock_elsewhere(env: &TestEnv, id: &'static str) -> &'static str {
+    let mut info: Value = serde_json::from_str(&lock_json(id, &env.path())).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    env.put_lock(&info.to_string());
+    id
+}
+
+/// The commands in docs/locks.md.
+#[test]
+fn the_documented_commands_watch() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    for line in ["tf locks --watch", "tf locks list --watch=30s --table terraform-locks --region us-east-1"] {
+        let mut shell = env.command("sh");
+        shell.args(["-c", &format!("exec {}", line.replace("terraform-locks", &env.table))]);
+        let run = Run::start(shell);
+        run.wait_for_out(id);
+        run.send(Signal::SIGINT);
+        let end = run.wait();
+        assert_eq!((end.signal(), end.out.lines().count()), (Some(2), 1), "{line}: {}", env.dump(&end));
+    }
+}
+
+fn watched(env: &TestEnv, words: &[&str]) -> std::process::Command {
+    let mut command = env.command(env.bin().join("tf"));
+    command.arg("locks").args(words);
+    command
+}
+
+#[test]
+fn on_a_terminal_the_table_is_redrawn_in_place_and_a_key_restores_the_screen() {
+    let env = TestEnv::new(Lock::Both, "true");
+    let mut terminal = Terminal::start(watched(&env, &["--watch=1s"]));
+    terminal.wait_for("0 locks, 0 stale, at ");
+    assert!(terminal.screen().starts_with("\u{1b}[?1049h"), "{:?}", terminal.screen());
+    let id = lock_elsewhere(&env, B);
+    terminal.wait_for(id);
+    let screen = console::strip_ansi_codes(&terminal.screen()).replace('\r', "");
+    assert!(screen.contains("1 lock, 0 stale, at ") && screen.contains("\n+ unknown    "), "{screen}");
+    // The mark is shown for one round.
+    wait_for(
+        "the row without its mark",
+        || console::strip_ansi_codes(&terminal.screen()).contains("\n  unknown    ").then_some(()),
+        || terminal.screen(),
+    );
+    env.delete_lock();
+    wait_for(
+        "the row of the lock that is gone",
+        || console::strip_ansi_codes(&terminal.screen()).contains("\n- unknown    ").then_some(()),
+        || terminal.screen(),
+    );
+    terminal.type_in("\x03");
+    let status = terminal.wait();
+    let screen = terminal.whole_screen();
+    assert_eq!(status.signal(), Some(2), "{screen}");
+    assert_eq!(screen.matches(LEAVE).count(), 1, "{screen:?}");
+    let (_, after) = screen.split_once(LEAVE).unwrap();
+    assert!(after.replace("^C", "").trim().is_empty(), "{after:?}");
+    // No frame writes below the last row or beside the last column.
+    for line in console::strip_ansi_codes(&screen).lines() {
+        assert!(line.trim_end().chars().count() <= 200, "{line:?}");
+    }
+}
+
+#[test]
+fn a_terminal_that_is_resized_is_redrawn_at_once() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    // The next round would begin after an hour.
+    let mut terminal = Terminal::start(watched(&env, &["list", "--watch=1h"]));
+    terminal.wait_for(id);
+    assert!(terminal.screen().contains("SINCE"), "{}", terminal.screen());
+    terminal.resize(10, 60);
+    terminal.wait_for_times("\u{1b}[H", 2);
+    let screen = terminal.screen();
+    let (_, last) = screen.rsplit_once("\u{1b}[H").unwrap();
+    let last = console::strip_ansi_codes(last).into_owned();
+    assert!(!last.contains("SINCE") && last.contains("unknown    "), "{last}");
+    assert!(last.lines().count() <= 10 && last.lines().all(|line| line.trim_end().chars().count() <= 60), "{last}");
+    terminal.close();
+    assert_eq!(terminal.wait().signal(), Some(Signal::SIGHUP as i32));
+}
+
+fn in_a_pipe_each_change_is_a_line_with_its_time(lock: Lock) {
+    let env = TestEnv::new(lock, "true");
+    let id = lock_elsewhere(&env, B);
+    let run = Run::start(watched(&env, &["--watch=1s"]));
+    run.wait_for_out(id);
+    lock_elsewhere(&env, A);
+    run.wait_for_out(A);
+    env.delete_lock();
+    wait_for("the release", || (run.out().lines().count() == 4).then_some(()), || run.out());
+    run.send(Signal::SIGTERM);
+    let end = run.wait();
+    assert_eq!((end.signal(), end.err.as_str()), (Some(15), ""), "{}", env.dump(&end));
+    let lines: Vec<Vec<&str>> =
+        end.out.lines().map(|line| line.split("  ").filter(|word| !word.is_empty()).map(str::trim).collect()).collect();
+    let words: Vec<&str> = lines.iter().map(|line| line[1]).collect();
+    assert_eq!(words, ["held", "locked", "released", "released"], "{}", end.out);
+    for line in &lines {
+        assert!(line[0].parse::<jiff::Timestamp>().is_ok(), "{line:?}");
+        assert_eq!((line[2], line[3]), ("unknown", env.path().as_str()), "{line:?}");
+    }
+    for (line, expected) in lines.iter().zip([id, A, id, A]) {
+        assert!(line.contains(&expected), "{expected}: {line:?}");
+    }
+    assert!(!end.out.contains('\u{1b}'), "{:?}", end.out);
+}
+for_each_lock!(in_a_pipe_each_change_is_a_line_with_its_time);
+
+/// Each round reads one item, which costs half a unit, so at 0.1 units a second the next one begins 5 s later at the
+/// earliest. This test is about that delay.
+#[test]
+fn a_table_is_read_no_more_often_than_its_capacity_allows() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let scans = std::sync::Arc::<std::sync::Mutex<Vec<std::time::Instant>>>::default();
+    let seen = std::sync::Arc::clone(&scans);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        if request.asks_for("Scan") {
+            seen.lock().unwrap().push(std::time::Instant::now());
+        }
+        ProxyAction::Pass
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let table = env.table.clone();
+    let words = ["list", "--table", &table, "--region", "us-east-1", "--rate", "0.1", "--watch=1s"];
+    let run = Run::start(watched(&env, &words));
+    run.wait_for_out(id);
+    wait_for("the second scan", || (scans.lock().unwrap().len() >= 2).then_some(()), || run.err());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(2), "{}", env.dump(&end));
+    let scans = scans.lock().unwrap();
+    // The proxy sees a request slightly later than it begins.
+    assert!((scans[1] - scans[0]).as_secs_f64() >= 4.8, "{:?}", scans[1] - scans[0]);
+}
+
+/// A service that fails later is no reason to end, and what was seen is not reported as released.
+#[test]
+fn a_round_that_fails_is_said_and_repeated() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let is_away = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = std::sync::Arc::clone(&is_away);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        if flag.load(std::sync::atomic::Ordering::SeqCst) && request.asks_for("GetItem") {
+            let body = json!({ "__type": "com.amazon.coral.service#AccessDeniedException", "message": "no" });
+            return ProxyAction::Answer(crate::support::http::Message::answer("400 Bad Request", &body.to_string()));
+        }
+        ProxyAction::Pass
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let run = Run::start(watched(&env, &["--watch=1s"]));
+    run.wait_for_out(id);
+    is_away.store(true, std::sync::atomic::Ordering::SeqCst);
+    run.wait_for_err("tf: not up to date: ");
+    is_away.store(false, std::sync::atomic::Ordering::SeqCst);
+    lock_elsewhere(&env, A);
+    run.wait_for_out(A);
+    wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    let words: Vec<&str> = end.out.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
+    assert_eq!(words, ["held", "locked", "released"], "{}", env.dump(&end));
+}
+
+#[test]
+fn an_interval_that_is_none_is_one_clear_line() {
+    let env = TestEnv::empty(Lock::File);
+    for (word, said) in [
+        ("--watch=0", "--watch=0 is not a time"),
+        ("--watch=x", "--watch=x is not a time"),
+        ("--watch=", "--watch= is not a time"),
+        ("--watch=25h", "--watch=25h is not a time"),
+    ] {
+        for words in [&["locks", word][..], &["locks", "list", word]] {
+            let end = env.run(Subject::Tf, words);
+            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", env.dump(&end));
+            let is_one_line = end.err.lines().count() == 1 && end.err.contains("for example --watch=5s");
+            assert!(is_one_line && end.err.starts_with(&format!("tf: {said}")), "{}", env.dump(&end));
+        }
+    }
+    let several = ["locks", "list", "--watch", "--table", "one", "--table", "two"];
+    let end = env.run(Subject::Tf, &several);
+    assert!(
+        end.code() == Some(1) && end.err.contains("works with one directory, table or bucket"),
+        "{}",
+        env.dump(&end)
+    );
+}
