@@ -98,7 +98,7 @@ pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedStat
     })
 }
 
-/// Reads the locks of every state of the backend, and judges their holders.
+/// Reads the locks of every state of the backend, and judges their holders, without a witness.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.

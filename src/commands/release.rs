@@ -107,6 +107,17 @@ fn decide(verdict: Verdict, consent: Consent) -> Step {
     }
 }
 
+/// Decides whether a lock may still be deleted, right before the delete. `shown` is the verdict for which [`decide`]
+/// returned a step that deletes, and `now` is the verdict of this moment. A user who was asked has said yes to a lock
+/// whose holder is likely dead; nobody was asked about a lock whose holder was proven dead.
+fn is_still_allowed(shown: Verdict, now: Verdict, consent: Consent) -> bool {
+    let consent = match consent {
+        Consent::CanBeAsked if shown == Verdict::LikelyDead => Consent::Given,
+        other => other,
+    };
+    matches!(decide(now, consent), Step::Finish | Step::Delete)
+}
+
 impl Release {
     fn consent(&self) -> Consent {
         if self.force.is_some() {
@@ -145,7 +156,7 @@ impl Release {
                 Step::Finish => self.finish(&reach, &lock).await,
                 Step::Refuse => {
                     self.remember(What::Refused, &lock);
-                    Ok(self.refuse(&lock))
+                    Ok(self.refuse(&lock, lock.verdict()))
                 }
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
@@ -239,7 +250,7 @@ impl Release {
         match step {
             Step::Finish | Step::Delete => console::print("it would be released"),
             Step::Ask => console::print("it would be released after you confirm"),
-            Step::Refuse => return self.refuse(lock),
+            Step::Refuse => return self.refuse(lock, lock.verdict()),
         }
         Finding::Stale
     }
@@ -251,9 +262,13 @@ impl Release {
         history::record(&LockEvent::of_lock(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
-    fn refuse(&self, lock: &FoundLock) -> Finding {
+    /// Reports that the lock is not released, and why. `shown` is the verdict that the user saw.
+    fn refuse(&self, lock: &FoundLock, shown: Verdict) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
+            Verdict::LikelyDead if shown == Verdict::Dead => {
+                format!("not released: it is no longer proven that the holder is dead\n{reason}")
+            }
             Verdict::Alive => format!("not released: the holder is alive\n{reason}"),
             // If the holder is likely dead, the release is refused only if `tf` cannot ask.
             Verdict::LikelyDead => format!(
@@ -305,15 +320,17 @@ impl Release {
             }
         }
         // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
-        // to recover its run.
+        // to recover its run. So the witness is asked again too, if its answer counts.
         let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
         Staleness::default().judge(&mut again, &HostView::look());
+        if self.force.is_none() {
+            Staleness::default().ask_witness(&mut again).await;
+        }
         if let Some(ListedEntry::Lock(again)) = again.first()
-            && decide(again.verdict(), if self.force.is_some() { Consent::Forced } else { Consent::Given })
-                == Step::Refuse
+            && !is_still_allowed(lock.verdict(), again.verdict(), self.consent())
         {
             self.remember(What::Refused, again);
-            return Ok(self.refuse(again));
+            return Ok(self.refuse(again, lock.verdict()));
         }
         match self.claim(reach, lock).await? {
             Some(Taken::Yes | Taken::Gone) => return Ok(self.was_released(lock)),
@@ -408,6 +425,25 @@ async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredL
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// With [`crate::holder::witness`], `shown` and `now` are the verdicts after its first and its second answer.
+    #[test]
+    fn a_lock_is_deleted_only_if_the_last_verdict_allows_it_as_the_shown_one_did() {
+        const CONSENTS: [Consent; 4] = [Consent::Forced, Consent::Given, Consent::CanBeAsked, Consent::None];
+        for shown in Verdict::ALL {
+            for now in Verdict::ALL {
+                for consent in CONSENTS {
+                    let expected = match (now, consent) {
+                        (_, Consent::Forced) | (Verdict::Dead, _) | (Verdict::LikelyDead, Consent::Given) => true,
+                        // The user has agreed to exactly this.
+                        (Verdict::LikelyDead, Consent::CanBeAsked) => shown == Verdict::LikelyDead,
+                        _ => false,
+                    };
+                    assert_eq!(is_still_allowed(shown, now, consent), expected, "{shown:?} {now:?} {consent:?}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn only_the_dead_go_unasked_and_the_living_only_by_force() {

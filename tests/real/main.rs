@@ -69,3 +69,4 @@ mod two_at_once;
 mod two_hosts;
 mod where_it_is;
 mod which_machine;
+mod witness;
