@@ -70,3 +70,4 @@ mod two_hosts;
 mod where_it_is;
 mod which_machine;
 mod witness;
+mod witness_scripts;
