@@ -9,6 +9,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 use jiff::Timestamp;
+use tokio::time::sleep;
 
 use super::choose::{Choice, choose};
 use super::connection::{Connection, LocationArgs, Trouble};
@@ -18,11 +19,12 @@ use super::{Finding, agreement, show};
 use crate::cleanup::messages;
 use crate::cleanup::takeover_process;
 use crate::console::{visible, visible_whole};
-use crate::holder::evidence::Verdict;
+use crate::holder::evidence::{Judgement, Verdict};
 use crate::holder::host::HostView;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::lock::leased::LeaseRead;
+use crate::lock::release_step::QUIET_WINDOW;
 use crate::lock::stores::{Removed, StoreKey, StoredLock};
 use crate::lock::takeover::{self, Taken};
 use crate::terraform::lock_info::LockInfo;
@@ -116,6 +118,12 @@ fn is_still_allowed(shown: Verdict, now: Verdict, consent: Consent) -> bool {
         other => other,
     };
     matches!(decide(now, consent), Step::Finish | Step::Delete)
+}
+
+/// Whether a witness alone has proven that the holder is dead. The holder may have died a moment ago, and this host has
+/// no log that says which of its writes were answered.
+fn is_proven_by_a_witness(judgement: &Judgement) -> bool {
+    judgement.verdict == Verdict::Dead && !judgement.is_settled
 }
 
 impl Release {
@@ -309,6 +317,13 @@ impl Release {
 
     /// Deletes every part of the lock, each on condition that it is still what was shown.
     async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
+        if self.force.is_none() && is_proven_by_a_witness(&lock.judgement) {
+            console::say(&format!(
+                "the holder's last write may still arrive; waiting {} s before releasing the lock",
+                QUIET_WINDOW.as_secs()
+            ));
+            sleep(QUIET_WINDOW).await;
+        }
         let mut parts = lock.parts.clone();
         for (store_key, shown) in &mut parts {
             match read(reach, store_key).await? {

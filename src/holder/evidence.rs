@@ -15,7 +15,7 @@ use crate::time::saturating_add;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
-    /// It is proven that the holder is running, or the holder has renewed its lease in time.
+    /// It is proven that the holder is running, or the holder has renewed its lease in time, or a witness says so.
     Alive,
     /// Nothing shows whether the holder is running.
     Unknown,

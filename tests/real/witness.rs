@@ -67,6 +67,7 @@ fn a_holder_that_a_witness_calls_dead_is_dead(lock: Lock) {
     // A proof needs no question to a person, as that of the journal. It is made again right before the delete.
     let end = locks(&env, &["release"]);
     assert_ended(&env, &end, 0, "released the lock");
+    assert!(end.err.contains("last write may still arrive; waiting 10 s"), "{}", env.dump(&end));
     env.assert_unlocked();
     assert_eq!(env.read("questions").lines().count(), 2);
     let history = locks(&env, &["history", "--json"]).out;
