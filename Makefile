@@ -104,7 +104,7 @@ check: ## formatting, lints, documentation
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
 .PHONY: recipes
-recipes: ## lint shell/ci, shell/audit, the workflows and the scripts (needs npm, Java and systemd; 400 MB download)
+recipes: ## lint shell/ci, shell/audit, shell/witness, the workflows and the scripts (needs npm, Java and systemd; 400 MB download)
 	shell/ci/lint
 
 .PHONY: supply

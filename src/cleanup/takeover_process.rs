@@ -178,7 +178,11 @@ pub(crate) fn run() -> u8 {
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
     let taker = Taker { by: by(), terms, until, rests };
-    let Some(told) = stdin.end(move |byte| drop(tell_rest.send(byte == RESTS))) else { return FAILED };
+    let hear = move |byte| {
+        // Nobody listens any more when the work is over.
+        let _ = tell_rest.send(byte == RESTS);
+    };
+    let Some(told) = stdin.end(hear) else { return FAILED };
     let end = panics::caught(|| runtime.block_on(takeover::take_over(&location, &taker, told, note)));
     // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();

@@ -237,7 +237,8 @@ impl Audit {
         let mut output = Output::new(false, Widths::USUAL)?;
         if let ScanTarget::Directory(directory) = &connection.target {
             let staleness = Staleness { older_than: Some(self.older_than) };
-            let inventory = inventory::take(directory, &connection.stores, &staleness).await?;
+            let mut inventory = inventory::take(directory, &connection.stores, &staleness).await?;
+            staleness.ask_witness(&mut inventory.entries).await;
             for entry in &inventory.entries {
                 count.add(entry, Timestamp::now());
                 if !self.is_silent() && entry.is_stale() {

@@ -17,7 +17,7 @@ pub(super) enum Choice {
     NoLock(Vec<UnreadableLock>),
 }
 
-/// Finds the lock that `which` names, and judges its holder. In a directory, `which` is an ID, a path (`bucket/key`), a
+/// Finds the lock that `which` names, and judges its holder, with the witness if there is one. In a directory, `which` is an ID, a path (`bucket/key`), a
 /// key or the name of a workspace; if it is `None`, there must be exactly one lock. In a table, `which` is a path, and
 /// in a bucket a path or a key.
 ///
@@ -70,7 +70,13 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
         (ScanTarget::Directory(directory), None) if entries.is_empty() => {
             Err(nothing_here(directory, reach.stores.region(), no_lock))
         }
-        (target, which) => one_of(entries, which, matches!(target, ScanTarget::Directory(_))),
+        (target, which) => {
+            let mut choice = one_of(entries, which, matches!(target, ScanTarget::Directory(_)))?;
+            if let Choice::Lock(lock, _) = &mut choice {
+                Staleness::default().ask_about(lock).await;
+            }
+            Ok(choice)
+        }
     }
 }
 
@@ -203,7 +209,12 @@ mod tests {
             workspace: Some(workspace.to_owned()),
             notes: Vec::new(),
             rival: None,
-            judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
+            judgement: Judgement {
+                verdict: Verdict::Unknown,
+                reason: String::new(),
+                evidence: Vec::new(),
+                is_settled: false,
+            },
             stale: false,
         }))
     }

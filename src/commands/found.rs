@@ -148,7 +148,12 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
             info,
             parts: vec![(store_key, stored)],
             lease,
-            judgement: Judgement { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new() },
+            judgement: Judgement {
+                verdict: Verdict::Unknown,
+                reason: String::new(),
+                evidence: Vec::new(),
+                is_settled: false,
+            },
             stale: false,
         });
     }

@@ -114,7 +114,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
     Ok(inventory)
 }
 
-/// Reads the locks of every state of the backend, and judges their holders.
+/// Reads the locks of every state of the backend, and judges their holders, without a witness.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.

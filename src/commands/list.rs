@@ -74,7 +74,8 @@ impl List {
             return self.list_scanned(connection).await;
         };
         let inventory = inventory::take(directory, &connection.stores, &Staleness::default()).await?;
-        let entries = inventory.entries;
+        let mut entries = inventory.entries;
+        Staleness::default().ask_witness(&mut entries).await;
         let stale = entries.iter().any(ListedEntry::is_stale);
         let mut output = Output::new(self.json, Widths::of(&entries))?;
         for entry in &entries {

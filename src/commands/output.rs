@@ -498,7 +498,12 @@ mod tests {
             None,
         );
         if let ListedEntry::Lock(lock) = &mut entries[0] {
-            lock.judgement = Judgement { verdict: Verdict::Unknown, reason: "why ".repeat(30), evidence: Vec::new() };
+            lock.judgement = Judgement {
+                verdict: Verdict::Unknown,
+                reason: "why ".repeat(30),
+                evidence: Vec::new(),
+                is_settled: false,
+            };
         }
         entries.remove(0)
     }

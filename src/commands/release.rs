@@ -9,6 +9,7 @@ use std::io::IsTerminal;
 
 use clap::Args;
 use jiff::Timestamp;
+use tokio::time::sleep;
 
 use super::choose::{Choice, choose};
 use super::connection::{Connection, LocationArgs, Trouble};
@@ -18,11 +19,12 @@ use super::{Finding, agreement, show};
 use crate::cleanup::messages;
 use crate::cleanup::takeover_process;
 use crate::console::{visible, visible_whole};
-use crate::holder::evidence::Verdict;
+use crate::holder::evidence::{Judgement, Verdict};
 use crate::holder::host::HostView;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::lock::leased::LeaseRead;
+use crate::lock::release_step::QUIET_WINDOW;
 use crate::lock::stores::{Removed, StoreKey, StoredLock};
 use crate::lock::takeover::{self, Taken};
 use crate::terraform::lock_info::LockInfo;
@@ -107,6 +109,23 @@ fn decide(verdict: Verdict, consent: Consent) -> Step {
     }
 }
 
+/// Decides whether a lock may still be deleted, right before the delete. `shown` is the verdict for which [`decide`]
+/// returned a step that deletes, and `now` is the verdict of this moment. A user who was asked has said yes to a lock
+/// whose holder is likely dead; nobody was asked about a lock whose holder was proven dead.
+fn is_still_allowed(shown: Verdict, now: Verdict, consent: Consent) -> bool {
+    let consent = match consent {
+        Consent::CanBeAsked if shown == Verdict::LikelyDead => Consent::Given,
+        other => other,
+    };
+    matches!(decide(now, consent), Step::Finish | Step::Delete)
+}
+
+/// Whether a witness alone has proven that the holder is dead. The holder may have died a moment ago, and this host has
+/// no log that says which of its writes were answered.
+fn is_proven_by_a_witness(judgement: &Judgement) -> bool {
+    judgement.verdict == Verdict::Dead && !judgement.is_settled
+}
+
 impl Release {
     fn consent(&self) -> Consent {
         if self.force.is_some() {
@@ -145,7 +164,7 @@ impl Release {
                 Step::Finish => self.finish(&reach, &lock).await,
                 Step::Refuse => {
                     self.remember(What::Refused, &lock);
-                    Ok(self.refuse(&lock))
+                    Ok(self.refuse(&lock, lock.verdict()))
                 }
                 Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
@@ -239,7 +258,7 @@ impl Release {
         match step {
             Step::Finish | Step::Delete => console::print("it would be released"),
             Step::Ask => console::print("it would be released after you confirm"),
-            Step::Refuse => return self.refuse(lock),
+            Step::Refuse => return self.refuse(lock, lock.verdict()),
         }
         Finding::Stale
     }
@@ -251,9 +270,13 @@ impl Release {
         history::record(&LockEvent::of_lock(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
-    fn refuse(&self, lock: &FoundLock) -> Finding {
+    /// Reports that the lock is not released, and why. `shown` is the verdict that the user saw.
+    fn refuse(&self, lock: &FoundLock, shown: Verdict) -> Finding {
         let reason = &lock.judgement.reason;
         let text = match lock.verdict() {
+            Verdict::LikelyDead if shown == Verdict::Dead => {
+                format!("not released: it is no longer proven that the holder is dead\n{reason}")
+            }
             Verdict::Alive => format!("not released: the holder is alive\n{reason}"),
             // If the holder is likely dead, the release is refused only if `tf` cannot ask.
             Verdict::LikelyDead => format!(
@@ -294,6 +317,13 @@ impl Release {
 
     /// Deletes every part of the lock, each on condition that it is still what was shown.
     async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
+        if self.force.is_none() && is_proven_by_a_witness(&lock.judgement) {
+            console::say(&format!(
+                "the holder's last write may still arrive; waiting {} s before releasing the lock",
+                QUIET_WINDOW.as_secs()
+            ));
+            sleep(QUIET_WINDOW).await;
+        }
         let mut parts = lock.parts.clone();
         for (store_key, shown) in &mut parts {
             match read(reach, store_key).await? {
@@ -305,15 +335,17 @@ impl Release {
             }
         }
         // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
-        // to recover its run.
+        // to recover its run. So the witness is asked again too, if its answer counts.
         let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
         Staleness::default().judge(&mut again, &HostView::look());
+        if self.force.is_none() {
+            Staleness::default().ask_witness(&mut again).await;
+        }
         if let Some(ListedEntry::Lock(again)) = again.first()
-            && decide(again.verdict(), if self.force.is_some() { Consent::Forced } else { Consent::Given })
-                == Step::Refuse
+            && !is_still_allowed(lock.verdict(), again.verdict(), self.consent())
         {
             self.remember(What::Refused, again);
-            return Ok(self.refuse(again));
+            return Ok(self.refuse(again, lock.verdict()));
         }
         match self.claim(reach, lock).await? {
             Some(Taken::Yes | Taken::Gone) => return Ok(self.was_released(lock)),
@@ -408,6 +440,25 @@ async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredL
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// With [`crate::holder::witness`], `shown` and `now` are the verdicts after its first and its second answer.
+    #[test]
+    fn a_lock_is_deleted_only_if_the_last_verdict_allows_it_as_the_shown_one_did() {
+        const CONSENTS: [Consent; 4] = [Consent::Forced, Consent::Given, Consent::CanBeAsked, Consent::None];
+        for shown in Verdict::ALL {
+            for now in Verdict::ALL {
+                for consent in CONSENTS {
+                    let expected = match (now, consent) {
+                        (_, Consent::Forced) | (Verdict::Dead, _) | (Verdict::LikelyDead, Consent::Given) => true,
+                        // The user has agreed to exactly this.
+                        (Verdict::LikelyDead, Consent::CanBeAsked) => shown == Verdict::LikelyDead,
+                        _ => false,
+                    };
+                    assert_eq!(is_still_allowed(shown, now, consent), expected, "{shown:?} {now:?} {consent:?}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn only_the_dead_go_unasked_and_the_living_only_by_force() {

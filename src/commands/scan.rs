@@ -488,6 +488,7 @@ async fn judged(
         return (Ok(entries), 0);
     }
     staleness.judge(&mut entries, &HostView::look());
+    staleness.ask_witness(&mut entries).await;
     let mut again = 0;
     let checked: Vec<Result<Vec<ListedEntry>, Failure>> = stream::iter(entries)
         .map(|entry| {
@@ -506,6 +507,7 @@ async fn judged(
                 }
                 let mut changed = pair(Wanted::default(), vec![found], None);
                 staleness.judge(&mut changed, &HostView::look());
+                staleness.ask_witness(&mut changed).await;
                 Ok(changed)
             }
         })

@@ -165,7 +165,7 @@ mod tests {
             workspace: None,
             notes: Vec::new(),
             rival: None,
-            judgement: Judgement { verdict, reason: String::new(), evidence: Vec::new() },
+            judgement: Judgement { verdict, reason: String::new(), evidence: Vec::new(), is_settled: false },
             stale: false,
         }
     }

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt};
 use jiff::Timestamp;
 
 use super::found::{FoundLock, ListedEntry};
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
+use crate::holder::witness;
+
+/// The maximum number of witnesses that run at the same time.
+const WITNESSES_AT_ONCE: usize = 4;
 
 /// When a lock counts as stale.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,5 +45,24 @@ impl Staleness {
                 lock.stale = self.is_met_by(lock, now);
             }
         }
+    }
+
+    /// Asks the witness about each judged lock whose holder is not settled, and judges again whether the lock is stale.
+    pub(super) async fn ask_witness(self, entries: &mut [ListedEntry]) {
+        if !witness::is_set() {
+            return;
+        }
+        let locks = entries.iter_mut().filter_map(|entry| match entry {
+            ListedEntry::Lock(lock) => Some(&mut **lock),
+            ListedEntry::UnreadableLock(_) => None,
+        });
+        let asked = stream::iter(locks).for_each_concurrent(WITNESSES_AT_ONCE, |lock| self.ask_about(lock));
+        asked.await;
+    }
+
+    /// Asks the witness about one judged lock, as [`Self::ask_witness`].
+    pub(super) async fn ask_about(self, lock: &mut FoundLock) {
+        lock.judgement = witness::ask(lock.judgement.clone(), &lock.info, lock.lease.as_ref()).await;
+        lock.stale = self.is_met_by(lock, Timestamp::now());
     }
 }

@@ -15,7 +15,7 @@ use crate::time::saturating_add;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
-    /// It is proven that the holder is running, or the holder has renewed its lease in time.
+    /// It is proven that the holder is running, or the holder has renewed its lease in time, or a witness says so.
     Alive,
     /// Nothing shows whether the holder is running.
     Unknown,
@@ -133,32 +133,41 @@ pub(crate) struct Judgement {
     pub(crate) reason: String,
     /// All observations that were considered.
     pub(crate) evidence: Vec<Evidence>,
+    /// Whether no witness is asked about the holder: the journal of this host or a fresh lease has decided, or a process
+    /// is running on this host that may be the holder.
+    pub(crate) is_settled: bool,
 }
 
 /// Judges the holder of `lock`.
 ///
 /// The journal of this host decides first, if it can. Then the lease decides: it is evidence on every host, because all
 /// its times are the service's. Only then does the likelihood count that this host has. A lease that has lapsed does
-/// not decide while a process is running on this host that may be the holder.
+/// not decide while a process is running on this host that may be the holder. If none of these settles the question, the
+/// caller may ask a witness ([`super::witness`]).
 pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     let mut evidence = Vec::new();
     let mut note = |seen: String, proves: &str| evidence.push(Evidence { seen, proves: proves.to_owned() });
     let lease = seen.lease.as_ref();
+    let mut is_settled =
+        lease.and_then(|lease| lease.known().ok()).is_some_and(|lease| lease.freshness == Freshness::Fresh);
     let (verdict, reason) = match (by_claim(seen.claim.as_ref(), &mut note), &seen.claim) {
         (Some((verdict, reason)), Some(Claim::Foreign { may_run_here, .. })) => {
+            is_settled |= may_run_here;
             by_lease(lease, Likelihood { verdict, reason, may_run_here: *may_run_here }, &mut note)
         }
         (Some(decided), _) => {
+            is_settled = true;
             let undecided = Likelihood { verdict: decided.0, reason: String::new(), may_run_here: true };
             by_lease(lease, undecided, &mut note);
             decided
         }
         (None, _) => {
             let likelihood = by_likelihood(lock, seen, &mut note);
+            is_settled |= likelihood.may_run_here;
             by_lease(lease, likelihood, &mut note)
         }
     };
-    Judgement { verdict, reason, evidence }
+    Judgement { verdict, reason, evidence, is_settled }
 }
 
 /// What this host shows about a holder, without a proof.
@@ -645,6 +654,8 @@ mod tests {
                             _ => without.verdict,
                         };
                         assert_eq!(with.verdict, expected, "{lease:?} {claim:?} {who} {bits}: {with:?}");
+                        assert_eq!(with.is_settled, journal || name == "fresh" || may_run_here, "{with:?}");
+                        assert_eq!(without.is_settled, journal || may_run_here, "{without:?}");
                         // What this host shows is listed too, and the lease always is.
                         assert_eq!(with.evidence.len(), without.evidence.len() + 1, "{with:?}");
                         assert_eq!(with.evidence[..without.evidence.len()], without.evidence[..]);

@@ -42,6 +42,28 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// Makes the program that `command` starts inherit no descriptor except 0, 1 and 2. The caller of this process may have
+/// left others open.
+pub(crate) fn inherit_only_standard(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: the closure only calls close_range(2) and fcntl(2), which are system calls that do not access the memory of
+    // this process.
+    unsafe {
+        command.pre_exec(|| {
+            // Not closed: Command reports the error of exec through one of them.
+            #[cfg(target_os = "linux")]
+            if libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) == 0 {
+                return Ok(());
+            }
+            // This is for Linux before 5.11 and for other systems. Most programs open low numbers only.
+            for number in 3..1024 {
+                libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC);
+            }
+            Ok(())
+        });
+    }
+}
+
 /// Makes the program that `command` starts inherit `descriptors`, with their numbers. In this process they stay closed on
 /// exec.
 pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[BorrowedFd<'_>]) {

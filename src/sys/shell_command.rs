@@ -4,25 +4,26 @@
 //! group of this process, can read the terminal if this process can, receives the signals of the same keys, and is
 //! stopped and continued together with this process. A command that may not prompt a person has no terminal.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::signal::{Signal, kill, killpg, raise};
 use nix::unistd::Pid;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe::Receiver;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::time::sleep;
 
 use super::process::{self, Process};
-use super::session;
 use super::terminal::{Modes, Terminal};
 use super::wait;
+use super::{descriptor, session};
 
 /// The maximum number of bytes of output that are kept: 64 KiB. The rest is discarded.
-const MAX_OUTPUT_BYTES: usize = 1 << 16;
+pub(crate) const MAX_OUTPUT_BYTES: usize = 1 << 16;
 
 /// The interval between two checks whether the command has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -44,41 +45,99 @@ pub(crate) enum Asks {
 /// # Errors
 /// An error if no process or no pipe can be created, or if waiting for the command fails.
 pub(crate) async fn output(command: &str, asks: Asks) -> io::Result<(ExitStatus, Vec<u8>)> {
-    let mut running = Running::start(command, asks)?;
-    let stdout = running.child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-    let mut stdout = Receiver::from_owned_fd(OwnedFd::from(stdout))?;
-    let mut printed = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        tokio::select! {
-            read = stdout.read(&mut buffer) => match read {
-                Ok(length @ 1..) => keep(&mut printed, &buffer[..length]),
-                // The command has closed its output. Now wait for its exit.
-                _ => break,
-            },
-            () = sleep(POLL_INTERVAL) => {
-                if let Some(status) = running.ended()? {
-                    // The command may have left a process in the background, which keeps the pipe open. The pipe now
-                    // contains all the output of the command itself.
-                    keep_rest(&mut printed, &stdout);
-                    return Ok((status, printed));
-                }
-            }
+    use std::io::IsTerminal;
+    let may_ask = asks == Asks::Person && io::stdin().is_terminal();
+    let mut shell = shell(OsStr::new(command));
+    shell.stdin(if may_ask { Stdio::inherit() } else { Stdio::null() });
+    let mut running = Running::start(shell, asks)?;
+    let mut stdout = Printed::by(running.child.stdout.take().map(OwnedFd::from))?;
+    let status = running.over(&mut stdout, &mut Printed::default(), std::future::ready(())).await?;
+    Ok((status, stdout.bytes))
+}
+
+/// The result of a command that has answered a question.
+#[derive(Debug)]
+pub(crate) struct Answered {
+    pub(crate) status: ExitStatus,
+    /// The first 64 KiB of its stdout.
+    pub(crate) stdout: Vec<u8>,
+    /// The first 64 KiB of its stderr.
+    pub(crate) stderr: Vec<u8>,
+}
+
+/// Runs `command` with /bin/sh and with `question` on its stdin. It may not prompt a person, inherits no other
+/// descriptor, and does not get the environment variables `without`. Dropping the future kills the command, its process
+/// group and all its descendants.
+///
+/// # Errors
+/// As [`output`].
+pub(crate) async fn answer(command: &OsStr, question: &[u8], without: &[&str]) -> io::Result<Answered> {
+    let mut shell = shell(command);
+    shell.stdin(Stdio::piped()).stderr(Stdio::piped());
+    for name in without {
+        shell.env_remove(name);
+    }
+    descriptor::inherit_only_standard(&mut shell);
+    let mut running = Running::start(shell, Asks::Nobody)?;
+    let stdin = running.child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    let mut stdin = Sender::from_owned_fd(OwnedFd::from(stdin))?;
+    let mut stdout = Printed::by(running.child.stdout.take().map(OwnedFd::from))?;
+    let mut stderr = Printed::by(running.child.stderr.take().map(OwnedFd::from))?;
+    let told = async move {
+        // A command that answers without reading the question closes the pipe. The end of this block closes it too, so
+        // that the command reads end of file.
+        let _ = stdin.write_all(question).await;
+    };
+    let status = running.over(&mut stdout, &mut stderr, told).await?;
+    Ok(Answered { status, stdout: stdout.bytes, stderr: stderr.bytes })
+}
+
+/// Returns `command` for /bin/sh, with a pipe as its stdout.
+fn shell(command: &OsStr) -> Command {
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg(command).stdout(Stdio::piped());
+    shell
+}
+
+/// What a command has printed into a pipe.
+#[derive(Default)]
+struct Printed {
+    /// The first 64 KiB.
+    bytes: Vec<u8>,
+    /// The read end of the pipe. `None` after every writer has closed the pipe.
+    pipe: Option<Receiver>,
+}
+
+impl Printed {
+    fn by(pipe: Option<OwnedFd>) -> io::Result<Self> {
+        let pipe = pipe.ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok(Self { bytes: Vec::new(), pipe: Some(Receiver::from_owned_fd(pipe)?) })
+    }
+
+    /// Reads once. Never returns if the pipe is closed.
+    async fn more(&mut self) {
+        let Some(pipe) = &mut self.pipe else { return std::future::pending().await };
+        let mut buffer = [0; 4096];
+        match pipe.read(&mut buffer).await {
+            Ok(length @ 1..) => keep(&mut self.bytes, &buffer[..length]),
+            _ => self.pipe = None,
         }
     }
-    loop {
-        if let Some(status) = running.ended()? {
-            return Ok((status, printed));
+
+    /// Adds everything that is in the pipe now.
+    fn rest(&mut self) {
+        if let Some(pipe) = &self.pipe {
+            keep_rest(&mut self.bytes, pipe);
         }
-        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// Adds everything that is in the pipe now. `Receiver::try_read` could miss it: without a new poll of the runtime, it does
-/// not read a pipe that was empty at the last poll.
-fn keep_rest(printed: &mut Vec<u8>, stdout: &Receiver) {
+/// Adds everything that is in the pipe now, and at most 64 KiB. `Receiver::try_read` could miss it: without a new poll of
+/// the runtime, it does not read a pipe that was empty at the last poll.
+fn keep_rest(printed: &mut Vec<u8>, pipe: &Receiver) {
     let mut buffer = [0; 4096];
-    while let Ok(length @ 1..) = nix::unistd::read(stdout, &mut buffer) {
+    for _ in 0..MAX_OUTPUT_BYTES / buffer.len() {
+        let Ok(length @ 1..) = nix::unistd::read(pipe, &mut buffer) else { break };
         keep(printed, &buffer[..length]);
     }
 }
@@ -101,12 +160,9 @@ struct Running {
 }
 
 impl Running {
-    fn start(command: &str, asks: Asks) -> io::Result<Self> {
-        use std::io::IsTerminal;
+    /// Starts `shell`, whose stdin and stdout are set.
+    fn start(mut shell: Command, asks: Asks) -> io::Result<Self> {
         let may_ask = asks == Asks::Person;
-        let stdin = if may_ask && io::stdin().is_terminal() { Stdio::inherit() } else { Stdio::null() };
-        let mut shell = Command::new("/bin/sh");
-        shell.arg("-c").arg(command).stdin(stdin).stdout(Stdio::piped());
         if !may_ask {
             session::of_its_own(&mut shell);
         }
@@ -125,6 +181,33 @@ impl Running {
         let child = shell.spawn()?;
         let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
         Ok(Self { child, pid, asks, is_over: false, terminal })
+    }
+
+    /// Waits until the command has exited, while `told` runs, and returns its exit status. A process that the command
+    /// has left in the background is not waited for, even if it keeps a pipe open.
+    async fn over(
+        &mut self,
+        stdout: &mut Printed,
+        stderr: &mut Printed,
+        told: impl Future<Output = ()>,
+    ) -> io::Result<ExitStatus> {
+        let mut told = std::pin::pin!(told);
+        let mut is_told = false;
+        loop {
+            tokio::select! {
+                () = stdout.more() => {}
+                () = stderr.more() => {}
+                () = &mut told, if !is_told => is_told = true,
+                () = sleep(POLL_INTERVAL) => {
+                    if let Some(status) = self.ended()? {
+                        // The pipes now contain all the output of the command itself.
+                        stdout.rest();
+                        stderr.rest();
+                        return Ok(status);
+                    }
+                }
+            }
+        }
     }
 
     /// Returns the exit status of the command, or `None` if it has not exited. If the command was stopped by a key, or
@@ -156,6 +239,10 @@ impl Drop for Running {
     fn drop(&mut self) {
         if !self.is_over {
             kill_with_descendants(self.pid);
+            if self.asks == Asks::Nobody {
+                // A descendant whose parent has exited is below init, but still in the group of the command.
+                let _ = killpg(self.pid, Signal::SIGKILL);
+            }
             let _ = self.child.wait();
         }
         // A command that was killed, by this process or by a key, has not restored the terminal's modes. For example,
@@ -235,6 +322,25 @@ mod tests {
         let left: i32 = text.strip_prefix("hello").unwrap().trim().parse().unwrap();
         assert_eq!(status.code(), Some(0));
         nix::sys::signal::kill(Pid::from_raw(left), Signal::SIGKILL).expect("it was left alone");
+    }
+
+    #[test]
+    fn a_question_is_answered_with_three_descriptors_and_no_more() {
+        let (end, other) = std::io::pipe().unwrap();
+        let inheritable = descriptor::inheritable_high(&end).unwrap();
+        let command = "cat; echo /proc/self/fd/* /dev/fd/* >&2; echo ${HOME-unset}; exit 3";
+        let question = vec![b'q'; 200_000];
+        let answered = run(answer(OsStr::new(command), b"question ", &["HOME"])).unwrap();
+        assert_eq!((answered.status.code(), answered.stdout.as_slice()), (Some(3), &b"question unset\n"[..]));
+        let listed = String::from_utf8(answered.stderr).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&inheritable);
+        assert!(listed.contains("/fd/2") && !listed.contains(&format!("/fd/{number}")), "{listed}");
+        // A question that does not fit into the pipe is neither waited for nor an error.
+        let answered = run(answer(OsStr::new("echo deaf"), &question, &[])).unwrap();
+        assert_eq!(answered.stdout, b"deaf\n");
+        let answered = run(answer(OsStr::new("wc -c"), &question, &[])).unwrap();
+        assert_eq!(String::from_utf8(answered.stdout).unwrap().trim(), "200000");
+        drop(other);
     }
 
     #[test]

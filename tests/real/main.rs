@@ -71,3 +71,5 @@ mod waiting;
 mod watch;
 mod where_it_is;
 mod which_machine;
+mod witness;
+mod witness_scripts;

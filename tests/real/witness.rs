@@ -1,0 +1,217 @@
+//! `TFW_WITNESS`: a command of the user that is asked about a holder that nothing else settles.
+
+use std::path::PathBuf;
+
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::locks_release::locks;
+use crate::support::lease::{LEASED, record};
+use crate::support::test_env::lock_json;
+use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
+
+/// Makes `script` the witness. Its working directory is that of the [`TestEnv`].
+fn witness(env: &mut TestEnv, script: &str) {
+    env.write("witness", script);
+    let path: PathBuf = env.directory.join("witness");
+    env.set("TFW_WITNESS", format!("/bin/sh '{}'", path.display()));
+}
+
+/// A backend with the lock of an EC2 instance whose lease lapsed 47 min ago.
+fn lapsed(lock: Lock) -> TestEnv {
+    let mut env = TestEnv::new(lock, "true");
+    env.set("TFW_LEASE", "off");
+    let mut lapsed = record(2820, 300);
+    lapsed["holder"]["cloud"] = "Amazon EC2 i-0123456789abcdef0".into();
+    env.lock_with_lease(&lapsed);
+    env
+}
+
+/// Returns the only lock of the directory, as JSON.
+fn shown(env: &TestEnv) -> Value {
+    let end = locks(env, &["show", "--json"]);
+    let shown: Result<Value, _> = serde_json::from_str(&end.out);
+    assert!(shown.is_ok(), "{}", env.dump(&end));
+    shown.unwrap()["locks"][0].take()
+}
+
+fn assert_ended(env: &TestEnv, end: &Ended, code: i32, text: &str) {
+    assert_eq!(end.code(), Some(code), "{}", env.dump(end));
+    assert!(format!("{}{}", end.out, end.err).contains(text), "{text} {}", env.dump(end));
+}
+
+const DEAD: &str = r#"echo '{"verdict": "dead", "reason": "i-0123 is terminated"}'"#;
+
+fn a_holder_that_a_witness_calls_dead_is_dead(lock: Lock) {
+    let mut env = lapsed(lock);
+    witness(&mut env, &format!("cat >> questions\nls /proc/self/fd > descriptors\nenv > environment\n{DEAD}"));
+    for words in [&["list"][..], &["show"], &["audit", "--older-than", "0s"]] {
+        let end = locks(&env, words);
+        assert_ended(&env, &end, 2, "dead");
+        assert!(end.out.contains("i-0123 is terminated"), "{}", env.dump(&end));
+    }
+    assert_eq!(shown(&env)["verdict"], "dead");
+    // It learns what the lock contains, and gets nothing else from `tf`.
+    let questions = env.read("questions");
+    let question: Value = serde_json::from_str(questions.lines().next().unwrap()).unwrap();
+    assert_eq!(question["lock"]["id"], LEASED);
+    assert_eq!(question["holder"]["cloud"], "Amazon EC2 i-0123456789abcdef0");
+    // The last one is that of the directory that ls lists.
+    assert_eq!(env.read("descriptors").split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3"]);
+    assert!(!env.read("environment").contains("TFW_WITNESS="));
+    let end = locks(&env, &["release", "--dry-run"]);
+    assert_ended(&env, &end, 2, "it would be released");
+    env.assert_locked();
+    env.write("questions", "");
+    // A proof needs no question to a person, as that of the journal. It is made again right before the delete.
+    let end = locks(&env, &["release"]);
+    assert_ended(&env, &end, 0, "released the lock");
+    assert!(end.err.contains("last write may still arrive; waiting 10 s"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    assert_eq!(env.read("questions").lines().count(), 2);
+    let history = locks(&env, &["history", "--json"]).out;
+    assert!(history.contains("the holder is dead: TFW_WITNESS says dead: i-0123 is terminated"), "{history}");
+}
+for_each_lock!(a_holder_that_a_witness_calls_dead_is_dead);
+
+#[test]
+fn an_answer_that_has_changed_right_before_the_delete_keeps_the_lock() {
+    for (second, code, text) in [
+        ("unknown", 1, "it is no longer proven that the holder is dead"),
+        ("alive", 1, "not released: the holder is alive"),
+        ("dead", 0, "released the lock"),
+    ] {
+        let mut env = lapsed(Lock::DynamoDb);
+        let script = format!("if mkdir first 2>/dev/null; then {DEAD}; else echo '{{\"verdict\": \"{second}\"}}'; fi");
+        witness(&mut env, &script);
+        let end = locks(&env, &["release"]);
+        assert_ended(&env, &end, code, text);
+        if code == 1 {
+            env.assert_locked();
+        }
+    }
+}
+
+#[test]
+fn a_witness_is_not_asked_about_a_holder_that_renews_its_lease() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_LEASE", "off");
+    env.lock_with_lease(&record(40, 300));
+    witness(&mut env, &format!("touch asked\n{DEAD}"));
+    assert_eq!(shown(&env)["verdict"], "alive");
+    assert_ended(&env, &locks(&env, &["release", "--yes"]), 1, "the holder is alive");
+    assert!(!env.exists("asked"));
+    env.assert_locked();
+}
+
+#[test]
+fn a_witness_that_calls_a_holder_alive_keeps_its_lock() {
+    let mut env = lapsed(Lock::DynamoDb);
+    witness(&mut env, r#"echo '{"verdict": "alive", "reason": "the job is running"}'"#);
+    assert_ended(&env, &locks(&env, &["list"]), 0, "alive");
+    assert_ended(&env, &locks(&env, &["release", "--yes"]), 1, "TFW_WITNESS says alive: the job is running");
+    env.assert_locked();
+}
+
+/// Nobody can look up a machine of which only a user name and a host name are known.
+#[test]
+fn without_an_identity_that_travelled_with_the_lock_a_death_is_only_likely() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let mut info: Value = serde_json::from_str(&lock_json(LEASED, &env.path())).unwrap();
+    info["Who"] = "runner@fv-az1".into();
+    env.put_lock(&info.to_string());
+    witness(&mut env, &format!("cat > question\n{DEAD}"));
+    let shown = shown(&env);
+    assert_eq!(shown["verdict"], "likely_dead", "{shown}");
+    let question: Value = serde_json::from_str(&env.read("question")).unwrap();
+    assert_eq!(question["holder"], Value::Null);
+    assert_ended(&env, &locks(&env, &["release"]), 1, "stdin is not a terminal");
+    env.assert_locked();
+    assert_ended(&env, &locks(&env, &["release", "--yes"]), 0, "released the lock");
+    env.assert_unlocked();
+}
+
+#[test]
+fn a_bad_witness_changes_no_verdict_and_is_shown_harmlessly() {
+    let mut env = lapsed(Lock::DynamoDb);
+    for (script, reason) in [
+        ("echo garbage", "its answer is not"),
+        ("echo '[\"dead\",\"x\"]'", "its answer is not"),
+        (":", "it printed no answer"),
+        ("echo no access >&2; exit 1", "it failed (exit status: 1): no access"),
+        ("kill -9 $$", "it failed (exit status: 137)"),
+        ("exec /nonexistent/witness", "/nonexistent/witness"),
+        ("head -c 5000000 /dev/zero", "its answer is longer than 64 KiB"),
+        ("printf '\\033]0;x\\007\\033[2J'", "\\u{1b}[2J"),
+        ("printf '{\"verdict\": \"unknown\", \"reason\": \"\\\\u001b[2J\\\\u202e\"}'", "TFW_WITNESS says unknown: "),
+    ] {
+        witness(&mut env, script);
+        let found = shown(&env);
+        assert_eq!(found["verdict"], "likely_dead", "{script} {found}");
+        assert!(found["reason"].as_str().unwrap().contains(reason), "{script} {found}");
+        for words in [&["list"][..], &["show"], &["release"]] {
+            let end = locks(&env, words);
+            let all = format!("{}{}", end.out, end.err);
+            assert!(!all.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{script} {all}");
+        }
+        env.assert_locked();
+    }
+    env.set("TFW_WITNESS", "/nonexistent/witness");
+    let reason = shown(&env)["reason"].to_string();
+    assert!(reason.contains("(exit status: 127)") && reason.contains("not found"), "{reason}");
+}
+
+#[test]
+fn a_witness_that_hangs_is_killed_with_everything_that_it_started() {
+    let mut env = lapsed(Lock::DynamoDb);
+    // The last one has lost its parent.
+    witness(&mut env, "trap '' TERM INT HUP; sleep 1000 & (sleep 1000 & echo $! > orphan); echo $$ $! > pids; wait");
+    let found = shown(&env);
+    let reason = found["reason"].as_str().unwrap();
+    assert!(reason.contains("it gave no answer within 20 s and was killed"), "{found}");
+    assert_eq!(found["verdict"], "likely_dead");
+    let pids = env.read("pids") + &env.read("orphan");
+    let pids: Vec<i32> = pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    assert_eq!(pids.len(), 3);
+    let all_gone = || pids.iter().all(|pid| kill(Pid::from_raw(*pid), None).is_err()).then_some(());
+    wait_for("the end of the witness", all_gone, || format!("{pids:?}"));
+}
+
+/// A refused run and its recovery do not wait for a witness, and delete nothing because of it.
+#[test]
+fn a_run_of_terraform_asks_no_witness() {
+    let mut env = lapsed(Lock::DynamoDb);
+    witness(&mut env, &format!("touch asked\n{DEAD}"));
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_ended(&env, &end, 1, "the holder is likely dead");
+    assert_ended(&env, &locks(&env, &["recover"]), 0, "");
+    assert!(!env.exists("asked"));
+    env.assert_locked();
+}
+
+/// Each lock is judged by its own answer, also in a scan.
+#[test]
+fn a_scan_asks_about_each_lock() {
+    let mut env = lapsed(Lock::DynamoDb);
+    let mut info: Value = serde_json::from_str(&lock_json("77777777-2222-3333-4444-555555555555", "x/y")).unwrap();
+    info["Who"] = "anna@elsewhere".into();
+    let item = json!({ "LockID": { "S": "x/y" }, "Info": { "S": info.to_string() } });
+    crate::support::cloud::cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
+    witness(
+        &mut env,
+        &format!("case $(cat) in *i-0123456789abcdef0*) {DEAD} ;; *) echo '{{\"verdict\": \"unknown\"}}' ;; esac"),
+    );
+    let end = locks(&env, &["list", "--table", &env.table, "--region", "us-east-1", "--json"]);
+    let listed: Value = serde_json::from_str(&end.out).unwrap();
+    let mut verdicts: Vec<_> = listed["locks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|lock| (lock["path"].to_string(), lock["verdict"].to_string()))
+        .collect();
+    verdicts.sort();
+    assert_eq!(verdicts.len(), 2, "{listed}");
+    assert!(verdicts.contains(&("\"x/y\"".into(), "\"unknown\"".into())), "{verdicts:?}");
+    assert!(verdicts.contains(&(format!("\"{}\"", env.path()), "\"dead\"".into())), "{verdicts:?}");
+}

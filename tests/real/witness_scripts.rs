@@ -1,0 +1,447 @@
+//! The commands for `TFW_WITNESS` in `shell/witness`: which answers of a platform prove that a holder is dead, and which
+//! do not. Each test is with the platform's real client, if that is installed, or with a stand-in for the client.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+
+use super::locks_release::locks;
+use crate::support::cloud::{Server, free_port, keep};
+use crate::support::http::{self, Message};
+use crate::support::lease::record;
+use crate::support::process::Run;
+use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::test_env::which;
+use crate::support::{Lock, TestEnv, wait_for};
+
+const INSTANCE: &str = "i-0123456789abcdef0";
+const TASK: &str = "0123456789abcdef0123456789abcdef";
+const UID: &str = "11111111-2222-3333-4444-555555555555";
+const JOB: &str = "https://github.localhost/o/r/actions/runs/7/attempts/2";
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("shell/witness").join(name)
+}
+
+/// Asks a script about a holder, and returns its verdict and its reason.
+fn ask(env: &TestEnv, name: &str, holder: &Value) -> (String, String) {
+    let lock = json!({ "id": "a", "who": "\"cloud\":\"Amazon EC2 i-00000000", "created": "2026-01-02T00:00:00.5Z" });
+    env.write("question", &(json!({ "lock": lock, "holder": holder }).to_string() + "\n"));
+    let mut command = env.command("/bin/sh");
+    command.args(["-c", "exec \"$0\" < question"]).arg(script(name));
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let answer: Result<Value, _> = serde_json::from_str(&end.out);
+    assert!(answer.is_ok(), "{holder} {}", env.dump(&end));
+    let text = |name: &str| answer.as_ref().unwrap()[name].as_str().unwrap().to_owned();
+    (text("verdict"), text("reason"))
+}
+
+/// Asks a script about a holder with this `cloud`.
+fn ask_about(env: &TestEnv, name: &str, cloud: &str) -> (String, String) {
+    ask(env, name, &json!({ "user": "runner", "cloud": cloud }))
+}
+
+fn assert_answer((verdict, reason): &(String, String), expected: &str, text: &str) {
+    assert_eq!(verdict, expected, "{reason}");
+    assert!(reason.contains(text), "{verdict}: {reason}");
+}
+
+/// Puts a program before every other of its name.
+fn put_program(env: &TestEnv, name: &str, text: &str) {
+    fs::write(env.bin().join(name), text).unwrap();
+    fs::set_permissions(env.bin().join(name), fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// moto's services, and an [`TestEnv`] whose `aws` uses them. `None` if moto or `aws` is not installed.
+fn moto() -> Option<(Server, TestEnv)> {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/moto/bin/moto_server");
+    if !program.exists() || which("aws").is_none() {
+        return None;
+    }
+    let port = free_port();
+    let server = keep(&[program.to_str().unwrap(), "-H", "127.0.0.1", "-p", &port.to_string()], &[]);
+    let is_up = || http::ask(port, "GET", "/moto-api/data.json", &[], b"").filter(|answer| answer.status() == 200);
+    wait_for("moto", is_up, || format!("port {port}"));
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    for service in ["EC2", "ECS"] {
+        env.set(&format!("AWS_ENDPOINT_URL_{service}"), format!("http://127.0.0.1:{port}"));
+    }
+    env.set("AWS_REGION", "us-east-1").set("AWS_DEFAULT_REGION", "us-east-1").set("TFW_LEASE", "off");
+    Some((server, env))
+}
+
+/// Runs the real `aws` and returns what it prints.
+fn aws(env: &TestEnv, words: &str) -> String {
+    let mut command = env.command("aws");
+    command.args(words.split_whitespace());
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(0), "aws {words}: {}", env.dump(&end));
+    end.out.trim().to_owned()
+}
+
+fn new_instance(env: &TestEnv) -> String {
+    aws(env, "ec2 run-instances --image-id ami-12c6146b --query Instances[0].InstanceId --output text")
+}
+
+/// A hibernated instance is `stopped`, and goes on when it starts. An instance that is not found may be elsewhere.
+#[test]
+fn only_a_terminated_instance_is_dead() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    for (state, verdict) in [
+        ("terminated", "dead"),
+        ("stopped", "unknown"),
+        ("stopping", "unknown"),
+        ("shutting-down", "unknown"),
+        ("running", "unknown"),
+        ("pending", "unknown"),
+    ] {
+        put_program(&env, "aws", &format!("#!/bin/sh\nprintf '{INSTANCE}\\t{state}\\n'\n"));
+        assert_answer(&ask_about(&env, "ec2", &format!("Amazon EC2 {INSTANCE}")), verdict, state);
+    }
+    let about_instance = || ask_about(&env, "ec2", &format!("pod a/b, Amazon EC2 {INSTANCE}"));
+    for (text, reason) in [
+        ("printf 'i-99999999\\tterminated\\n'", "not found"),
+        (":", "not found"),
+        ("printf 'AccessDenied \"\\\\ \\033[31m' >&2; exit 254", "aws: AccessDenied  [31m"),
+        ("exit 1", "aws: "),
+    ] {
+        put_program(&env, "aws", &format!("#!/bin/sh\n{text}\n"));
+        assert_answer(&about_instance(), "unknown", reason);
+    }
+    put_program(&env, "aws", "#!/bin/sh\ntouch asked\n");
+    for cloud in ["", "Azure", "Amazon EC2", "Amazon EC2 --help", "Amazon EC2 i-0123456789abcdef0; x", "ECS task 7"] {
+        assert_answer(&ask_about(&env, "ec2", cloud), "unknown", "no EC2 instance");
+    }
+    assert!(!env.exists("asked"));
+}
+
+#[test]
+fn the_real_aws_says_of_an_instance_what_the_witness_reads() {
+    let Some((_server, env)) = moto() else { return };
+    let instance = new_instance(&env);
+    let about = |instance: &str| ask_about(&env, "ec2", &format!("Amazon EC2 {instance}"));
+    assert_answer(&about(&instance), "unknown", "is running");
+    aws(&env, &format!("ec2 stop-instances --instance-ids {instance}"));
+    assert_answer(&about(&instance), "unknown", "is stopped, and may be hibernated");
+    assert_answer(&about(INSTANCE), "unknown", "NotFound");
+    let mut lapsed = record(2820, 300);
+    lapsed["holder"]["cloud"] = format!("Amazon EC2 {instance}").into();
+    env.lock_with_lease(&lapsed);
+    let mut env = env;
+    env.set("TFW_WITNESS", script("all"));
+    let end = locks(&env, &["release"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    env.assert_locked();
+    aws(&env, &format!("ec2 terminate-instances --instance-ids {instance}"));
+    let end = locks(&env, &["release"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.out.contains(&format!("instance {instance} is terminated")), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// ECS calls a task on an instance stopped when the instance was deregistered by force, and its containers run on.
+#[test]
+fn only_a_stopped_fargate_task_is_dead() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let arn = format!("arn:aws:ecs:us-east-1:123456789012:task/default/{TASK}");
+    let about = |env: &TestEnv| ask_about(env, "ecs", &format!("ECS task {TASK} (Fargate)"));
+    for (launch_type, status, verdict, reason) in [
+        ("FARGATE", "STOPPED", "dead", "has stopped"),
+        ("EC2", "STOPPED", "unknown", "its containers may run on"),
+        ("EXTERNAL", "STOPPED", "unknown", "its containers may run on"),
+        ("None", "STOPPED", "unknown", "its containers may run on"),
+        ("FARGATE", "STOPPING", "unknown", "is STOPPING"),
+        ("FARGATE", "DEPROVISIONING", "unknown", "is DEPROVISIONING"),
+        ("FARGATE", "RUNNING", "unknown", "is RUNNING"),
+    ] {
+        put_program(&env, "aws", &format!("#!/bin/sh\nprintf '{arn}\\t{launch_type}\\t{status}\\n'\n"));
+        assert_answer(&about(&env), verdict, reason);
+    }
+    // It is searched for in each cluster, and may be in none of them.
+    let only_in_b =
+        format!("#!/bin/sh\ncase \"$*\" in *'--cluster b '*) printf '{arn}\\tFARGATE\\tSTOPPED\\n' ;; esac\n");
+    put_program(&env, "aws", &only_in_b);
+    assert_answer(&about(&env), "unknown", "not found in the clusters default");
+    env.set("WITNESS_ECS_CLUSTERS", "a * b");
+    assert_answer(&about(&env), "dead", "has stopped");
+    put_program(&env, "aws", "#!/bin/sh\necho AccessDenied >&2\nexit 254\n");
+    assert_answer(&about(&env), "unknown", "aws: AccessDenied");
+    for cloud in ["", "ECS task 7", "ECS task $(touch x)", "Amazon EC2 i-0123456789abcdef0"] {
+        assert_answer(&ask_about(&env, "ecs", cloud), "unknown", "no ECS task");
+    }
+}
+
+#[test]
+fn the_real_aws_says_of_a_task_what_the_witness_reads() {
+    let Some((_server, env)) = moto() else { return };
+    aws(&env, "ecs create-cluster --cluster-name default");
+    env.write("containers", r#"[{"name":"c","image":"i","memory":512,"cpu":256}]"#);
+    let definition = "ecs register-task-definition --family f --container-definitions file://containers";
+    aws(&env, &format!("{definition} --requires-compatibilities FARGATE --network-mode awsvpc --cpu 256 --memory 512"));
+    let subnet = aws(&env, "ec2 describe-subnets --query Subnets[0].SubnetId --output text");
+    let start = |launch_type: &str| {
+        let network = format!("awsvpcConfiguration={{subnets=[{subnet}],securityGroups=[sg-1]}}");
+        let words =
+            format!("ecs run-task --task-definition f --launch-type {launch_type} --network-configuration {network}");
+        let arn = aws(&env, &format!("{words} --query tasks[0].taskArn --output text"));
+        arn.rsplit_once('/').unwrap().1.to_owned()
+    };
+    let about = |task: &str, more: &str| ask_about(&env, "all", &format!("ECS task {task}{more}"));
+    let task = start("FARGATE");
+    assert_answer(&about(&task, " (Fargate)"), "unknown", &format!("task {task} is "));
+    aws(&env, &format!("ecs stop-task --task {task}"));
+    assert_answer(&about(&task, " (Fargate)"), "dead", "has stopped");
+    assert_answer(&about(TASK, ""), "unknown", "not found");
+    // Its instance was deregistered by force: the instance must be asked.
+    let instance = new_instance(&env);
+    env.write("identity", &json!({ "instanceId": instance }).to_string());
+    let register = "ecs register-container-instance --instance-identity-document file://identity";
+    let registered = aws(&env, &format!("{register} --query containerInstance.containerInstanceArn --output text"));
+    let task = start("EC2");
+    aws(&env, &format!("ecs deregister-container-instance --container-instance {registered} --force"));
+    let is_called_stopped = || {
+        let (verdict, reason) = about(&task, "");
+        assert_eq!(verdict, "unknown", "{reason}");
+        reason.contains("its containers may run on").then_some(())
+    };
+    wait_for("a task that is called stopped", is_called_stopped, String::new);
+    aws(&env, &format!("ec2 terminate-instances --instance-ids {instance}"));
+    assert_answer(&about(&task, &format!(", Amazon EC2 {instance}")), "dead", "is terminated");
+}
+
+/// A stand-in for the API server of a cluster, with one pod and one node. They are not found if they are null.
+fn cluster(env: &mut TestEnv) -> (Proxy, Arc<Mutex<[Value; 2]>>) {
+    let stored = Arc::new(Mutex::new([Value::Null, Value::Null]));
+    let objects = Arc::clone(&stored);
+    let server = Proxy::start(0, move |request| {
+        let path = request.start.split(' ').nth(1).unwrap().split('?').next().unwrap().to_owned();
+        let [pod, node] = objects.lock().unwrap().clone();
+        let resource = |name: &str, kind: &str, namespaced: bool| json!({ "name": name, "singularName": "", "kind": kind, "namespaced": namespaced, "verbs": ["get", "list"] });
+        let found = match path.as_str() {
+            "/api" => json!({ "kind": "APIVersions", "versions": ["v1"] }),
+            "/apis" => json!({ "kind": "APIGroupList", "apiVersion": "v1", "groups": [] }),
+            "/api/v1" => json!({ "kind": "APIResourceList", "groupVersion": "v1",
+                "resources": [resource("pods", "Pod", true), resource("nodes", "Node", false)] }),
+            "/api/v1/namespaces/ci/pods/runner-1" => pod,
+            "/api/v1/nodes/node-1" => node,
+            _ => Value::Null,
+        };
+        let missing = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound",
+            "message": "not found", "code": 404 });
+        let (status, body) = if found.is_null() { ("404 Not Found", missing) } else { ("200 OK", found) };
+        let mut answer = Message::answer(status, &body.to_string());
+        answer.headers[0].1 = "application/json".into();
+        ProxyAction::Answer(answer)
+    });
+    let context = json!({ "name": "c", "context": { "cluster": "c", "user": "u" } });
+    let config = json!({ "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [context],
+        "clusters": [{ "name": "c", "cluster": { "server": format!("http://127.0.0.1:{}", server.port) } }],
+        "users": [{ "name": "u", "user": {} }] });
+    env.write("kubeconfig", &config.to_string());
+    env.set("KUBECONFIG", env.directory.join("kubeconfig"));
+    (server, stored)
+}
+
+fn over(reason: &str) -> Value {
+    json!({ "name": "c", "state": { "terminated": { "exitCode": 137, "reason": reason, "finishedAt": "2026-01-02T00:00:00Z" } } })
+}
+
+/// Returns a pod with one container for each state, and with an init container that has completed.
+fn pod(uid: &str, phase: &str, states: &[Value]) -> Value {
+    let containers: Vec<Value> = states.iter().map(|_| json!({ "name": "c" })).collect();
+    json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "name": "runner-1", "namespace": "ci", "uid": uid },
+        "spec": { "initContainers": [{ "name": "i" }], "containers": containers },
+        "status": { "phase": phase, "containerStatuses": states, "initContainerStatuses": [over("Completed")] } })
+}
+
+#[test]
+fn only_a_pod_whose_containers_the_kubelet_saw_end_is_dead_or_one_whose_instance_is_terminated() {
+    if which("kubectl").is_none() {
+        return;
+    }
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let (_server, stored) = cluster(&mut env);
+    let place = format!("pod ci/runner-1 ({UID}) on node node-1");
+    // The witness of EC2 says which instance was asked about.
+    let terminated = "#!/bin/sh\nfor one; do case $one in i-*) printf \"$one\\tSTATE\\n\" ;; esac; done\n";
+    put_program(&env, "aws", &terminated.replace("STATE", "running"));
+    let about = |pod: Value, node: Value| {
+        *stored.lock().unwrap() = [pod, node];
+        ask_about(&env, "kubernetes", &place)
+    };
+    let running = || json!({ "name": "c", "state": { "running": {} }, "lastState": over("Error")["state"] });
+    let waiting = json!({ "name": "c", "state": { "waiting": { "reason": "CrashLoopBackOff" } } });
+    assert_answer(&about(pod(UID, "Failed", &[over("OOMKilled")]), Value::Null), "dead", "have terminated");
+    assert_answer(
+        &about(pod(UID, "Succeeded", &[over("Completed"), over("Error")]), Value::Null),
+        "dead",
+        "ci/runner-1",
+    );
+    let another = "11111111-2222-3333-4444-666666666666";
+    let mut without_status = pod(UID, "Failed", &[over("Error"), over("Error")]);
+    without_status["status"]["containerStatuses"].as_array_mut().unwrap().pop();
+    let mut with_sidecar = pod(UID, "Running", &[over("Error")]);
+    with_sidecar["status"]["initContainerStatuses"] = json!([running()]);
+    let mut debugged = pod(UID, "Running", &[over("Error")]);
+    debugged["spec"]["ephemeralContainers"] = json!([{ "name": "d" }]);
+    debugged["status"]["ephemeralContainerStatuses"] = json!([running()]);
+    for (what, pod, reason) in [
+        // A forced delete removes the object, and the container may run on.
+        ("not found", Value::Null, "kubectl: "),
+        ("a pod with the same name", pod(another, "Failed", &[over("Error")]), "is another pod now"),
+        ("a phase of the control plane", pod(UID, "Failed", &[running()]), "not known that it has terminated"),
+        ("one container runs", pod(UID, "Running", &[over("Error"), running()]), "not known"),
+        ("a restart", pod(UID, "Running", &[waiting]), "not known"),
+        ("a sidecar runs", with_sidecar, "not known"),
+        ("a debugger runs", debugged, "not known"),
+        ("no status of a container", without_status, "not known"),
+        ("no status", json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "uid": UID } }), "not known"),
+        ("lost", pod(UID, "Failed", &[over("ContainerStatusUnknown")]), "not known"),
+    ] {
+        let answer = about(pod, Value::Null);
+        assert_eq!(answer.0, "unknown", "{what}: {}", answer.1);
+        assert_answer(&answer, "unknown", reason);
+    }
+    // Its node: only a node that was there before the lock.
+    let node = |created: &str, provider: &str| {
+        json!({ "kind": "Node", "apiVersion": "v1", "metadata": { "name": "node-1", "creationTimestamp": created },
+            "spec": { "providerID": provider } })
+    };
+    let provider = format!("aws:///eu-west-1a/{INSTANCE}");
+    let old = || node("2026-01-01T00:00:00Z", &provider);
+    assert_answer(&about(Value::Null, old()), "unknown", "kubectl: ");
+    put_program(&env, "aws", &terminated.replace("STATE", "stopped"));
+    assert_answer(&about(Value::Null, old()), "unknown", "kubectl: ");
+    put_program(&env, "aws", &terminated.replace("STATE", "terminated"));
+    assert_answer(&about(Value::Null, old()), "dead", &format!("instance {INSTANCE} is terminated"));
+    assert_answer(&about(pod(UID, "Running", &[running()]), old()), "dead", "the node of pod ci/runner-1 is gone");
+    let new = node("2026-01-03T00:00:00Z", &provider);
+    assert_answer(&about(Value::Null, new), "unknown", "kubectl: ");
+    let other_cloud = node("2026-01-01T00:00:00Z", "gce://p/z/i-0123456789abcdef0");
+    assert_answer(&about(Value::Null, other_cloud), "unknown", "kubectl: ");
+    // The lock itself may name the instance.
+    let answer = ask_about(&env, "kubernetes", &format!("{place}, Amazon EC2 i-0aaaaaaa"));
+    assert_answer(&answer, "dead", "instance i-0aaaaaaa is terminated");
+    for cloud in ["", "pod ci/runner-1", "pod ci/--all (11111111-2222-3333-4444-555555555555)", "Amazon EC2 i-0aaaaaaa"]
+    {
+        assert_answer(&ask_about(&env, "kubernetes", cloud), "unknown", "no pod with a UID");
+    }
+}
+
+/// A `gh` that has only what the witness uses.
+const GH: &str = r#"#!/bin/sh
+[ "$1 $2 $4 $6" = "api --hostname --paginate --jq" ] || exit 9
+curl -sS -f -x "$http_proxy" "http://api.$3/$5" > gh.answer && jq -r "$7" gh.answer
+"#;
+
+/// With the real `gh` if it is installed, and with a stand-in for it.
+#[test]
+fn only_completed_jobs_on_runners_of_github_are_dead() {
+    for is_real in [true, false] {
+        if (is_real && which("gh").is_none()) || (!is_real && (which("jq").is_none() || which("curl").is_none())) {
+            continue;
+        }
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        if !is_real {
+            put_program(&env, "gh", GH);
+        }
+        let stored = Arc::new(Mutex::new(Value::Null));
+        let jobs = Arc::clone(&stored);
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&requests);
+        let server = Proxy::start(0, move |request| {
+            seen.lock().unwrap().push(request.start.clone());
+            let jobs = jobs.lock().unwrap().clone();
+            let (status, body) =
+                if jobs.is_null() { ("404 Not Found", json!({ "message": "Not Found" })) } else { ("200 OK", jobs) };
+            let mut answer = Message::answer(status, &body.to_string());
+            answer.headers[0].1 = "application/json; charset=utf-8".into();
+            ProxyAction::Answer(answer)
+        });
+        env.set("GH_TOKEN", "secret").set("GH_HOST", "github.localhost");
+        env.set("http_proxy", format!("http://127.0.0.1:{}", server.port));
+        let holder = |job: &str, cloud: &str| json!({ "ci": "GitHub Actions", "job": job, "cloud": cloud });
+        let about = |jobs: Value| {
+            *stored.lock().unwrap() = jobs;
+            ask(&env, "github", &holder(JOB, "Azure"))
+        };
+        let ago = |seconds: i64| {
+            (jiff::Timestamp::now() - jiff::SignedDuration::from_secs(seconds)).strftime("%FT%TZ").to_string()
+        };
+        let job = |status: &str, conclusion: Option<&str>, group: Option<&str>, completed: &str| json!({ "status": status, "conclusion": conclusion, "runner_group_name": group, "completed_at": completed });
+        let hosted = Some("GitHub Actions");
+        let done = || job("completed", Some("failure"), hosted, &ago(900));
+        let skipped = job("completed", Some("skipped"), None, &ago(900));
+        let of = |jobs: Vec<Value>| json!({ "total_count": jobs.len(), "jobs": jobs });
+        assert_answer(&about(of(vec![done(), skipped.clone(), done()])), "dead", "are completed");
+        let path = "/repos/o/r/actions/runs/7/attempts/2/jobs?per_page=100";
+        assert!(requests.lock().unwrap()[0].contains(path), "{requests:?}");
+        for (what, jobs, reason) in [
+            ("another job is running", of(vec![done(), job("in_progress", None, hosted, "")]), "is not completed"),
+            ("another job waits", of(vec![done(), job("queued", None, None, "")]), "is not completed"),
+            // Its runner may only have been silent, and terraform may run on.
+            (
+                "a runner of their own",
+                of(vec![done(), job("completed", Some("failure"), Some("Default"), &ago(900))]),
+                "runner of GitHub",
+            ),
+            ("no runner", of(vec![job("completed", Some("cancelled"), None, &ago(900))]), "runner of GitHub"),
+            ("just now", of(vec![done(), job("completed", Some("cancelled"), hosted, &ago(20))]), "5 minutes"),
+            ("only skipped", of(vec![skipped]), "did not list"),
+            ("no job", of(vec![]), "did not list"),
+            ("not all", json!({ "total_count": 2, "jobs": [done()] }), "did not list"),
+            ("no permission", Value::Null, "gh: "),
+        ] {
+            let answer = about(jobs);
+            assert_eq!(answer.0, "unknown", "{what}: {}", answer.1);
+            assert_answer(&answer, "unknown", reason);
+        }
+        // gh sends its token to the server that it is told, so that must not be one that the lock names.
+        *stored.lock().unwrap() = of(vec![done()]);
+        requests.lock().unwrap().clear();
+        for (holder, reason) in [
+            (holder("https://evil.localhost/o/r/actions/runs/7/attempts/2", ""), "not on github.localhost"),
+            (holder("https://github.localhost.evil/o/r/actions/runs/7/attempts/2", ""), "not on github.localhost"),
+            (holder("https://github.localhost/../user/actions/runs/7/attempts/2", ""), "no attempt"),
+            (holder("https://github.localhost/o/r/actions/runs/7", ""), "no attempt"),
+            (holder("https://github.localhost/o/r/actions/runs/7/attempts/2?x", ""), "no attempt"),
+            (holder("", ""), "no attempt"),
+            (holder(JOB, "pod ci/runner-1"), "did not run on a runner of GitHub"),
+            (holder(JOB, &format!("Amazon EC2 {INSTANCE}")), "did not run on a runner of GitHub"),
+            (json!({ "ci": "Gitea Actions", "job": JOB }), "no job of GitHub"),
+            (Value::Null, "no job of GitHub"),
+        ] {
+            assert_answer(&ask(&env, "github", &holder), "unknown", reason);
+        }
+        assert_eq!(*requests.lock().unwrap(), Vec::<String>::new());
+    }
+}
+
+/// The first witness that knows the answer answers. None is asked about a holder that it cannot know.
+#[test]
+fn all_asks_each_witness_that_the_holder_names() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    put_program(&env, "aws", &format!("#!/bin/sh\nprintf '{INSTANCE}\\tterminated\\n'\n"));
+    put_program(&env, "kubectl", "#!/bin/sh\necho 'no access' >&2\nexit 1\n");
+    put_program(&env, "gh", "#!/bin/sh\necho 'no token' >&2\nexit 4\n");
+    let answer = ask_about(&env, "all", &format!("pod ci/runner-1 ({UID}), Amazon EC2 {INSTANCE}"));
+    assert_answer(&answer, "dead", "is terminated");
+    assert_answer(&ask_about(&env, "all", &format!("pod ci/runner-1 ({UID})")), "unknown", "no access");
+    let job = json!({ "ci": "GitHub Actions", "job": "https://github.com/o/r/actions/runs/1/attempts/1" });
+    assert_answer(&ask(&env, "all", &job), "unknown", "no token");
+    for holder in [Value::Null, json!({ "host": "vm", "machine": "m" })] {
+        assert_answer(&ask(&env, "all", &holder), "unknown", "no witness knows this holder");
+    }
+}
+
+#[test]
+fn each_witness_has_fewer_than_80_lines() {
+    for name in ["ec2", "ecs", "kubernetes", "github", "all"] {
+        let lines = fs::read_to_string(script(name)).unwrap().lines().count();
+        assert!(lines < 80, "{name} has {lines} lines");
+    }
+}
