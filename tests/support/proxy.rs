@@ -1,6 +1,7 @@
 //! A proxy in front of the loopback cloud, for what a real server does not do on demand: hold a request and deliver it
 //! after the death of its sender, lose a response, or send another response.
 
+use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
@@ -37,8 +38,8 @@ struct Shared {
     held: Mutex<(usize, bool)>,
     changed: Condvar,
     delivered: Mutex<Vec<String>>,
-    /// The connections of all clients, even if they have ended.
-    clients: Mutex<Vec<TcpStream>>,
+    /// The connections that are served now, each with its number.
+    clients: Mutex<HashMap<usize, TcpStream>>,
 }
 
 pub struct Proxy {
@@ -77,10 +78,16 @@ impl Proxy {
         });
         let for_listener = Arc::clone(&shared);
         std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
+            for (number, stream) in listener.incoming().flatten().enumerate() {
                 let (shared, serve) = (Arc::clone(&for_listener), serve.clone());
-                shared.clients.lock().unwrap().extend(stream.try_clone());
-                std::thread::spawn(move || serve(stream, &shared));
+                if let Ok(copy) = stream.try_clone() {
+                    shared.clients.lock().unwrap().insert(number, copy);
+                }
+                std::thread::spawn(move || {
+                    serve(stream, &shared);
+                    // The connection is closed only when no copy is left.
+                    shared.clients.lock().unwrap().remove(&number);
+                });
             }
         });
         Self { port, shared }
@@ -118,8 +125,8 @@ impl Proxy {
 
     /// Closes the connections of all clients, as a service does with idle ones.
     pub fn close_connections(&self) {
-        for client in self.shared.clients.lock().unwrap().drain(..) {
-            // A client may have closed it.
+        for client in self.shared.clients.lock().unwrap().values() {
+            // The client may have closed it.
             let _ = client.shutdown(Shutdown::Both);
         }
     }
