@@ -106,6 +106,8 @@ fn a_lock_service_that_does_not_answer_is_not_waited_for_when_a_person_says_so()
     let run = env.start_apply(Subject::Tf);
     killed.store(true, std::sync::atomic::Ordering::SeqCst);
     run.kill_terraform();
+    // With a lease, the first held request may be the keeper's.
+    env.wait_for_trace("a lock may be held");
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_err("press ^C again to leave it");
