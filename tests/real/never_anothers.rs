@@ -113,12 +113,16 @@ fn what_a_provisioner_writes_into_the_recorder_deletes_no_living_lock() {
     let other_path = format!("{}/other.tfstate", env.bucket);
     let living = lock_json(OTHER, &other_path);
     cloud().put_item(&env.table, &other_path, &living);
-    env.write("forged", &forged(OTHER, &other_path));
     env.write_main(
         "",
-        "cat forged >> $TF_LOG_PATH; touch began; while test -e began && ! test -e go; do sleep 0.02; done",
+        "touch began; while ! test -e forged; do sleep 0.02; done; cat forged >> $TF_LOG_PATH; touch appended; \
+         while test -e began && ! test -e go; do sleep 0.02; done",
     );
     let run = env.start_apply(Subject::Tf);
+    // The times in the log must not go backwards, however long terraform took to come to the provisioner.
+    env.write("forged.new", &forged(OTHER, &other_path));
+    std::fs::rename(env.directory.join("forged.new"), env.directory.join("forged")).unwrap();
+    env.wait_for_file("appended");
     run.kill_terraform();
     let end = run.wait();
     assert_eq!(cloud().item(&env.table, &other_path), Some(living), "{}", env.dump(&end));
