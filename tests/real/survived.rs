@@ -561,7 +561,9 @@ fn a_lock_service_that_ails_when_the_release_is_due_is_left_to_the_next_run() {
                 ails.store(true, Ordering::Relaxed);
                 run.kill_terraform();
                 if name == "does not answer" {
-                    // A person need not wait: the second ^C ends the wait.
+                    // A person need not wait: the second ^C ends the wait. With a lease, the first held request may be
+                    // the keeper's.
+                    env.wait_for_trace("a lock may be held");
                     proxy.wait_until_held();
                     run.send(Signal::SIGINT);
                     run.wait_for_err("press ^C again to leave it");
