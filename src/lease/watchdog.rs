@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::running_time::RunningTime;
 use super::terms::Terms;
 
-/// What to do about a keeper of which nothing new was heard.
+/// What to do about a keeper that has reported nothing new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WatchdogStep {
     Wait,

@@ -39,7 +39,8 @@ const MAX_LOCK_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Object {
     /// The body without the member `tf` and with an empty field `Info` ([`info_field`]), so that it is the text that
-    /// terraform wrote. Every sequence that is not UTF-8 is replaced. Empty if the object is larger than [`MAX_LOCK_BYTES`], because the body is not read then.
+    /// terraform wrote. Every sequence that is not UTF-8 is replaced. Empty if the object is larger than
+    /// [`MAX_LOCK_BYTES`], because the body is not read then.
     pub(crate) body: String,
     /// The member `tf` of the body: the lease record.
     pub(crate) member: Member,

@@ -244,10 +244,7 @@ impl Stores {
     /// of a lock. The delete may have succeeded nevertheless.
     pub(crate) async fn remove(&self, store_key: &StoreKey, stored: &StoredLock) -> Result<Removed, Failure> {
         for attempt in 0..5 {
-            let mut deleted = self.delete(store_key, stored).await?;
-            if attempt > 0 && deleted == Deleted::Changed {
-                deleted = Deleted::Unclear;
-            }
+            let deleted = self.delete(store_key, stored).await?.of_attempt(attempt);
             let now = self.read(store_key).await?;
             match removed(&deleted, stored, now.as_ref()) {
                 Some(removed) => return Ok(removed),

@@ -591,10 +591,7 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
     }
     crash_point::reached("takeover: begun");
     for attempt in 0..ATTEMPTS {
-        let mut deleted = stores.delete(object, &lock.stored).await?;
-        if attempt > 0 && deleted == Deleted::Changed {
-            deleted = Deleted::Unclear;
-        }
+        let deleted = stores.delete(object, &lock.stored).await?.of_attempt(attempt);
         let mut now = stores.read_lease(object).await?.lock;
         if now.is_none() {
             // A single response proves nothing.
