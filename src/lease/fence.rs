@@ -97,6 +97,20 @@ pub(crate) fn is_reason_due(reported: Option<(&str, Duration)>, reason: &str) ->
     !reason.is_empty() && reported.is_none_or(|(last, ago)| last != reason && ago >= REASON_INTERVAL)
 }
 
+/// Whether to break off the requests that a stopped terraform has handed to the kernel, so that they do not arrive after
+/// another run has the lock. `has_failed`: the last request of the keeper has failed. Then the kernel may be repeating
+/// those requests until the network is back.
+///
+/// A service that answers gets them anyway, so a stop without an outage breaks nothing off. A keeper that is silent counts
+/// as an outage after a while: a twentieth of the lease, and a taker needs at least a fifth of it.
+pub(crate) fn are_requests_aborted(terms: Terms, look: Look, has_failed: bool, stopped_for: Duration) -> bool {
+    match look {
+        Look::Ours => false,
+        Look::Lost => true,
+        Look::Unknown => has_failed || stopped_for >= terms.length() / 20,
+    }
+}
+
 /// Decides what to do with a stopped run after a look at the lock.
 pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep {
     if look == Look::Lost {
@@ -137,6 +151,24 @@ mod tests {
             (Some(("no network", late)), "", false),
         ] {
             assert_eq!(is_reason_due(reported, reason), expected, "{reported:?} {reason}");
+        }
+    }
+
+    #[test]
+    fn requests_in_flight_are_broken_off_unless_the_lock_is_seen_to_be_the_runs() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        for (look, has_failed, seconds, expected) in [
+            (Look::Ours, false, 999, false),
+            (Look::Ours, true, 999, false),
+            (Look::Lost, false, 0, true),
+            (Look::Lost, true, 0, true),
+            (Look::Unknown, true, 0, true),
+            (Look::Unknown, false, 14, false),
+            (Look::Unknown, false, 15, true),
+        ] {
+            let stopped_for = Duration::from_secs(seconds);
+            let decided = are_requests_aborted(terms, look, has_failed, stopped_for);
+            assert_eq!(decided, expected, "{look:?} {has_failed} {seconds}");
         }
     }
 

@@ -43,6 +43,7 @@ use crate::crash_point;
 use crate::lease::record::Claim;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
+use crate::sys::connections::UnconfirmedBytes;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
 use crate::trace::trace;
@@ -758,26 +759,38 @@ async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
     timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`]. Returns
-/// whether the state changed during the wait. `None` if the lock disappears during the wait: then there is no lock to
+/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`], and the kernel
+/// of this host has delivered or given up what ended processes had sent. Returns whether the state changed during the
+/// wait. `None` if the lock disappears during the wait: then there is no lock to
 /// release, and nothing is known about a write.
 ///
 /// # Errors
-/// Returns a [`Failure`] if a service does not respond for [`SERVICE_TIMEOUT`], or if something still changes after
-/// [`MAX_QUIET_TIMEOUT`].
+/// Returns a [`Failure`] if a service does not respond for [`SERVICE_TIMEOUT`], or if something still changes
+/// [`MAX_QUIET_TIMEOUT`] after everything was delivered.
 async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
     let is_write = recorded.progress.may_be_writing();
     console::say(&if is_write { waiting_for_write(QUIET_WINDOW) } else { waiting_for_undo(QUIET_WINDOW) });
+    // Terraform is dead, so what the kernel begins to send later is not terraform's. The kernel gives up after four
+    // minutes at the latest, so this wait ends.
+    let mut sending = UnconfirmedBytes::read();
+    if !sending.is_empty() {
+        console::say(STILL_SENDING);
+    }
     let mut wait = QuietWait::begin(within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?);
     // The first read shows everything that has arrived until it was completed, so the wait begins only now.
     let begun = Instant::now();
     let mut seen = begun;
+    let mut delivered = begun;
     loop {
-        if begun.elapsed() > MAX_QUIET_TIMEOUT {
+        if delivered.elapsed() > MAX_QUIET_TIMEOUT {
             return Err(Failure::refusal("S3", "the state keeps changing: something writes it without locking it"));
         }
         sleep(POLL_INTERVAL).await;
+        sending = sending.still();
+        if !sending.is_empty() {
+            delivered = Instant::now();
+        }
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
             // Continue after a failed read. The wait begins anew with the next successful one.
@@ -789,7 +802,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             Err(failure) => return Err(failure),
         };
         seen = Instant::now();
-        match wait.see(now, begun.elapsed()) {
+        match wait.see(now, begun.elapsed(), !sending.is_empty()) {
             QuietStep::Wait => {}
             QuietStep::Changed => trace!("it landed"),
             QuietStep::Gone => {
@@ -810,6 +823,10 @@ fn describe_global_table(table: &str, replicas: &[String]) -> String {
         visible(&replicas.join(", "))
     )
 }
+
+/// The message that the wait lasts longer, because the kernel has not delivered everything.
+const STILL_SENDING: &str = "this host is still sending data of a process that has ended; waiting until it has arrived, \
+                             for 4 min at most";
 
 /// Returns the message that a write may be in flight, and that `tf` waits for it.
 fn waiting_for_write(quiet: Duration) -> String {

@@ -238,13 +238,14 @@ const MAX_READ_GAP: Duration = Duration::from_secs(5);
 /// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`], and the service
 /// could be reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
 /// sends it after the network is back. It doubles the time between two attempts, so after an outage of more than about
-/// 25 s, that can be later than [`QUIET_WINDOW`].
+/// 25 s, that can be later than [`QUIET_WINDOW`]. So the wait also begins anew as long as the kernel holds such bytes
+/// ([`crate::sys::connections::UnconfirmedBytes`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QuietWait {
     last: Look,
     /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
-    /// When the last read was completed. `None` if a read has failed since then.
+    /// When the last read was completed. `None` if a read has failed since then, or the kernel was still sending.
     read: Option<Duration>,
     write: Write,
 }
@@ -273,15 +274,17 @@ impl QuietWait {
         self.read = None;
     }
 
-    /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait.
-    pub(crate) fn see(&mut self, now: Look, elapsed: Duration) -> QuietStep {
+    /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait. `is_sending`: this host's
+    /// kernel was still sending what a dead process had handed to it, just before the read.
+    pub(crate) fn see(&mut self, now: Look, elapsed: Duration, is_sending: bool) -> QuietStep {
         if !now.holds && !self.last.holds {
             return QuietStep::Gone;
         }
-        if self.read.is_none_or(|read| elapsed.saturating_sub(read) > MAX_READ_GAP) {
+        if is_sending || self.read.is_none_or(|read| elapsed.saturating_sub(read) > MAX_READ_GAP) {
             self.since = elapsed;
         }
-        self.read = Some(elapsed);
+        // What it was sending arrives before the next read, which begins the window.
+        self.read = (!is_sending).then_some(elapsed);
         if now == self.last {
             let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
             return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };
@@ -375,10 +378,10 @@ mod tests {
     fn see_until(wait: &mut QuietWait, same: &Look, from: Duration, to: Duration) -> QuietStep {
         let mut at = from + Duration::from_secs(1);
         while at < to {
-            assert_eq!(wait.see(same.clone(), at), QuietStep::Wait, "{at:?}");
+            assert_eq!(wait.see(same.clone(), at, false), QuietStep::Wait, "{at:?}");
             at += Duration::from_secs(1);
         }
-        wait.see(same.clone(), to)
+        wait.see(same.clone(), to, false)
     }
 
     #[test]
@@ -387,7 +390,7 @@ mod tests {
         let mut wait = QuietWait::begin(same.clone());
         let just_before = QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+        assert_eq!(wait.see(same, QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
     }
 
     /// While the network is away, the kernel holds back what the dead terraform has sent.
@@ -401,11 +404,26 @@ mod tests {
             if fails {
                 wait.miss();
             }
-            assert_eq!(wait.see(same.clone(), next), QuietStep::Wait);
+            assert_eq!(wait.see(same.clone(), next, false), QuietStep::Wait);
             let just_before = next + QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, next, just_before), QuietStep::Wait, "{fails} {next:?}");
-            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
         }
+    }
+
+    /// After an outage of more than 25 s, what the dead terraform has sent arrives later than the window.
+    #[test]
+    fn the_window_begins_after_the_kernel_has_delivered_what_the_dead_process_sent() {
+        let same = look("s", "l", true);
+        let mut wait = QuietWait::begin(same.clone());
+        for second in 1..200 {
+            assert_eq!(wait.see(same.clone(), Duration::from_secs(second), true), QuietStep::Wait);
+        }
+        let at = Duration::from_secs(200);
+        assert_eq!(wait.see(same.clone(), at, false), QuietStep::Wait);
+        let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
+        assert_eq!(see_until(&mut wait, &same, at, just_before), QuietStep::Wait);
+        assert_eq!(wait.see(same, at + QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
     }
 
     #[test]
@@ -415,21 +433,21 @@ mod tests {
             let mut wait = QuietWait::begin(same.clone());
             let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at.saturating_sub(MILLISECOND)), QuietStep::Wait);
-            assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
+            assert_eq!(wait.see(changed.clone(), at, false), QuietStep::Changed);
             let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &changed, at, just_before), QuietStep::Wait);
-            assert_eq!(wait.see(changed, at + QUIET_WINDOW), QuietStep::Quiet(write));
+            assert_eq!(wait.see(changed, at + QUIET_WINDOW, false), QuietStep::Quiet(write));
         }
     }
 
     #[test]
     fn the_wait_ends_at_once_where_two_reads_in_a_row_do_not_find_the_lock() {
         let mut wait = QuietWait::begin(look("s", "l", true));
-        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
-        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO, false), QuietStep::Changed);
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO, false), QuietStep::Gone);
         let mut wait = QuietWait::begin(look("s", "-", false));
         let there = look("s", "l", true);
-        assert_eq!(wait.see(there.clone(), MILLISECOND), QuietStep::Changed, "it is there again");
+        assert_eq!(wait.see(there.clone(), MILLISECOND, false), QuietStep::Changed, "it is there again");
         let step = see_until(&mut wait, &there, MILLISECOND, QUIET_WINDOW + MILLISECOND);
         assert_eq!(step, QuietStep::Quiet(Write::Quiet));
     }

@@ -23,7 +23,9 @@ use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
-use crate::lease::fence::{EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, is_reason_due, next_step};
+use crate::lease::fence::{
+    EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, are_requests_aborted, is_reason_due, next_step,
+};
 use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
@@ -32,6 +34,7 @@ use crate::supervise::fence::{self, Fence};
 use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
 use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
+use crate::sys::connections;
 use crate::sys::detached::Parent;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
@@ -89,6 +92,8 @@ struct Stopped {
     interrupts: u8,
     /// What the last look has shown.
     look: Look,
+    /// Whether what terraform had sent was broken off.
+    is_cut: bool,
 }
 
 /// The lease of one run.
@@ -192,8 +197,13 @@ impl RunLease {
 
     /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped it.
     /// Returns whether its leader was running. Call this again and again while [`RunLease::is_stopped`].
-    pub(crate) fn stop_again(&self) -> bool {
-        self.is_stopped() && self.stop_group_again()
+    pub(crate) fn stop_again(&mut self) -> bool {
+        let has_run = self.is_stopped() && self.stop_group_again();
+        if has_run && let Some(stopped) = &mut self.stopped {
+            // It may have opened a connection.
+            stopped.is_cut = false;
+        }
+        has_run
     }
 
     /// Whether the fuse is gone. The guardian does not know the rest of [`RunLease::is_stopped`].
@@ -394,6 +404,7 @@ impl RunLease {
                 is_renewed: false,
                 interrupts: 0,
                 look: Look::Unknown,
+                is_cut: false,
             });
             self.reported = None;
             effects.push(LeaseEffect::Stopped);
@@ -415,6 +426,7 @@ impl RunLease {
         if self.keepers.is_restart_due() {
             effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
         }
+        self.abort_requests_if_due();
         effects.extend(self.step_while_stopped(has_person));
         effects.extend(self.reason_to_report().map(LeaseEffect::CannotRenew));
         effects
@@ -487,6 +499,11 @@ impl RunLease {
             }
             Report::Lost(loss) => {
                 self.loss = Some(loss);
+                if let Some(group) = self.group.filter(|_| self.stopped.is_none()) {
+                    // It is killed next. Until then, it must not open another connection.
+                    let _ = killpg(group, Signal::SIGSTOP);
+                }
+                self.abort_requests();
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
@@ -504,6 +521,26 @@ impl RunLease {
                 (self.orders, self.leased) = (None, None);
                 Some(LeaseEffect::NoLease(reason))
             }
+        }
+    }
+
+    /// Breaks off what the stopped terraform had sent, if it must not arrive any more.
+    fn abort_requests_if_due(&mut self) {
+        let Some(stopped) = &mut self.stopped else { return };
+        let stopped_for = stopped.time.advance(boot_clock::now());
+        if !stopped.is_cut && are_requests_aborted(self.terms, stopped.look, self.reason.is_some(), stopped_for) {
+            stopped.is_cut = true;
+            self.abort_requests();
+        }
+    }
+
+    /// Breaks off what terraform had sent to its backend: the kernel sends it again and again, while terraform is stopped
+    /// and even after it was killed. Terraform's core has no other connections. Those of its providers are left alone,
+    /// because not every provider can repeat a request. Terraform itself repeats its requests, if it goes on.
+    fn abort_requests(&self) {
+        if let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) {
+            let count = connections::abort(Pid::from_raw(orders.terraform), terraform);
+            trace!("{count} connections of terraform were broken off");
         }
     }
 

@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
 pub(crate) mod boot_clock;
+pub(crate) mod connections;
 pub(crate) mod descriptor;
 pub(crate) mod detached;
 pub(crate) mod disposition;

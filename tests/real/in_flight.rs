@@ -19,6 +19,7 @@ use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::processes::{KillOnDrop, home, kill_all};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::relay::Relay;
 use crate::support::test_env::lock_json;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
@@ -173,6 +174,41 @@ fn a_network_that_comes_and_goes_is_not_taken_for_a_quiet_one() {
         writing.wait_for_looks(1);
     }
     writing.arrives();
+}
+
+/// Returns the environment of an apply whose state is larger than the buffer of a connection that nobody reads. So its
+/// write stays in terraform's kernel while the relay is stalled. It waits before it ends, as [`TestEnv::start_apply`] does,
+/// if `command` does.
+pub fn with_large_state(env: &TestEnv) {
+    fs::write(env.directory.join("large.txt"), "0123456789abcdef".repeat(1 << 14)).unwrap();
+    let main = env.directory.join("main.tf");
+    let text = fs::read_to_string(&main).unwrap();
+    fs::write(main, text + "resource \"terraform_data\" \"large\" {\n  input = file(\"large.txt\")\n}\n").unwrap();
+}
+
+/// After a long outage of the network, the kernel repeats what a dead process has sent later than the quiet window.
+#[test]
+fn a_write_that_the_kernel_of_a_dead_terraform_still_holds_arrives_before_the_release() {
+    let mut env = TestEnv::new(Lock::Both, "true");
+    with_large_state(&env);
+    let relay = Relay::start(cloud().port);
+    env.set("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", relay.port));
+    let run = env.start(Subject::Tf, &APPLY);
+    relay.wait_until_stalled();
+    run.kill_terraform();
+    run.wait_for_err("tf: this host is still sending data of a process that has ended");
+    let begun = Instant::now();
+    while begun.elapsed() < QUIET_WINDOW + RETRANSMISSION {
+        env.assert_locked();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(env.state(), None);
+    relay.resume();
+    let end = run.wait();
+    let arrived = "a write of its state that was in flight has arrived";
+    assert!(end.err.contains(arrived) && end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(env.state().is_some_and(|state| state.contains("0123456789abcdef")));
+    env.assert_unlocked();
 }
 
 /// Makes everything that is recorded about the only run of `env` half an hour older: the times in its record and the

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through, writes_state};
+use super::in_flight::with_large_state;
 use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
 use crate::support::cloud::cloud;
@@ -22,6 +23,7 @@ use crate::support::processes::{
     wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::relay::Relay;
 use crate::support::terminal::Terminal;
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
@@ -335,6 +337,50 @@ fn a_stopped_terraform_whose_lock_another_run_holds_is_killed_before_it_writes()
         assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
         wait_until_all_is_gone(&env);
     }
+}
+
+/// What terraform has sent before it was stopped stays in the kernel, which repeats it until the network is back: later
+/// than another run may have the lock.
+#[test]
+fn a_write_that_was_sent_before_an_outage_does_not_arrive_after_another_run_has_the_lock() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "4s");
+        with_large_state(&env);
+        let (proxy, is_away) = network(&mut env);
+        let relay = Relay::start(proxy.port);
+        env.set("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", relay.port));
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        env.unblock();
+        relay.wait_until_stalled();
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        env.wait_for_trace("connections of terraform were broken off");
+        let other = env.lock_of_another();
+        env.delete_lock();
+        env.put_lock(&other);
+        let path = format!("{}/dir/prod.tfstate", env.bucket);
+        assert_eq!(cloud().s3("PUT", &path, SUCCESSOR.as_bytes()).status(), 200);
+        is_away.store(false, Ordering::SeqCst);
+        relay.resume();
+        relay.wait_until_ended();
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        assert_eq!(env.state().as_deref(), Some(SUCCESSOR), "{}", env.dump(&end));
+        wait_until_all_is_gone(&env);
+    }
+}
+
+#[test]
+fn a_stop_without_an_outage_breaks_no_connection_off() {
+    let env = leased(Lock::Both, "10s");
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
+    env.wait_for_trace("the lease is renewed, and terraform goes on");
+    wait_until_it_goes_on(&env, terraform);
+    assert!(!env.trace().contains("broken off"), "{}", env.trace());
+    ends_well(&env, run);
 }
 
 #[test]

@@ -8,6 +8,7 @@ pub mod lease;
 pub mod process;
 pub mod processes;
 pub mod proxy;
+pub mod relay;
 pub mod terminal;
 pub mod test_env;
 

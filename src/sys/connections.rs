@@ -1,0 +1,230 @@
+//! The TCP connections of this host, as far as they hold bytes that the peer has not confirmed. The kernel goes on
+//! sending these bytes after their process was stopped, and even after it has ended.
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+
+use nix::unistd::Pid;
+
+/// The bytes that processes which have ended had handed to the kernel, and which their peers have not confirmed.
+///
+/// The kernel repeats them for up to four minutes: `tcp_orphan_retries` is 8 unless it was changed, the time between two
+/// attempts doubles from 0.2 s to at most 2 min, and is as long as the last outage was (tcp(7), net/ipv4/tcp_timer.c).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct UnconfirmedBytes(HashSet<Connection>);
+
+/// The local and the remote address of a TCP connection, as the kernel prints them. While the connection exists, no
+/// other one has the same two.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Connection {
+    local: String,
+    remote: String,
+}
+
+impl UnconfirmedBytes {
+    /// Reads the connections of this network namespace. Only connections that this host has begun count, so a server on
+    /// this host whose clients are slow does not. Empty on systems other than Linux, and where /proc cannot be read.
+    pub(crate) fn read() -> Self {
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let ports = read("/proc/sys/net/ipv4/ip_local_port_range");
+        let ports = parse_port_range(&ports).unwrap_or(DEFAULT_PORTS);
+        let lists = [read("/proc/net/tcp"), read("/proc/net/tcp6")];
+        Self(lists.iter().flat_map(|list| list.lines()).filter_map(|line| unconfirmed(line, ports)).collect())
+    }
+
+    /// Reads again. Returns those of these connections that still hold unconfirmed bytes.
+    pub(crate) fn still(&self) -> Self {
+        if self.is_empty() {
+            return Self::default();
+        }
+        Self(self.0.intersection(&Self::read().0).cloned().collect())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// The first and the last local port of connections that this host begins, if the kernel was not told others (ip(7)).
+const DEFAULT_PORTS: (u16, u16) = (32768, 60999);
+
+/// Parses `/proc/sys/net/ipv4/ip_local_port_range` (ip(7)). `None` if it has another form.
+fn parse_port_range(text: &str) -> Option<(u16, u16)> {
+    let mut ports = text.split_whitespace().map(str::parse);
+    Some((ports.next()?.ok()?, ports.next()?.ok()?))
+}
+
+/// Returns the connection in one line of `/proc/net/tcp` or `/proc/net/tcp6` (proc_net_tcp in the kernel's
+/// documentation), if no process has it any more, its local port is one of `ports`, and it holds bytes that were not
+/// confirmed.
+fn unconfirmed(line: &str, ports: (u16, u16)) -> Option<Connection> {
+    /// States of a connection that was closed here, and whose end the peer has not confirmed: `TCP_FIN_WAIT1`,
+    /// `TCP_LAST_ACK` and `TCP_CLOSING` of net/tcp_states.h.
+    const CLOSED_HERE: [&str; 3] = ["04", "09", "0B"];
+    let mut fields = line.split_ascii_whitespace();
+    let (local, remote, state, queues) =
+        (fields.nth(1)?.to_owned(), fields.next()?.to_owned(), fields.next()?, fields.next()?);
+    // Then come the timer, the retransmissions, the user, the time-outs, and the inode of the socket.
+    let inode = fields.nth(4)?;
+    let sent = u64::from_str_radix(queues.split_once(':')?.0, 16).ok()?;
+    let port = u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok()?;
+    // The mark of the end counts as one byte.
+    let holds_bytes = CLOSED_HERE.contains(&state) && inode == "0" && sent > 1;
+    (holds_bytes && (ports.0..=ports.1).contains(&port)).then_some(Connection { local, remote })
+}
+
+/// Breaks off every TCP connection of a process: the kernel discards what the peer has not confirmed and sends a reset,
+/// and the process gets `ECONNRESET` (connect(2) with `AF_UNSPEC`, RFC 793 "ABORT"). `process` is the descriptor of
+/// `pid` from [`super::process::open_pidfd`], so this never reaches a later process with the same pid. Returns the number
+/// of connections. 0 also if this process may not trace that one (pidfd_getfd(2), Linux 5.6; ptrace(2)), and on systems
+/// other than Linux.
+///
+/// The process must be stopped, or else it may open another connection meanwhile.
+pub(crate) fn abort(pid: Pid, process: &OwnedFd) -> usize {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::net::sockopt::socket_protocol;
+        use rustix::net::{connect_unspec, getpeername, ipproto};
+        use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+        let aborted = |name: std::ffi::OsString| {
+            let is_socket = std::fs::read_link(format!("/proc/{pid}/fd/{}", name.to_str()?)).ok()?;
+            is_socket.to_str()?.starts_with("socket:").then_some(())?;
+            let socket = pidfd_getfd(process, name.to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok()?;
+            (socket_protocol(&socket).ok()? == Some(ipproto::TCP)).then_some(())?;
+            // A listening socket has no peer.
+            getpeername(&socket).ok()??;
+            connect_unspec(&socket).ok()
+        };
+        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"));
+        descriptors.into_iter().flatten().flatten().filter_map(|entry| aborted(entry.file_name())).count()
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (pid, process);
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::sys::process::open_pidfd;
+
+    const LINE: &str = "  12: 0100007F:8F2B 0200007F:01BB 04 00000A00:00000000 01:00000062 00000004     0        0 0 3 \
+                        0000000000000000 1600 4 1 10 -1";
+
+    #[test]
+    fn only_bytes_of_a_connection_that_this_host_has_begun_and_no_process_has_count() {
+        let expected = Connection { local: "0100007F:8F2B".to_owned(), remote: "0200007F:01BB".to_owned() };
+        assert_eq!(unconfirmed(LINE, DEFAULT_PORTS), Some(expected.clone()));
+        for (from, to, counts) in [
+            (" 04 ", " 09 ", true),
+            (" 04 ", " 0B ", true),
+            // It is open, or only its end is missing, or nothing.
+            (" 04 ", " 01 ", false),
+            ("00000A00:", "00000001:", false),
+            ("00000A00:", "00000000:", false),
+            ("00000A00:", "00000002:", true),
+            // A process has it.
+            (" 0 3 ", " 4711 3 ", false),
+            // It was accepted at a port of this host.
+            (":8F2B", ":01BB", false),
+            // Another form.
+            ("00000A00:", "00000A00", false),
+            ("00000A00:", "x:", false),
+            (" 04 ", " ", false),
+        ] {
+            let line = LINE.replace(from, to);
+            assert_ne!(line, LINE);
+            assert_eq!(unconfirmed(&line, DEFAULT_PORTS).is_some(), counts, "{line}");
+        }
+        let sixth = LINE.replace("0100007F", "00000000000000000000000001000000");
+        assert!(unconfirmed(&sixth, DEFAULT_PORTS).is_some());
+        assert_eq!(unconfirmed("  sl  local_address rem_address   st tx_queue rx_queue tr", DEFAULT_PORTS), None);
+        assert_eq!(unconfirmed("", DEFAULT_PORTS), None);
+        assert_eq!(parse_port_range("1024\t65535\n"), Some((1024, 65535)));
+        for text in ["", "1024", "1024 x", "1024 65536"] {
+            assert_eq!(parse_port_range(text), None, "{text}");
+        }
+    }
+
+    /// Returns both ends of a connection. The client's end has sent more than the server's end can take.
+    fn full_connection(listener: &TcpListener) -> (TcpStream, TcpStream) {
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let server = listener.accept().unwrap().0;
+        client.set_nonblocking(true).unwrap();
+        while (&client).write(&[7; 1 << 16]).is_ok() {}
+        client.set_nonblocking(false).unwrap();
+        (client, server)
+    }
+
+    /// Reads until the end or an error. Returns how many bytes came.
+    fn drain(mut server: &TcpStream) -> Result<usize, (usize, std::io::ErrorKind)> {
+        let (mut total, mut buffer) = (0, vec![0; 1 << 16]);
+        loop {
+            match server.read(&mut buffer) {
+                Ok(0) => return Ok(total),
+                Ok(count) => total += count,
+                Err(error) => return Err((total, error.kind())),
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_a_closed_connection_has_not_delivered_is_seen_until_the_peer_has_it() {
+        for address in [std::net::IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            let Ok(listener) = TcpListener::bind((address, 0)) else { continue };
+            let (client, server) = full_connection(&listener);
+            let port = format!(":{:04X}", client.local_addr().unwrap().port());
+            let of_client = |bytes: UnconfirmedBytes| {
+                UnconfirmedBytes(bytes.0.into_iter().filter(|connection| connection.local.ends_with(&port)).collect())
+            };
+            assert!(of_client(UnconfirmedBytes::read()).is_empty(), "a process has it");
+            drop(client);
+            let seen = of_client(UnconfirmedBytes::read());
+            assert_eq!(seen.0.len(), 1, "{}", std::fs::read_to_string("/proc/net/tcp").unwrap());
+            assert_eq!(seen.still(), seen);
+            drain(&server).unwrap();
+            let begun = Instant::now();
+            while !seen.still().is_empty() {
+                assert!(
+                    begun.elapsed() < Duration::from_secs(20),
+                    "{}",
+                    std::fs::read_to_string("/proc/net/tcp").unwrap()
+                );
+            }
+        }
+        assert!(UnconfirmedBytes::default().still().is_empty());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // The process of the tests has other connections. So the connection is one of a child's.
+        const SENT: usize = 100_000_000;
+        let port = listener.local_addr().unwrap().port();
+        let script = format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero");
+        let stderr = std::process::Stdio::piped();
+        let mut child = std::process::Command::new("bash").args(["-c", &script]).stderr(stderr).spawn().unwrap();
+        let server = listener.accept().unwrap().0;
+        // It is sending, and soon it must wait.
+        server.peek(&mut [0]).unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let process = open_pidfd(pid).unwrap();
+        assert_eq!(abort(pid, &process), 1);
+        let (arrived, error) = drain(&server).unwrap_err();
+        assert_eq!(error, std::io::ErrorKind::ConnectionReset);
+        assert!(arrived < SENT);
+        let mut reason = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut reason).unwrap();
+        assert!(["reset by peer", "Broken pipe"].iter().any(|text| reason.contains(text)), "{reason}");
+        assert!(!child.wait().unwrap().success());
+        assert_eq!(abort(pid, &process), 0, "it has ended");
+    }
+}
