@@ -767,7 +767,7 @@ impl<'a> Watch<'a> {
     fn take_over_lease(&mut self, terraform: &Terraform) {
         let Some(lease) = &mut self.context.lease else { return };
         let pidfd = terraform.process.as_ref().and_then(|process| process.try_clone().ok());
-        lease.take_over(self.orders.take(), pidfd);
+        lease.take_over(self.orders.take(), pidfd, self.context.tree);
     }
 
     /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.

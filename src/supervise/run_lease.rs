@@ -111,6 +111,8 @@ pub(crate) struct RunLease {
     orders: Option<Orders>,
     /// A pidfd of the terraform that holds the lock.
     terraform: Option<OwnedFd>,
+    /// A pidfd of the leader of `group`, which is a child of `tf`. It is terraform, or a shim that has started it.
+    leader: Option<OwnedFd>,
     keepers: Keepers,
     stopped: Option<Stopped>,
     /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
@@ -145,6 +147,7 @@ impl RunLease {
             group: None,
             orders: None,
             terraform: None,
+            leader: None,
             keepers: Keepers::new(terms),
             stopped: None,
             renewed: None,
@@ -160,7 +163,7 @@ impl RunLease {
 
     /// Records that terraform was started in the group `group`.
     pub(crate) fn started(&mut self, group: Pid) {
-        self.group = Some(group);
+        (self.group, self.leader) = (Some(group), process::open_pidfd(group).ok());
     }
 
     /// Returns the descriptors to wait for: the stop pipe, which is readable when the fuse is gone, and the keeper.
@@ -317,9 +320,15 @@ impl RunLease {
         true
     }
 
-    /// Starts a keeper with the orders of `tf`, which is dead. Only the guardian calls this.
-    pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<OwnedFd>) {
-        (self.orders, self.terraform) = (orders, terraform);
+    /// Starts a keeper with the orders of `tf`, which is dead. `leader` is a pidfd of the leader of the group. Only the
+    /// guardian calls this.
+    pub(crate) fn take_over(&mut self, orders: Option<Orders>, leader: Option<OwnedFd>, tree: &Tree) {
+        // A pid alone could be that of a later process.
+        let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
+        let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
+        let terraform = logs.and_then(|terraform| process::open_pidfd(terraform).ok());
+        self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
+        (self.orders, self.leader) = (orders, leader);
         self.start_keeper();
     }
 
@@ -368,11 +377,28 @@ impl RunLease {
         }
     }
 
+    /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes on.
+    /// The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the shim.
+    fn watch_shim(&mut self) {
+        let has_ended = |process: &OwnedFd| poll::ready_now(process.as_fd(), PollFlags::POLLIN);
+        let (Some(orders), Some(terraform), Some(leader), Some(group)) =
+            (&mut self.orders, &self.terraform, &self.leader, self.group)
+        else {
+            return;
+        };
+        if orders.terraform != group.as_raw() && has_ended(terraform) && !has_ended(leader) {
+            trace!("the terraform with the lock has ended, and its shim goes on");
+            self.terraform = leader.try_clone().ok();
+            (orders.terraform, self.has_new_orders) = (group.as_raw(), true);
+        }
+    }
+
     /// Starts a keeper if a lock is held. Returns its pid. `None` if none was started.
     fn start_keeper(&mut self) -> Option<Pid> {
+        self.watch_shim();
         let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return None };
         if poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
-            // The terraform with the lock has ended, for example behind a shim that goes on. A keeper would end at once.
+            // A keeper would end at once.
             self.keepers.end();
             return None;
         }

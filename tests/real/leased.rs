@@ -17,7 +17,7 @@ use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::{Run, state, terraform_below};
+use crate::support::process::{Run, state, terraform_below, tree};
 use crate::support::processes::{
     guardian_of, home, is_gone, is_named, marked, named, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
     wait_until_unlocked,
@@ -381,6 +381,31 @@ fn a_stop_without_an_outage_breaks_no_connection_off() {
     wait_until_it_goes_on(&env, terraform);
     assert!(!env.trace().contains("broken off"), "{}", env.trace());
     ends_well(&env, run);
+}
+
+/// Its lock is released when the shim has ended.
+#[test]
+fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not_stopped() {
+    let mut env = leased(Lock::Both, "2s");
+    let terraform = crate::support::test_env::terraform();
+    env.stand_in(
+        "tenv",
+        &format!("#!/bin/sh\n'{}' \"$@\"\nwhile ! test -e over; do sleep 0.05; done\n", terraform.display()),
+    );
+    let run = start(&env);
+    let (shim, ..) = tree(run.pid()).into_iter().find(|(_, name, ..)| name == "tenv").unwrap();
+    kill(terraform_below(shim), Signal::SIGKILL).unwrap();
+    env.wait_for_trace("the terraform with the lock has ended, and its shim goes on");
+    for _ in 0..5 {
+        let last = record(&env).unwrap();
+        wait_for_renewal_after(&env, &last);
+        assert_ne!(state(shim), Some('T'), "{}", env.trace());
+    }
+    env.write("over", "");
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(&env);
 }
 
 #[test]
