@@ -98,6 +98,12 @@ impl Terms {
         now.duration_since(renewed) > signed(self.length + MAX_CLOCK_DIFFERENCE)
     }
 
+    /// Whether the service's time and a host's time are as close as S3 and DynamoDB demand it of a request. A host whose
+    /// clock is wrong, and a service that is a proxy's, do not agree.
+    pub(crate) fn agrees(service: Timestamp, host: Timestamp) -> bool {
+        service.duration_since(host).abs() <= signed(MAX_CLOCK_DIFFERENCE)
+    }
+
     /// Whether `renewed` is later than `now`, by more than the clocks of the service's hosts differ.
     pub(crate) fn is_in_the_future(self, renewed: Timestamp, now: Timestamp) -> bool {
         renewed.duration_since(now) > signed(self.clock_tolerance())
@@ -119,6 +125,14 @@ mod tests {
 
     fn terms(seconds: u64) -> Terms {
         Terms::new(Duration::from_secs(seconds)).unwrap()
+    }
+
+    #[test]
+    fn two_clocks_agree_if_the_service_would_accept_a_request() {
+        let time = |second: i64| Timestamp::from_second(1_790_000_000 + second).unwrap();
+        for (host, expected) in [(0, true), (900, true), (-900, true), (901, false), (-901, false), (86_400, false)] {
+            assert_eq!(Terms::agrees(time(0), time(host)), expected, "{host}");
+        }
     }
 
     #[test]

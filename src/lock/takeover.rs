@@ -398,7 +398,8 @@ impl<'a> Watch<'a> {
         if let Some(reason) = self.global_table().await? {
             return Ok(self.leaves(lapsed, &Reason::GlobalTable(reason), report));
         }
-        let circumstances = |unchanged_for| Circumstances { consent: true, is_same_region, unchanged_for };
+        let host_agrees = Terms::agrees(now, Timestamp::now());
+        let circumstances = |unchanged_for| Circumstances { consent: true, is_same_region, unchanged_for, host_agrees };
         let mut may = permission(record, now, circumstances(Duration::ZERO));
         if may != Permission::Yes {
             let rest = self.rest().await?;

@@ -322,7 +322,7 @@ impl Lease {
         record.taken = claim.map(|age| Claim { by: String::new(), at: date(age), number: 1 });
         let now = Timestamp::from_second(date(-i8::from(is_ahead))).unwrap();
         let unchanged_for = Duration::from_secs(u64::from(unchanged) * STEP);
-        let circumstances = Circumstances { consent: true, is_same_region: true, unchanged_for };
+        let circumstances = Circumstances { consent: true, is_same_region: true, unchanged_for, host_agrees: true };
         permission(Ok(&record), now, circumstances) == Permission::Yes
     }
 
@@ -419,16 +419,18 @@ impl Lease {
         }
     }
 
-    /// The keeper sends no renewal if the stop pipe has hung up, except one that promises no fence.
+    /// If the fuse is gone, the keeper sends a renewal that promises no fence, if no new fuse can be made, and one for a
+    /// terraform that is stopped. It sends none to a new fuse without a deadline.
     fn send(&self, state: &mut State) -> Option<()> {
         let Keeper::Idle(known) = state.keeper else { return None };
         let gives_up_the_fence = state.fuse == Fuse::Dead && self.setup.host == Host::NoSecondFuse;
-        if !matches!(state.fuse, Fuse::Armed(_)) && !gives_up_the_fence {
+        let is_for_the_stopped = state.fuse == Fuse::Dead && state.terraform == Terraform::Stopped;
+        if !matches!(state.fuse, Fuse::Armed(_)) && !gives_up_the_fence && !is_for_the_stopped {
             return None;
         }
         let sent = (CLOCK + step(known.left)).checked_sub(self.terms.working_time()).unwrap();
         let date = Timestamp::from_second(NOW - i64::from(known.date) * 12).unwrap();
-        let next = next_renewal(self.terms, Response { sent, read: sent, date }, CLOCK);
+        let next = next_renewal(self.terms, Response { sent, read: sent, date }, CLOCK, Fence::Stop, None);
         let rank = Self::ranks(state).into_iter().max().unwrap_or(0) + 1;
         let promises = match self.setup.host {
             Host::Steady | Host::NoSecondFuse => !gives_up_the_fence,
