@@ -25,6 +25,17 @@ pub(crate) struct Response {
 /// hosts.
 const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(6);
 
+/// Whether the service's clock was set back between two responses, or another host of the service has answered whose
+/// clock is late. `stored` is the service's time in the stored record of this run. `None` if there is none. A keeper that
+/// has just been started knows only that one.
+pub(crate) fn has_gone_back(first: Response, last: Response, stored: Option<Timestamp>) -> bool {
+    // At least this much time has passed between the two.
+    let here = last.sent.saturating_sub(first.read);
+    let expected = first.date.checked_add(SignedDuration::try_from(here).unwrap_or(SignedDuration::MAX)).ok();
+    let latest = expected.into_iter().chain(stored).max();
+    latest.is_some_and(|latest| latest.duration_since(last.date) > CLOCK_DIFFERENCE)
+}
+
 /// Whether the clock of this host stood still between two responses, as in a virtual machine that was paused. A slow
 /// response cannot look like that, because the time from the first request to the last response is compared.
 pub(crate) fn has_stood_still(first: Response, last: Response) -> bool {
@@ -43,11 +54,22 @@ pub(crate) struct NextRenewal {
 
 /// Returns the renewal after the response `last`. `now` is the time of this host's `CLOCK_BOOTTIME`.
 ///
+/// `stored` is the service's time in the stored record, and `fence` is what the next one promises. A record never replaces
+/// one with a later time. So a record that promises nothing gets the later one of the two times: nobody counts on its
+/// deadline.
+///
 /// The record gets the service's time in `last`. The holder counts from before it sent that request. So whatever
 /// delayed the request or its response, the holder stops before others count the lease as lapsed.
-pub(crate) fn next_renewal(terms: Terms, last: Response, now: Duration) -> NextRenewal {
+pub(crate) fn next_renewal(
+    terms: Terms,
+    last: Response,
+    now: Duration,
+    fence: Fence,
+    stored: Option<Timestamp>,
+) -> NextRenewal {
+    let latest = stored.filter(|_| fence == Fence::None).map_or(last.date, |stored| stored.max(last.date));
     NextRenewal {
-        renewal: Renewal { renewed: last.date.as_second(), beat: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) },
+        renewal: Renewal { renewed: latest.as_second(), beat: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) },
         deadline: last.sent.saturating_add(terms.working_time()),
     }
 }
@@ -104,12 +126,16 @@ pub(crate) struct KeeperSight {
     pub(crate) is_supervised: bool,
     /// Whether terraform is stopped, for whatever reason.
     pub(crate) terraform_is_stopped: bool,
+    /// Whether the last look has shown that the lock is the run's, and an interval has passed since the last renewal.
+    pub(crate) is_seen_and_due: bool,
 }
 
 /// What a keeper does instead of the next renewal, or before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BeforeRenewal {
     Renew,
+    /// It renews, although there is no fuse: terraform is stopped, and stays so until `tf` has made a new fuse.
+    RenewForTheStopped,
     /// It reads the lock and reports what it saw, but does not renew the lease.
     Look,
     /// It ends. If terraform has ended, the fuse is told so.
@@ -120,9 +146,15 @@ pub(crate) enum BeforeRenewal {
 ///
 /// If `tf` and its guardian are dead, nobody continues a stopped terraform. Then the lease is not renewed, and the fuse
 /// ends terraform at its deadline. Otherwise the lock would be held for ever by a run that does nothing.
+///
+/// If the fuse is gone, terraform is stopped. As long as nobody makes a new fuse, for example because a person has
+/// suspended `tf` (^Z), the lease is renewed all the same: the run can go on later. Terraform runs again only after `tf`
+/// has looked at the lock.
 pub(crate) fn before_renewal(sight: KeeperSight) -> BeforeRenewal {
     if sight.is_told_to_end || sight.terraform_has_ended || (!sight.is_supervised && sight.terraform_is_stopped) {
         BeforeRenewal::End
+    } else if sight.stop_pipe_has_hung_up && sight.terraform_is_stopped && sight.is_seen_and_due {
+        BeforeRenewal::RenewForTheStopped
     } else if sight.stop_pipe_has_hung_up {
         BeforeRenewal::Look
     } else {
@@ -192,9 +224,10 @@ pub(crate) fn is_confirmed_by_another(sent: Fence, stored: Fence) -> bool {
     sent == Fence::Stop || stored == Fence::None
 }
 
-/// Returns the fence that the next record promises. Once the clock has stood still, it may do so again.
-pub(crate) fn fence(promised: Fence, first: Response, last: Response) -> Fence {
-    if has_stood_still(first, last) { Fence::None } else { promised }
+/// Returns the fence that the next record promises. Once the clock of this host has stood still, or the service's was set
+/// back, it may do so again. `stored` is the argument of [`has_gone_back`].
+pub(crate) fn fence(promised: Fence, first: Response, last: Response, stored: Option<Timestamp>) -> Fence {
+    if has_stood_still(first, last) || has_gone_back(first, last, stored) { Fence::None } else { promised }
 }
 
 #[cfg(test)]
@@ -226,15 +259,56 @@ mod tests {
             (response(0, 1, 0), response(60, 61, -3600), false),
         ] {
             assert_eq!(has_stood_still(first, last), expected, "{first:?} {last:?}");
+            let is_back = has_gone_back(first, last, None);
+            let promised = if expected || is_back { Fence::None } else { Fence::Stop };
+            assert_eq!(fence(Fence::Stop, first, last, None), promised);
+            assert_eq!(fence(Fence::None, first, last, None), Fence::None);
+        }
+    }
+
+    #[test]
+    fn a_clock_of_the_service_that_was_set_back_is_noticed_and_a_slow_request_is_not() {
+        let time = |date: i64| Timestamp::from_second(1_790_000_000 + date).unwrap();
+        for (first, last, stored, expected) in [
+            (response(0, 1, 0), response(61, 62, 60), None, false),
+            (response(0, 1, 0), response(61, 62, 54), None, false),
+            (response(0, 1, 0), response(61, 62, 53), None, true),
+            (response(0, 1, 0), response(61, 62, -3600), None, true),
+            // The first response was late, or the last request was.
+            (response(0, 30, 0), response(60, 61, 24), None, false),
+            (response(0, 1, 0), response(61, 120, 54), None, false),
+            // The requests overlap.
+            (response(0, 30, 0), response(10, 40, 0), None, false),
+            // A keeper that was just started knows only the stored record.
+            (response(0, 1, 0), response(0, 1, 0), Some(time(6)), false),
+            (response(0, 1, 0), response(0, 1, 0), Some(time(7)), true),
+            (response(0, 1, 0), response(0, 1, 0), Some(time(-100)), false),
+        ] {
+            assert_eq!(has_gone_back(first, last, stored), expected, "{first:?} {last:?} {stored:?}");
             let promised = if expected { Fence::None } else { Fence::Stop };
-            assert_eq!(fence(Fence::Stop, first, last), promised);
-            assert_eq!(fence(Fence::None, first, last), Fence::None);
+            assert_eq!(fence(Fence::Stop, first, last, stored), promised);
+        }
+    }
+
+    #[test]
+    fn a_record_that_promises_nothing_never_has_an_earlier_time_than_the_stored_one() {
+        let (last, now) = (response(100, 130, 7), Duration::from_secs(160));
+        for (fence, stored, expected) in [
+            (Fence::Stop, None, 7),
+            (Fence::Stop, Some(9), 7),
+            (Fence::None, None, 7),
+            (Fence::None, Some(5), 7),
+            (Fence::None, Some(9), 9),
+        ] {
+            let stored = stored.map(|date| Timestamp::from_second(1_790_000_000 + date).unwrap());
+            let next = next_renewal(terms(), last, now, fence, stored);
+            assert_eq!(next.renewal.renewed, 1_790_000_000 + expected, "{fence:?} {stored:?}");
         }
     }
 
     #[test]
     fn the_holder_counts_from_before_the_request_whose_time_it_writes() {
-        let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160));
+        let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160), Fence::Stop, None);
         assert_eq!(next.renewal, Renewal { renewed: 1_790_000_007, beat: 160_000 });
         assert_eq!(next.deadline, Duration::from_secs(340));
     }
@@ -289,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_keeper_renews_only_the_lease_of_a_terraform_that_works_or_will() {
-        for bits in 0..32_u8 {
+        for bits in 0..64_u8 {
             let bit = |place: u8| bits & (1 << place) != 0;
             let sight = KeeperSight {
                 is_told_to_end: bit(0),
@@ -297,9 +371,11 @@ mod tests {
                 stop_pipe_has_hung_up: bit(2),
                 is_supervised: bit(3),
                 terraform_is_stopped: bit(4),
+                is_seen_and_due: bit(5),
             };
             let expected = match (bit(0) || bit(1), bit(2), bit(3), bit(4)) {
                 (true, ..) | (false, _, false, true) => BeforeRenewal::End,
+                (false, true, _, true) if bit(5) => BeforeRenewal::RenewForTheStopped,
                 (false, true, ..) => BeforeRenewal::Look,
                 (false, false, ..) => BeforeRenewal::Renew,
             };

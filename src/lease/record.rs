@@ -355,7 +355,14 @@ impl Record {
     /// Whether `stored` is this record, or was written after it by the same keeper. A keeper that finds such a record
     /// has renewed the lease with this one, even if the response to that renewal was lost.
     pub(crate) fn is_confirmed_by(&self, stored: &Self) -> bool {
-        stored.lock == self.lock && stored.keeper == self.keeper && stored.renewal() >= self.renewal()
+        stored.lock == self.lock && stored.keeper == self.keeper && self.is_at_most(stored)
+    }
+
+    /// Whether `stored` was written after this record was made, and is not about an earlier time of the service. If the
+    /// service's clock was set back, an earlier record has the later time. It says nothing about how long the holder may
+    /// work now.
+    pub(crate) fn is_at_most(&self, stored: &Self) -> bool {
+        stored.renewed >= self.renewed && stored.beat >= self.beat
     }
 }
 
@@ -449,7 +456,9 @@ mod tests {
         for (stored, confirmed) in [
             (with(10, 5, 1, "a"), true),
             (with(10, 6, 1, "a"), true),
-            (with(11, 1, 1, "a"), true),
+            (with(11, 6, 1, "a"), true),
+            // The service's clock was set back since: an earlier record has the later time.
+            (with(11, 4, 1, "a"), false),
             (with(10, 4, 1, "a"), false),
             (with(9, 9, 1, "a"), false),
             (with(10, 5, 2, "a"), false),

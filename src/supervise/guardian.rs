@@ -393,6 +393,8 @@ struct Watch<'a> {
     news: Option<(u64, Log)>,
     /// What a keeper of the run's lease needs to know. `None` as long as no lease has begun.
     orders: Option<Orders>,
+    /// Whether the guardian renews the lease, because `tf` is suspended.
+    has_lease: bool,
     /// Reads the signals that were sent to the guardian. These signals do not kill the guardian. `None` if they cannot
     /// be read.
     signals: Option<Signals>,
@@ -474,6 +476,7 @@ impl<'a> Watch<'a> {
             still: false,
             news: None,
             orders: None,
+            has_lease: false,
             signals,
             unit_is_stopped: false,
             reached,
@@ -510,9 +513,7 @@ impl<'a> Watch<'a> {
                 lease.map(|_| STOP_AGAIN_INTERVAL * 5).into_iter().chain(deadline).min()
             };
             let ready = poll::wait(&awaited, deadline);
-            if let Some(lease) = self.context.lease.as_ref().filter(|_| self.still) {
-                lease.stop_again_as_guardian();
-            }
+            self.step_lease_while_still();
             self.hear_signals();
             if end_at.is_some_and(|place| ready[place]) {
                 self.continue_tf();
@@ -534,6 +535,9 @@ impl<'a> Watch<'a> {
             // When the run is over, earlier messages do not matter any more. A run may be over before its guardian has
             // read the first message, and `tf` waits for the guardian's exit.
             if messages.iter().any(|(kind, _)| *kind == OVER) {
+                if let Some(lease) = self.context.lease.as_mut().filter(|_| self.has_lease) {
+                    lease.hand_back();
+                }
                 return ParentExit::Clean;
             }
             for (kind, payload) in messages {
@@ -548,6 +552,27 @@ impl<'a> Watch<'a> {
                 self.write_news();
             }
         }
+    }
+
+    /// While `tf` is suspended, nobody replaces its keeper, and a keeper is easily killed or stopped together with it. So
+    /// the guardian has one of its own meanwhile. The service orders the renewals of the two.
+    fn step_lease_while_still(&mut self) {
+        let Some(lease) = &mut self.context.lease else { return };
+        if !self.still {
+            if std::mem::take(&mut self.has_lease) {
+                trace!("guardian: tf goes on, and renews the lease");
+                lease.hand_back();
+            }
+            return;
+        }
+        lease.stop_again_as_guardian();
+        if let (false, Some(orders), Some(terraform)) = (self.has_lease, &self.orders, &self.terraform) {
+            trace!("guardian: tf is suspended, and the guardian renews the lease, too");
+            self.has_lease = true;
+            let leader = terraform.process.as_ref().and_then(|process| process.try_clone().ok());
+            lease.take_over(Some(orders.clone()), leader, self.context.tree);
+        }
+        lease.step_as_guardian();
     }
 
     /// Continues `tf` if it is stopped. Terraform has exited in the meantime, so `tf` may have to release a lock. No

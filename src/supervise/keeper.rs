@@ -28,6 +28,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -227,6 +228,11 @@ impl Keeper {
     /// Tells the keeper to end.
     pub(crate) fn tell_to_end(&self) {
         let _ = (&self.socket).write(&[END]);
+    }
+
+    /// Whether the keeper has ended. Reaps it then.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        !matches!(self.process.try_wait(), Ok(None))
     }
 
     /// Tells the keeper to end, and waits for its end. Returns how it ended. `None` if it did not end, even when it was
@@ -450,6 +456,7 @@ impl KeeperProcess {
                 stop_pipe_has_hung_up: self.renewals.is_stopped(),
                 is_supervised: !self.link.is_abandoned,
                 terraform_is_stopped: self.renewals.terraform_is_stopped(),
+                is_seen_and_due: self.renewals.is_seen_and_due(),
             });
             if before == BeforeRenewal::End {
                 return Ending::Left;
@@ -525,6 +532,8 @@ struct Renewals {
     last: Option<Response>,
     /// Whether the fuse has confirmed a deadline since the lock was read.
     is_armed: bool,
+    /// Whether the last look, while terraform is stopped, has shown that the lock is the run's.
+    is_seen: bool,
     /// When the request was sent whose time is in the last confirmed record.
     confirmed: Duration,
     history: History,
@@ -555,6 +564,7 @@ impl Renewals {
             first: None,
             last: None,
             is_armed: false,
+            is_seen: false,
             confirmed: boot_clock::now(),
             history,
             failures: 0,
@@ -592,6 +602,16 @@ impl Renewals {
         terraform.is_some_and(|terraform| terraform.state == 'T')
     }
 
+    /// Whether the last look has shown that the lock is the run's, and an interval has passed since the last renewal.
+    fn is_seen_and_due(&self) -> bool {
+        self.is_seen && boot_clock::now().saturating_sub(self.confirmed) >= self.terms.renewal_interval()
+    }
+
+    /// Returns the service's time in the record that was last seen in the lock. `None` if it had none.
+    fn stored_time(&self) -> Option<Timestamp> {
+        self.lock.as_ref()?.record.as_ref()?.as_ref().ok()?.renewed_at()
+    }
+
     /// Sends the next request.
     async fn step(&mut self, before: BeforeRenewal) -> Step {
         match self.next_request(before).await {
@@ -607,7 +627,7 @@ impl Renewals {
 
     async fn next_request(&mut self, before: BeforeRenewal) -> Result<Step, (Answer, String)> {
         if before == BeforeRenewal::Look {
-            (self.last, self.is_armed) = (None, false);
+            (self.last, self.is_armed, self.is_seen) = (None, false, false);
             let (look, loss, reason) = match self.read().await {
                 Ok(None) => (Look::Ours, None, String::new()),
                 Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
@@ -619,6 +639,7 @@ impl Renewals {
                     });
                 }
             };
+            self.is_seen = look == Look::Ours;
             let report = Some(Report::Looked { look, loss, reason });
             return Ok(Step { report, pause: jittered(LOOK_INTERVAL, random()) });
         }
@@ -636,9 +657,12 @@ impl Renewals {
             return Err((Answer::Refused, "the service does not say its time".to_owned()));
         };
         let first = *self.first.get_or_insert(last);
-        self.promised = keeper::fence(self.promised, first, last);
-        let NextRenewal { renewal, deadline } = next_renewal(self.terms, last, boot_clock::now());
-        if self.promised == Promise::Stop && !self.is_armed {
+        let stored = self.stored_time();
+        self.promised = keeper::fence(self.promised, first, last, stored);
+        let NextRenewal { renewal, deadline } =
+            next_renewal(self.terms, last, boot_clock::now(), self.promised, stored);
+        let has_fuse = before != BeforeRenewal::RenewForTheStopped;
+        if self.promised == Promise::Stop && has_fuse && !self.is_armed {
             match self.arm_first(deadline).await {
                 Some(answer) if answer.deadline.is_some() => self.is_armed = true,
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
@@ -660,11 +684,11 @@ impl Renewals {
         let read = boot_clock::now();
         let (seen, answer) = match renewed {
             Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
-            Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&seen) => {
+            Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&record, &seen) => {
                 // The next renewal is newer.
                 self.last = seen.date.map(|date| Response { sent, read, date });
                 self.lock = seen.lock;
-                return Err((Answer::None, "another keeper has stored a record that promises more".to_owned()));
+                return Err((Answer::None, "the stored record is of a later time, or promises more".to_owned()));
             }
             // A record that was overtaken by another keeper's is as good: the stored one is at least as new.
             Ok(Renewed::Before(seen) | Renewed::Overtaken(seen)) => (seen, Answer::RenewedBefore),
@@ -682,7 +706,10 @@ impl Renewals {
             return Ok(self.lost(loss(&self.orders.lock, seen.lock.as_ref()).unwrap_or(Loss::Gone)));
         }
         self.lock = seen.lock;
-        let mut step = self.confirmed(last, deadline).await;
+        let mut step = self.confirmed(last, deadline, has_fuse).await;
+        if !has_fuse {
+            step.pause = jittered(LOOK_INTERVAL, random());
+        }
         if !std::mem::replace(&mut self.is_mentioned, true) {
             // The report goes first.
             self.unmentioned = Some(record);
@@ -710,17 +737,21 @@ impl Renewals {
         jittered(self.terms.renewal_interval(), random())
     }
 
-    /// Whether the record of another keeper, which `seen` has, confirms a renewal of this one.
-    fn is_confirmed_by(&self, seen: &LeaseRead) -> bool {
+    /// Whether the record of another keeper, which `seen` has, confirms a renewal of this one, with the record `sent`.
+    fn is_confirmed_by(&self, sent: &Record, seen: &LeaseRead) -> bool {
         let stored = seen.lock.as_ref().and_then(|lock| lock.record.as_ref()?.as_ref().ok());
-        stored.is_none_or(|stored| keeper::is_confirmed_by_another(self.promised, stored.fence))
+        stored.is_none_or(|stored| {
+            sent.is_at_most(stored) && keeper::is_confirmed_by_another(self.promised, stored.fence)
+        })
     }
 
     /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
-    async fn confirmed(&mut self, last: Response, deadline: Duration) -> Step {
+    /// `has_fuse`: there was a fuse when the renewal was sent. A later fuse gets no deadline from it: that fuse waits for a
+    /// renewal of its own.
+    async fn confirmed(&mut self, last: Response, deadline: Duration, has_fuse: bool) -> Step {
         self.confirmed = last.sent;
         self.history.has_interrupted = false;
-        let fuse = if self.promised == Promise::Stop { self.arm(deadline).await } else { None };
+        let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };
         Step { report: Some(report), pause: self.until_next_renewal() }

@@ -154,6 +154,7 @@ impl Keepers {
         self.restart_at = None;
         if let Some(Running { keeper, .. }) = self.running.take() {
             keeper.tell_to_end();
+            self.ending.retain_mut(|earlier| !earlier.has_ended());
             self.ending.push(keeper);
         }
     }

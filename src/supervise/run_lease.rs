@@ -329,7 +329,14 @@ impl RunLease {
         let terraform = logs.and_then(|terraform| process::open_pidfd(terraform).ok());
         self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
         (self.orders, self.leader) = (orders, leader);
+        self.keepers.let_go();
         self.start_keeper();
+    }
+
+    /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
+    pub(crate) fn hand_back(&mut self) {
+        self.keepers.let_go();
+        (self.orders, self.terraform) = (None, None);
     }
 
     /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is

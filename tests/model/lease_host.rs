@@ -236,6 +236,7 @@ pub(crate) enum Action {
     Tf(bool),
     Guardian,
     Keeper,
+    RenewForTheStopped,
     /// The keeper waits no longer for its response.
     GiveUpWaiting,
     RestartKeeper,
@@ -551,6 +552,8 @@ impl LeaseHost {
             stop_pipe_has_hung_up: state.is_armed && state.has_hung_up(),
             is_supervised: state.is_supervised() || self.has(Fault::KeeperOfTheStopped),
             terraform_is_stopped: state.terraform == Terraform::Stopped,
+            // [`Action::RenewForTheStopped`] may come at any moment.
+            is_seen_and_due: false,
         };
         state.keeper = match keeper {
             Keeper::Begins | Keeper::Ready(_) if before_renewal(sight) == BeforeRenewal::End => {
@@ -593,7 +596,7 @@ impl LeaseHost {
                     state.in_flight[usize::from(!is_of_this_fuse)] = true;
                     Some(Keeper::Awaits(is_of_this_fuse))
                 }
-                BeforeRenewal::Look | BeforeRenewal::End => Some(Keeper::Begins),
+                BeforeRenewal::RenewForTheStopped | BeforeRenewal::Look | BeforeRenewal::End => Some(Keeper::Begins),
             },
             // If its record has lapsed, its deadline has passed, and the timer kills the fuse before that can answer.
             Keeper::Confirmed(false) if !is_ours && state.fuse.is_some_and(|fuse| fuse.deadline == Deadline::None) => {
@@ -627,6 +630,24 @@ impl LeaseHost {
         if state.keeper == Some(keeper) && keeper == Keeper::Begins && state.report == Report::Nothing {
             return None;
         }
+        Some(())
+    }
+
+    /// The keeper has seen that the lock is the run's, and renews although there is no fuse.
+    fn renew_for_the_stopped(state: &mut State) -> Option<()> {
+        let is_ours = !matches!(state.lock, Lock::Taken | Lock::Released);
+        let sight = KeeperSight {
+            is_told_to_end: false,
+            terraform_has_ended: state.terraform == Terraform::Over,
+            stop_pipe_has_hung_up: state.is_armed && state.has_hung_up(),
+            is_supervised: state.is_supervised(),
+            terraform_is_stopped: state.terraform == Terraform::Stopped,
+            is_seen_and_due: is_ours,
+        };
+        let may = state.keeper == Some(Keeper::Begins) && before_renewal(sight) == BeforeRenewal::RenewForTheStopped;
+        may.then_some(())?;
+        state.in_flight[1] = true;
+        state.keeper = Some(Keeper::Awaits(false));
         Some(())
     }
 
@@ -719,6 +740,7 @@ impl LeaseHost {
             Action::Tf(is_asked_to_end) => self.tf(state, is_asked_to_end)?,
             Action::Guardian => self.guardian(state)?,
             Action::Keeper => self.keeper(state)?,
+            Action::RenewForTheStopped => Self::renew_for_the_stopped(state)?,
             Action::GiveUpWaiting => match state.keeper? {
                 Keeper::Awaits(is_of_this_fuse) => state.keeper = Some(Keeper::Ready(is_of_this_fuse)),
                 Keeper::AwaitsWithoutFence => state.keeper = Some(Keeper::Begins),
@@ -726,8 +748,11 @@ impl LeaseHost {
             },
             Action::RestartKeeper => {
                 let supervisor = if state.tf == Supervisor::Dead { state.guardian } else { state.tf };
+                // The guardian has a keeper of its own while `tf` is suspended.
+                let is_suspended = state.tf == Supervisor::Suspended && state.guardian == Supervisor::Watches;
                 let is_wanted = state.keeper.is_none() && !state.has_no_lease && state.terraform != Terraform::Over;
-                (is_wanted && supervisor == Supervisor::Watches && state.report != Report::Lost).then_some(())?;
+                let is_watched = supervisor == Supervisor::Watches || is_suspended;
+                (is_wanted && is_watched && state.report != Report::Lost).then_some(())?;
                 state.keeper = Some(Keeper::Begins);
             }
             Action::FuseTakesKillPipe => {
@@ -834,6 +859,7 @@ impl Model for LeaseHost {
             Action::Tf(true),
             Action::Guardian,
             Action::Keeper,
+            Action::RenewForTheStopped,
             Action::GiveUpWaiting,
             Action::RestartKeeper,
             Action::FuseTakesKillPipe,

@@ -251,6 +251,35 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
     }
 }
 
+/// A host of the service may have a clock that is late. The records with its time replace none with a later time. So the
+/// lock must not look as if it had lapsed, while its holder is connected and works.
+#[test]
+fn a_service_whose_clock_is_set_back_makes_the_record_promise_nothing() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        for seconds in [8, 3600] {
+            let mut env = leased(lock, "4s");
+            let is_late = Arc::new(AtomicBool::new(false));
+            let late = is_late.clone();
+            let rule = move |request: &Message| {
+                if request.is_ours() && late.load(Ordering::SeqCst) {
+                    ProxyAction::PassDated(-seconds)
+                } else {
+                    ProxyAction::Pass
+                }
+            };
+            let _proxy = through(&mut env, rule);
+            let run = start(&env);
+            is_late.store(true, Ordering::SeqCst);
+            let promises_nothing = || record(&env).filter(|record| record["fence"] == "none");
+            let last = wait_for("no promise", promises_nothing, || format!("{:?}\n{}", record(&env), env.trace()));
+            // It is renewed all the same, and terraform works on.
+            wait_for_renewal_after(&env, &last);
+            assert_eq!(run.err(), "", "{}", env.trace());
+            ends_well(&env, run);
+        }
+    }
+}
+
 #[test]
 fn a_second_lock_of_a_run_has_no_lease_and_that_is_said_once() {
     let mut env = leased(Lock::DynamoDb, "10s");
@@ -373,7 +402,7 @@ fn a_write_that_was_sent_before_an_outage_does_not_arrive_after_another_run_has_
 
 #[test]
 fn a_stop_without_an_outage_breaks_no_connection_off() {
-    let env = leased(Lock::Both, "10s");
+    let env = leased(Lock::Both, "2m");
     let run = start(&env);
     let terraform = terraform_below(run.pid());
     kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
@@ -386,7 +415,7 @@ fn a_stop_without_an_outage_breaks_no_connection_off() {
 /// Its lock is released when the shim has ended.
 #[test]
 fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not_stopped() {
-    let mut env = leased(Lock::Both, "2s");
+    let mut env = leased(Lock::Both, "5s");
     let terraform = crate::support::test_env::terraform();
     env.stand_in(
         "tenv",
@@ -639,17 +668,75 @@ fn a_suspended_run_keeps_its_lease() {
     wait_until_unlocked(&env);
 }
 
-/// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and terraform.
-fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
+/// What fails while a run is suspended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fails {
+    Network,
+    Keeper,
+    Fuse,
+    KeeperAndFuse,
+}
+
+/// `tf` itself can do nothing then, because it is suspended as well.
+#[test]
+fn a_suspended_run_keeps_its_lease_whatever_fails_meanwhile() {
+    for (fails, lock) in [
+        (Fails::Network, Lock::DynamoDb),
+        (Fails::Network, Lock::File),
+        (Fails::Keeper, Lock::Both),
+        (Fails::Fuse, Lock::File),
+        (Fails::KeeperAndFuse, Lock::DynamoDb),
+    ] {
+        let mut env = leased(lock, "3s");
+        let (_proxy, is_away) = network(&mut env);
+        let (mut terminal, terraform) = if fails == Fails::Network {
+            let suspended = suspended_past_its_deadline(&env, &is_away);
+            is_away.store(false, Ordering::SeqCst);
+            suspended
+        } else {
+            let suspended = suspended_at_a_terminal(&env);
+            // The guardian has a keeper of its own by then.
+            env.wait_for_trace("guardian: tf is suspended, and the guardian renews the lease, too");
+            let (keeper, fuse) = (named(&env, "tf-keeper"), named(&env, "tf-fuse"));
+            for pid in [keeper, fuse] {
+                if fails == Fails::KeeperAndFuse || (pid == fuse) == (fails == Fails::Fuse) {
+                    kill(pid, Signal::SIGKILL).unwrap();
+                }
+            }
+            suspended
+        };
+        let since = jiff::Timestamp::now().as_second();
+        // Three leases by the service's own clock.
+        let is_later = || record(&env).filter(|now| now["renewed"].as_i64() > Some(since + 9));
+        wait_for("three leases", is_later, || format!("{fails:?} {:?}\n{}", record(&env), env.trace()));
+        assert_eq!(state(terraform), Some('T'), "{fails:?}");
+        terminal.type_in("fg\n");
+        wait_until_it_goes_on(&env, terraform);
+        env.unblock();
+        terminal.wait_for("Apply complete!");
+        wait_until_unlocked(&env);
+        drop(terminal);
+        wait_until_all_is_gone(&env);
+    }
+}
+
+/// Suspends an apply with ^Z. Returns the terminal and terraform.
+fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
     let mut terminal = shell(env);
     terminal.type_in(&line_of("tf", APPLY));
     env.wait_for_file("began");
     wait_for_renewal_after(env, &Value::Null);
     let terraform = terraform_below(terminal.pid());
-    let fuse = named(env, "tf-fuse");
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
     wait_until_stopped(env, terraform);
+    (terminal, terraform)
+}
+
+/// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and terraform.
+fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
+    let (terminal, terraform) = suspended_at_a_terminal(env);
+    let fuse = named(env, "tf-fuse");
     is_away.store(true, Ordering::SeqCst);
     wait_until_gone(env, fuse);
     (terminal, terraform)

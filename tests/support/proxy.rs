@@ -24,6 +24,8 @@ pub enum ProxyAction {
     Close,
     /// Sends this response, and does not forward the request.
     Answer(Message),
+    /// Forwards it, and changes the `Date` of the response by so many seconds.
+    PassDated(i64),
     /// Forwards it, and sends the body of the response at one byte per second.
     Trickle,
     /// Accepts a CONNECT, and acts as the requested host, with a certificate from this authority.
@@ -199,6 +201,13 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
             return;
         }
         answer.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("connection"));
+        if let ProxyAction::PassDated(seconds) = action {
+            for (_, date) in answer.headers.iter_mut().filter(|(name, _)| name.eq_ignore_ascii_case("date")) {
+                let time =
+                    jiff::fmt::rfc2822::parse(date).unwrap().timestamp() + jiff::SignedDuration::from_secs(seconds);
+                *date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&time).unwrap();
+            }
+        }
         if matches!(action, ProxyAction::Trickle) {
             let bytes = answer.bytes();
             let (start, body) = bytes.split_at(bytes.len() - answer.body.len());
