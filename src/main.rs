@@ -17,6 +17,7 @@ mod journal;
 mod json;
 mod lease;
 mod lock;
+mod notice;
 mod panics;
 mod settings;
 mod supervise;

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use crate::lease::grade::Clock;
+use crate::lease::notice::{NoticeSetting, Provider};
 use crate::lease::terms::Terms;
 
 /// The settings of one run.
@@ -33,6 +34,8 @@ pub(crate) struct LeaseSettings {
     pub(crate) terms: Option<Terms>,
     /// `TFW_CLOCK`.
     pub(crate) clock: Clock,
+    /// `TFW_NOTICE`.
+    pub(crate) notice: NoticeSetting,
 }
 
 /// The error for a variable whose value is invalid.
@@ -108,7 +111,17 @@ impl LeaseSettings {
             Some(value) if value == "steady" => Clock::Steady,
             Some(value) => return Err(UnreadableSetting { name: "TFW_CLOCK", value, takes: "steady or unset" }),
         };
-        Ok(Self { terms, clock })
+        let notice = match set("TFW_NOTICE") {
+            None => NoticeSetting::ByMachine,
+            Some(value) if value == "off" => NoticeSetting::Off,
+            Some(value) if value == "ec2" => NoticeSetting::Ask(Provider::Ec2),
+            Some(value) if value == "azure" => NoticeSetting::Ask(Provider::Azure),
+            Some(value) if value == "gcp" => NoticeSetting::Ask(Provider::Gcp),
+            Some(value) => {
+                return Err(UnreadableSetting { name: "TFW_NOTICE", value, takes: "ec2, azure, gcp or off" });
+            }
+        };
+        Ok(Self { terms, clock, notice })
     }
 }
 
@@ -182,6 +195,9 @@ mod tests {
             ("TFW_LEASE", "OFF"),
             ("TFW_CLOCK", "maybe"),
             ("TFW_CLOCK", "Steady"),
+            ("TFW_NOTICE", "aws"),
+            ("TFW_NOTICE", "EC2"),
+            ("TFW_NOTICE", "http://169.254.169.254"),
         ] {
             let message = read(name, value).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains(value), "{message}");
@@ -207,7 +223,21 @@ mod tests {
     fn a_clock_is_vouched_for_by_one_word() {
         for (text, clock) in [("", Clock::NotVouchedFor), ("steady", Clock::Steady)] {
             let lease = read("TFW_CLOCK", text).unwrap().lease;
-            assert_eq!(lease, LeaseSettings { terms: None, clock }, "{text:?}");
+            assert_eq!(lease, LeaseSettings { clock, ..LeaseSettings::default() }, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_metadata_service_is_named_by_one_word() {
+        for (text, notice) in [
+            ("", NoticeSetting::ByMachine),
+            ("off", NoticeSetting::Off),
+            ("ec2", NoticeSetting::Ask(Provider::Ec2)),
+            ("azure", NoticeSetting::Ask(Provider::Azure)),
+            ("gcp", NoticeSetting::Ask(Provider::Gcp)),
+        ] {
+            let lease = read("TFW_NOTICE", text).unwrap().lease;
+            assert_eq!(lease, LeaseSettings { notice, ..LeaseSettings::default() }, "{text:?}");
         }
     }
 

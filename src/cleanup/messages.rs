@@ -23,6 +23,7 @@ use crate::holder::lease_text;
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lease::fence::{INTERRUPTS_TO_END, Loss, Trouble};
+use crate::lease::notice::{Notice, NoticeStep};
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::Claim;
 use crate::lease::takeover::Obstacle;
@@ -95,6 +96,19 @@ pub(crate) fn lease_interrupts(trouble: &Trouble) -> String {
         ),
         Trouble::Gone => "somebody has deleted the lock of this run, so terraform is asked to stop".to_owned(),
     }
+}
+
+/// Reports that this host is about to end, and what follows from it.
+pub(crate) fn host_ends(Notice { end, announcement, at }: Notice, step: NoticeStep) -> String {
+    // The end is at most 15 minutes ahead, so the date is left out.
+    let at = at.and_then(|at| Timestamp::from_second(at).ok());
+    let at = at.map_or_else(String::new, |at| at.strftime(" at %H:%M:%SZ").to_string());
+    let next = match step {
+        NoticeStep::Interrupt => "terraform is interrupted so that it can release its lock",
+        NoticeStep::InterruptStopped => "terraform is stopped because of its lease, and is interrupted when it goes on",
+        NoticeStep::SayOnly => "terraform is being stopped already",
+    };
+    format!("this host will be {}{at} ({}); {next}", end.word(), announcement.name())
 }
 
 /// Reports that the processes fail that renew the lease. `how` says how the last one has.
@@ -893,11 +907,14 @@ pub(crate) fn waits(occasion: Occasion, Refusal { info, lease, judgement }: &Ref
         Occasion::Changed => "the lock for which terraform is waiting is now held by",
         Occasion::Again => "terraform is still waiting for a lock held by",
     };
-    let job = lease.and_then(ObservedLease::shown_record).and_then(|record| lease_text::job(&record.holder));
+    let record = lease.and_then(ObservedLease::shown_record);
+    let job = record.and_then(|record| lease_text::job(&record.holder));
+    let interrupted = record.and_then(|record| record.interrupted.as_ref()).map(lease_text::interruption);
     format!(
-        "{begin} {}{}; {}: {}",
+        "{begin} {}{}{}; {}: {}",
         held(info, now),
         job.map_or_else(String::new, |job| format!(", job {job}")),
+        interrupted.map_or_else(String::new, |why| format!(", interrupted: {why}")),
         judgement.verdict.of_the_holder(),
         judgement.reason
     )
@@ -1038,6 +1055,39 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::notice::{Announcement, HostEnd};
+
+    #[test]
+    fn a_notice_says_what_happens_to_the_host_when_why_and_what_follows() {
+        let (end, announcement) = (HostEnd::Terminated, Announcement::SpotInterruption);
+        let at = |text: &str| Some(text.parse::<Timestamp>().unwrap().as_second());
+        for (at, step, expected) in [
+            (
+                at("2026-11-24T12:00:05Z"),
+                NoticeStep::Interrupt,
+                "this host will be terminated at 12:00:05Z (EC2 spot interruption); terraform is interrupted so that it \
+                 can release its lock",
+            ),
+            (
+                at("2026-11-24T09:08:07Z"),
+                NoticeStep::SayOnly,
+                "this host will be terminated at 09:08:07Z (EC2 spot interruption); terraform is being stopped already",
+            ),
+            (
+                None,
+                NoticeStep::InterruptStopped,
+                "this host will be terminated (EC2 spot interruption); terraform is stopped because of its lease, and \
+                 is interrupted when it goes on",
+            ),
+            (
+                Some(i64::MIN),
+                NoticeStep::SayOnly,
+                "this host will be terminated (EC2 spot interruption); terraform is being stopped already",
+            ),
+        ] {
+            assert_eq!(host_ends(Notice { end, announcement, at }, step), expected);
+        }
+    }
 
     /// Of two hosts, one says that it has released the lock.
     #[test]

@@ -15,14 +15,18 @@ use crate::aws::failure::Failure;
 use crate::cleanup::messages;
 use crate::commands::fix_digest::Change;
 use crate::console::{length_of_time, quoted, visible};
+use crate::holder::lease_text;
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
-use crate::lease::grade::{self, FenceReason, Grade};
+use crate::lease::grade::{self, Cloud, FenceReason, Grade};
+use crate::lease::notice::NoticeSetting;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
+use crate::notice::requests;
+use crate::notice::service::Service;
 use crate::settings::LeaseSettings;
 use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
@@ -127,6 +131,7 @@ impl Doctor {
         terraform(&mut findings, &own_files);
         journal(&mut findings);
         lease(&mut findings, lease_settings);
+        notice(&mut findings, lease_settings)?;
         let backend_there = DataDirectory::read(&own_files).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
@@ -278,6 +283,53 @@ fn lease(findings: &mut Findings, settings: LeaseSettings) {
             )),
         ),
     }
+}
+
+/// Says which metadata service a run asks whether this host is about to end, and whether it answers. Says nothing if there
+/// is no lease, because nothing is asked then.
+///
+/// # Errors
+/// If the client cannot be started.
+fn notice(findings: &mut Findings, settings: LeaseSettings) -> Result<(), Trouble> {
+    const NAME: &str = "host end notice";
+    if settings.terms.is_none() {
+        return Ok(());
+    }
+    let cloud = Cloud::of(&HostFacts::read().dmi);
+    let Some(provider) = settings.notice.provider(cloud == Some(Cloud::Aws)) else {
+        let (reason, next) = match (settings.notice, cloud) {
+            (NoticeSetting::Off, _) => ("TFW_NOTICE is off", Next::Nothing),
+            (_, Some(Cloud::Azure)) => ("TFW_NOTICE is not set", Next::Do("on this machine, set TFW_NOTICE=azure")),
+            (_, Some(Cloud::Google)) => ("TFW_NOTICE is not set", Next::Do("on this machine, set TFW_NOTICE=gcp")),
+            _ => ("this host is not known to be a machine of Amazon EC2, and TFW_NOTICE is not set", Next::Nothing),
+        };
+        findings.tell(Health::Ok, NAME, &format!("no metadata is asked: {reason}"), next);
+        return Ok(());
+    };
+    let service = match Service::of(provider, |name| std::env::var_os(name)) {
+        Ok(service) => service,
+        Err(reason) => {
+            findings.note(NAME, &format!("no {provider} metadata is asked: {reason}"), Next::Nothing);
+            return Ok(());
+        }
+    };
+    let shown = visible(&service.to_string());
+    super::block_on(async {
+        match requests::ask_once(service).await {
+            Ok(None) => findings.ok(NAME, &format!("{shown} answers: this host is not about to end")),
+            Ok(Some(notice)) => {
+                let why = lease_text::interruption(&notice.into());
+                findings.note(NAME, &format!("{shown} answers: {}", why.replacen("its", "this", 1)), Next::Nothing);
+            }
+            Err(failure) => findings.note(
+                NAME,
+                &format!("{shown} gives no useful answer: {}", visible(&failure.to_string())),
+                Next::Do("a run asks it ever more rarely; terraform is not interrupted before this host ends"),
+            ),
+        }
+        Ok(Finding::Nothing)
+    })?;
+    Ok(())
 }
 
 const VOUCHED: &str =

@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::console::{length_of_time, visible};
 use crate::holder::lease_text;
 use crate::lease::observed::{Freshness, KnownLease, LeaseDoubt, ObservedLease};
-use crate::lease::record::{Fence, Holder, Record};
+use crate::lease::record::{Fence, Holder, Interruption, Record};
 
 /// The lease in JSON, as docs/locks.schema.json describes it.
 #[derive(Serialize)]
@@ -29,6 +29,7 @@ struct RecordView<'a> {
     region: Option<&'a str>,
     version: Option<&'a str>,
     holder: Option<HolderView<'a>>,
+    interrupted: Option<InterruptionView<'a>>,
 }
 
 #[derive(Serialize)]
@@ -42,6 +43,19 @@ struct HolderView<'a> {
     job: &'a str,
     attempt: &'a str,
     cloud: &'a str,
+}
+
+#[derive(Serialize)]
+struct InterruptionView<'a> {
+    host: &'a str,
+    why: &'a str,
+    at: Option<Timestamp>,
+}
+
+impl<'a> InterruptionView<'a> {
+    fn of(interruption: &'a Interruption) -> Self {
+        Self { host: &interruption.host, why: &interruption.why, at: interruption.at() }
+    }
 }
 
 #[derive(Serialize)]
@@ -89,6 +103,7 @@ impl<'a> RecordView<'a> {
             region: Some(&record.region),
             version: Some(&record.version),
             holder: Some(HolderView { user, host, machine, boot, container, ci, job, attempt, cloud }),
+            interrupted: record.interrupted.as_ref().map(InterruptionView::of),
         }
     }
 }
@@ -134,6 +149,7 @@ pub(super) fn lines(lease: &ObservedLease) -> Vec<(&'static str, String)> {
     }
     lines.extend(named("tf", &record.version).map(|version| (name, version)));
     lines.extend(named("region", &record.region).map(|region| ("", region)));
+    lines.extend(record.interrupted.as_ref().map(|notice| ("interrupted", lease_text::interruption(notice))));
     if let Ok(KnownLease { claim: Some(known), .. }) = &known {
         let rest = if known.has_lapsed { ", and has not released the lock" } else { "" };
         let by = visible(&known.claim.by);
@@ -151,6 +167,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::lease::notice::{Announcement, HostEnd, Notice};
     use crate::lease::observed::tests::lease;
     use crate::lease::record::NotBelieved;
 
@@ -165,6 +182,9 @@ mod tests {
             record.holder.host = "fv-7".into();
             record.holder.job = "https://ci/7".into();
             record.holder.boot = "b".into();
+            let notice =
+                Notice { end: HostEnd::Stopped, announcement: Announcement::AutoScaling, at: Some(1_790_000_120) };
+            record.interrupted = Some(notice.into());
         }
         lease
     }
@@ -177,6 +197,8 @@ mod tests {
             (&json!("fresh"), &Value::Null, &json!(40))
         );
         assert_eq!((&good["grade"], &good["length_seconds"]), (&json!("stop"), &json!(300)));
+        let interrupted = json!({"host": "stopped", "why": "EC2 Auto Scaling", "at": "2026-09-21T14:15:20Z"});
+        assert_eq!(good["interrupted"], interrupted);
         assert_eq!((&good["holder"]["job"], &good["holder"]["cloud"]), (&json!("https://ci/7"), &json!("")));
         let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
         for (lease, state) in [
@@ -202,9 +224,14 @@ mod tests {
             lines(lease).iter().fold(String::new(), |all, (name, text)| format!("{all}{name}: {text}\n"))
         };
         let shown = all(&of_ci());
-        for fact in
-            ["lease: 5 min, renewed 40 s ago", "grade: stop", "holder: runner@fv-7", ": https://ci/7", ": boot b"]
-        {
+        for fact in [
+            "lease: 5 min, renewed 40 s ago",
+            "grade: stop",
+            "holder: runner@fv-7",
+            ": https://ci/7",
+            ": boot b",
+            "interrupted: its host is to be stopped at 2026-09-21T14:15:20Z (EC2 Auto Scaling)",
+        ] {
             assert!(shown.contains(fact), "{fact}: {shown}");
         }
         let claimed = all(&lease("id", 400, Some(100), Fence::Stop));
@@ -223,7 +250,10 @@ mod tests {
         let mut lease = lease("id", 400, Some(5), Fence::Stop);
         if let Ok(record) = &mut lease.record {
             let evil = "\u{1b}]0;x\u{7}\n\r\u{202e}".repeat(30);
+            let interrupted = record.interrupted.insert(Interruption::default());
             for text in [
+                &mut interrupted.host,
+                &mut interrupted.why,
                 &mut record.region,
                 &mut record.version,
                 &mut record.holder.user,

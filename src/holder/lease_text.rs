@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::console::{length_of_time, visible};
 use crate::lease::observed::ObservedLease;
-use crate::lease::record::{Fence, Holder};
+use crate::lease::record::{Fence, Holder, Interruption};
 use crate::lease::terms::Terms;
 
 /// Returns the length of a lease in words: whole minutes without seconds, because that is how a user sets it.
@@ -27,7 +27,26 @@ pub(crate) fn of_holder(lease: &ObservedLease) -> Option<String> {
     if let Some(holder) = holder(&record.holder) {
         let _ = write!(text, ", held by {holder}");
     }
+    if let Some(interrupted) = &record.interrupted {
+        let _ = write!(text, ", interrupted: {}", interruption(interrupted));
+    }
     Some(text)
+}
+
+/// Returns why a run was interrupted: `its host is to be terminated at 2026-11-24T12:00:05Z (EC2 spot interruption)`. What
+/// the record does not have is left out.
+pub(crate) fn interruption(interrupted: &Interruption) -> String {
+    let mut text = match visible(&interrupted.host) {
+        end if end.is_empty() => "its host is about to end".to_owned(),
+        end => format!("its host is to be {end}"),
+    };
+    if let Some(at) = interrupted.at() {
+        let _ = write!(text, " at {at:.0}");
+    }
+    if !interrupted.why.is_empty() {
+        let _ = write!(text, " ({})", visible(&interrupted.why));
+    }
+    text
 }
 
 fn grade(fence: Fence) -> &'static str {
@@ -92,6 +111,7 @@ pub(crate) fn cloud(holder: &Holder) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::notice::{Announcement, HostEnd, Notice};
     use crate::lease::observed::tests::lease;
     use crate::lease::record::NotBelieved;
 
@@ -125,6 +145,28 @@ mod tests {
             (ObservedLease { record: Err(NotBelieved::Malformed), ..of_ci() }, None),
         ] {
             assert_eq!(of_holder(&lease).as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn a_lease_says_why_its_run_was_interrupted() {
+        let notice = |at| Notice { end: HostEnd::Terminated, announcement: Announcement::SpotInterruption, at };
+        let strange = Interruption { host: "\u{1b}[2J".into(), why: String::new(), ..Interruption::default() };
+        for (interrupted, expected) in [
+            (
+                notice(Some(1_790_000_120)).into(),
+                "its host is to be terminated at 2026-09-21T14:15:20Z (EC2 spot interruption)",
+            ),
+            (notice(None).into(), "its host is to be terminated (EC2 spot interruption)"),
+            (notice(Some(i64::MAX)).into(), "its host is to be terminated (EC2 spot interruption)"),
+            (Interruption::default(), "its host is about to end"),
+            (strange, "its host is to be \\u{1b}[2J"),
+        ] {
+            let mut lease = of_ci();
+            lease.record.as_mut().unwrap().interrupted = Some(interrupted);
+            let shown = of_holder(&lease).unwrap();
+            let end = format!("held by runner@fv-7, https://ci/7, interrupted: {expected}");
+            assert!(shown.ends_with(&end), "{shown}");
         }
     }
 

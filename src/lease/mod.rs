@@ -5,6 +5,7 @@ pub(crate) mod fence;
 pub(crate) mod grade;
 pub(crate) mod info_field;
 pub(crate) mod keeper;
+pub(crate) mod notice;
 pub(crate) mod observed;
 pub(crate) mod record;
 pub(crate) mod running_time;

@@ -13,6 +13,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::notice::Notice;
 use super::terms::Terms;
 
 /// The name of the attribute and of the member.
@@ -182,6 +183,41 @@ pub(crate) struct Claim {
     pub(crate) number: u64,
 }
 
+/// Why the terraform of the lock was interrupted: the host of its run is about to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Interruption {
+    /// What happens to the host: a participle, for example `terminated`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) host: String,
+    /// What has announced it, for example `EC2 spot interruption`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) why: String,
+    /// When the host ends at the earliest, in seconds since 1970. `None` if that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) at: Option<i64>,
+}
+
+impl Interruption {
+    /// Returns when the host ends at the earliest. `None` if that is not known, or is no possible time.
+    pub(crate) fn at(&self) -> Option<Timestamp> {
+        Timestamp::from_second(self.at?).ok()
+    }
+}
+
+impl From<Notice> for Interruption {
+    fn from(Notice { end, announcement, at }: Notice) -> Self {
+        Self { host: end.word().to_owned(), why: announcement.name().to_owned(), at }
+    }
+}
+
+/// Reads an interruption. `None` if it does not have the form in which `tf` writes it: nothing is decided by it, so the
+/// rest of the record is believed all the same.
+fn interruption<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Interruption>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    Ok(value.is_object().then(|| serde_json::from_value(value).ok()).flatten())
+}
+
 /// When a lease was renewed. Records of one lock are compared by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Renewal {
@@ -226,6 +262,9 @@ pub(crate) struct Record {
     pub(crate) holder: Holder,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) taken: Option<Claim>,
+    /// `None` if terraform was not interrupted because of a notice.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "interruption")]
+    pub(crate) interrupted: Option<Interruption>,
 }
 
 /// Why a record is not believed. The lock is then judged as one without a lease.
@@ -269,6 +308,7 @@ impl Record {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             holder: Holder::default(),
             taken: None,
+            interrupted: None,
         }
     }
 
@@ -343,7 +383,8 @@ impl Record {
         let mut record = self.clone();
         while !fits(&record) {
             let by = record.taken.as_mut().map(|claim| &mut claim.by);
-            let facts = record.holder.facts().into_iter().chain(by);
+            let why = record.interrupted.iter_mut().flat_map(|notice| [&mut notice.host, &mut notice.why]);
+            let facts = record.holder.facts().into_iter().chain(by).chain(why);
             match facts.max_by_key(|fact| fact.len()) {
                 Some(longest) if !longest.is_empty() => longest.clear(),
                 _ => break,
@@ -377,6 +418,7 @@ impl Claim {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::notice::{Announcement, HostEnd};
     use super::*;
 
     const LOCK: &str = r#"{"ID":"a","Operation":"OperationTypeApply","Info":"","Who":"u,\"tf\":{}}","Path":"b/k"}"#;
@@ -390,10 +432,22 @@ mod tests {
         record
     }
 
+    fn interruption() -> Interruption {
+        let (end, announcement) = (HostEnd::Terminated, Announcement::SpotInterruption);
+        Notice { end, announcement, at: Some(1_790_000_120) }.into()
+    }
+
     #[test]
     fn a_record_is_read_as_it_was_written() {
         let claim = Claim { by: "o@h".into(), at: 1_790_000_400, number: 9 };
-        for record in [record(), Record { taken: Some(claim), ..record() }, Record { fence: Fence::None, ..record() }] {
+        let interrupted = Some(interruption());
+        for record in [
+            record(),
+            Record { taken: Some(claim), ..record() },
+            Record { fence: Fence::None, ..record() },
+            Record { interrupted, ..record() },
+            Record { interrupted: Some(Interruption::default()), ..record() },
+        ] {
             assert_eq!(Record::parse(&record.to_json(), "a"), Ok(record.clone()));
             assert_eq!(Record::of_value(&record.to_value(), "a"), Ok(record));
         }
@@ -434,6 +488,26 @@ mod tests {
     }
 
     #[test]
+    fn a_record_with_a_strange_interruption_is_believed_without_it_or_with_its_texts() {
+        let written = Record { interrupted: Some(interruption()), ..record() }.to_json();
+        let member = r#""interrupted":{"host":"terminated","why":"EC2 spot interruption","at":1790000120}"#;
+        assert!(written.contains(member), "{written}");
+        let read = |new: &str| Record::parse(&written.replace(member, new), "a").map(|record| record.interrupted);
+        for strange in
+            ["true", "7", "null", "[]", r#"["a","b"]"#, r#"{"host":7}"#, r#"{"at":"soon"}"#, r#"{"at":1e99}"#]
+        {
+            assert_eq!(read(&format!(r#""interrupted":{strange}"#)), Ok(None), "{strange}");
+        }
+        for (text, at) in
+            [(r#"{"host":"moved","x":[{}]}"#, None), (r#"{"host":"moved","at":9223372036854775807}"#, None)]
+        {
+            let found = read(&format!(r#""interrupted":{text}"#)).unwrap().unwrap();
+            assert_eq!((found.host.as_str(), found.why.as_str(), found.at()), ("moved", "", at), "{text}");
+        }
+        assert_eq!(read(&format!("{member},{member}")), Err(NotBelieved::Malformed));
+    }
+
+    #[test]
     fn the_longest_facts_are_cut_first() {
         let claim = Claim { by: "t".repeat(60), at: 0, number: 9 };
         let full = Record { taken: Some(claim), ..record() };
@@ -446,6 +520,10 @@ mod tests {
         let cut = without(length - 101);
         assert_eq!((cut.taken.as_ref().unwrap().by.as_str(), cut.holder.user.as_str()), ("", "anna"));
         assert_eq!(without(0).holder, Holder::default());
+        let why = Interruption { why: "w".repeat(99), ..interruption() };
+        let cut = Record { interrupted: Some(why), ..record() };
+        let cut = cut.cut(|record| record.to_json().len() < cut.to_json().len()).interrupted.unwrap();
+        assert_eq!((cut.why.as_str(), cut.host.as_str(), cut.at), ("", "terminated", Some(1_790_000_120)));
         assert_eq!(without(0).renewal(), full.renewal());
     }
 

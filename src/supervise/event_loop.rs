@@ -22,6 +22,7 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
+use crate::lease::notice::{Notice, NoticeStep, notice_step};
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
@@ -524,8 +525,11 @@ impl Supervision<'_> {
                 }
                 LeaseEffect::Interrupt(trouble) => {
                     console::say(&messages::lease_interrupts(&trouble));
-                    self.asked(StopEvent::LeaseEnds);
+                    if !self.is_being_asked() {
+                        self.asked(StopEvent::LeaseEnds);
+                    }
                 }
+                LeaseEffect::HostEnds(notice) => self.host_ends(notice),
                 LeaseEffect::Kill(reason) => self.asked(StopEvent::LeaseEnded(reason)),
                 LeaseEffect::NewHelper(pid) => self.tree.exclude(pid),
                 LeaseEffect::KeepersFail(how) => console::say(&messages::keepers_fail(&how)),
@@ -536,6 +540,23 @@ impl Supervision<'_> {
             && let Some(orders) = lease.new_orders()
         {
             self.run_record.tell_lease(orders, self.recorder);
+        }
+    }
+
+    /// Whether `tf` waits for the guardian's report about a SIGTERM of a service manager. Terraform may have got that signal
+    /// too. Then an interrupt would be its second one. Within [`UNIT_STOP_WINDOW`], terraform has got one interrupt in every
+    /// case.
+    fn is_being_asked(&self) -> bool {
+        self.unit_stop.is_some()
+    }
+
+    /// Handles a notice that this host is about to end.
+    fn host_ends(&mut self, notice: Notice) {
+        let is_interrupted = self.stop.was_interrupted() || self.stop.was_forced();
+        let step = notice_step(is_interrupted, self.is_being_asked(), self.is_stopped_for_lease());
+        console::say(&messages::host_ends(notice, step));
+        if step != NoticeStep::SayOnly {
+            self.asked(StopEvent::HostEnds);
         }
     }
 

@@ -13,6 +13,10 @@
 //! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
 //! and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
+//! A keeper also asks the metadata service of the host's cloud whether the host is about to end ([`crate::notice`]). That
+//! is a task of its own, so a service that does not answer delays no renewal. The keeper reports a notice, and the process
+//! that has started it interrupts terraform. From then on, the record says so.
+//!
 //! When it is forked, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe. It
 //! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and if
 //! `tf` died in that moment, the kernel would continue terraform.
@@ -33,6 +37,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
+use tokio::sync::oneshot;
 
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
@@ -46,12 +51,15 @@ use crate::lease::keeper::{
     self, Answer, BeforeRenewal, History, KeeperSight, KeeperStep, NextRenewal, Response, Setback, after_answer,
     before_renewal, next_renewal,
 };
-use crate::lease::record::{Fence as Promise, Holder, Record};
+use crate::lease::notice::{Notice, Provider};
+use crate::lease::record::{Fence as Promise, Holder, Interruption, Record};
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::location::LockLocation;
 use crate::lock::probe::IfMatch;
 use crate::lock::stores::{StoreKey, Stores};
+use crate::notice::requests;
+use crate::notice::service::Service;
 use crate::supervise::fence::Fence;
 use crate::supervise::fuse;
 use crate::sys::hangup_pipe::HangupPipe;
@@ -80,6 +88,10 @@ pub(crate) struct Orders {
     /// What the host promises about the time after the lease.
     pub(crate) fence: Promise,
     pub(crate) holder: Holder,
+    /// The metadata service to ask whether this host is about to end. `None` if none must be asked.
+    pub(crate) asks: Option<Provider>,
+    /// The notice for which terraform was interrupted. `None` if it was not.
+    pub(crate) interrupted: Option<Notice>,
     /// The pid of the terraform that holds the lock.
     pub(crate) terraform: i32,
     /// Whether an earlier keeper of this run may have stored a record.
@@ -115,6 +127,9 @@ pub(crate) enum Report {
     NoLease(String),
     /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
     Refused(String),
+    /// This host is about to end. Terraform should stop in time. It is reported again after each renewal, until the
+    /// supervisor says that it has interrupted terraform ([`Keeper::tell_of_interrupt`]).
+    Notice(Notice),
     /// The answer to [`Keeper::ping`].
     Alive,
 }
@@ -215,6 +230,12 @@ impl Keeper {
         let _ = (&self.socket).write(&[HURRY]);
     }
 
+    /// Tells the keeper that terraform is interrupted because of the notice that the keeper has reported. The record then
+    /// says so.
+    pub(crate) fn tell_of_interrupt(&self) {
+        let _ = (&self.socket).write(&[INTERRUPTED]);
+    }
+
     /// Asks the keeper to report [`Report::Alive`].
     pub(crate) fn ping(&self) {
         let _ = (&self.socket).write(&[PING]);
@@ -298,6 +319,7 @@ const WITHDRAWAL_POLL_INTERVAL: Duration = Duration::from_millis(10);
 const HURRY: u8 = b'h';
 const PING: u8 = b'p';
 const END: u8 = b'e';
+const INTERRUPTED: u8 = b'i';
 
 /// How long the last renewal of a keeper may take, which promises no fence.
 const LAST_RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -353,6 +375,25 @@ struct Link {
     terraform: Readiness,
     /// The rest of a report that has not been sent.
     unsent: Vec<u8>,
+    /// The answer of the task that asks the metadata service. `None` if there is no such task, or if it has ended.
+    answer: Option<oneshot::Receiver<Notice>>,
+    /// The notice, which the supervisor has not answered yet. `None` if there is none.
+    notice: Option<Notice>,
+    /// The notice for which terraform was interrupted. `None` if it was not. The renewals write it.
+    interrupted: Rc<Cell<Option<Notice>>>,
+}
+
+/// Returns the answer of the task that asks the metadata service. Never returns if there is none.
+async fn announced(answer: &mut Option<oneshot::Receiver<Notice>>) -> Notice {
+    let announced = match answer {
+        Some(answer) => answer.await.ok(),
+        None => None,
+    };
+    *answer = None;
+    match announced {
+        Some(notice) => notice,
+        None => std::future::pending().await,
+    }
 }
 
 impl Link {
@@ -372,11 +413,26 @@ impl Link {
                 read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
                     (Ok(1), END) => return Wake::End(Ending::Left),
                     (Ok(1), PING) => self.report(&Report::Alive),
+                    (Ok(1), INTERRUPTED) => {
+                        self.interrupted.set(self.notice.take().or(self.interrupted.get()));
+                        return Wake::Hurry;
+                    }
                     (Ok(1), _) => return Wake::Hurry,
                     _ => self.is_abandoned = true,
                 },
+                notice = announced(&mut self.answer) => {
+                    self.notice = Some(notice);
+                    self.report_notice();
+                }
                 () = is_due => return Wake::Due,
             }
+        }
+    }
+
+    /// Reports a notice that the supervisor has not answered. A report of it may have been lost.
+    fn report_notice(&mut self) {
+        if let Some(notice) = self.notice {
+            self.report(&Report::Notice(notice));
         }
     }
 
@@ -426,9 +482,13 @@ impl KeeperProcess {
             is_abandoned: false,
             terraform: Readiness::of(terraform)?,
             unsent: Vec::new(),
+            answer: ask(&orders),
+            notice: None,
+            interrupted: Rc::new(Cell::new(orders.interrupted)),
         };
         let Some(terms) = Terms::new(orders.length) else { return Ok(false) };
-        let mut process = Self { link, renewals: Renewals::new(orders, terms, fence) };
+        let renewals = Renewals::new(orders, terms, fence, Rc::clone(&link.interrupted));
+        let mut process = Self { link, renewals };
         if process.renewals.orders.withdraws {
             // If this process were killed instead, a command that gives it credentials would leave processes behind.
             let withdrawn = tokio::time::timeout(LAST_RENEWAL_TIMEOUT, process.renewals.withdraw()).await;
@@ -492,12 +552,27 @@ impl KeeperProcess {
             due = tokio::time::Instant::now() + if hurries { Duration::ZERO } else { step.pause };
             if let Some(report) = step.report {
                 self.link.report(&report);
+                self.link.report_notice();
                 if matches!(report, Report::NoLease(_)) {
                     return Ending::Left;
                 }
             }
         }
     }
+}
+
+/// Starts the task that asks the metadata service whether this host is about to end. It shares the thread with the
+/// renewals, and does nothing but wait for its few requests. `None` if nothing must be asked: an interrupted terraform is
+/// not interrupted again.
+fn ask(orders: &Orders) -> Option<oneshot::Receiver<Notice>> {
+    let provider = orders.asks.filter(|_| orders.interrupted.is_none() && !orders.withdraws)?;
+    let service = Service::of(provider, |name| std::env::var_os(name));
+    let service = service.inspect_err(|reason| trace!("keeper: no metadata is asked: {reason}")).ok()?;
+    let (sender, receiver) = oneshot::channel();
+    tokio::spawn(async {
+        let _ = sender.send(requests::first_notice(service).await);
+    });
+    Some(receiver)
 }
 
 /// Why a keeper ends.
@@ -546,10 +621,14 @@ struct Renewals {
     /// Whether the last attempt to connect has failed because there were no credentials. False if the service that
     /// issues them did not respond.
     lacks_credentials: Cell<bool>,
+    /// The notice for which terraform was interrupted. `None` if it was not.
+    interrupted: Rc<Cell<Option<Notice>>>,
+    /// The one that the last confirmed record has.
+    recorded: Option<Notice>,
 }
 
 impl Renewals {
-    fn new(orders: Orders, terms: Terms, fence: Option<KeeperFence>) -> Self {
+    fn new(orders: Orders, terms: Terms, fence: Option<KeeperFence>, interrupted: Rc<Cell<Option<Notice>>>) -> Self {
         let history = History { may_have_a_record: orders.may_have_a_record, has_interrupted: false };
         Self {
             promised: if fence.is_some() { orders.fence } else { Promise::None },
@@ -571,6 +650,8 @@ impl Renewals {
             is_testing: Rc::default(),
             reason: None,
             lacks_credentials: Cell::new(false),
+            interrupted,
+            recorded: None,
         }
     }
 
@@ -645,7 +726,10 @@ impl Renewals {
         }
         if let Some(record) = self.unmentioned.take() {
             self.mention(&record).await;
-            return Ok(Step { report: None, pause: self.until_next_renewal() });
+            // This step may have been the one that should have recorded an interrupt.
+            let is_recorded = self.recorded == self.interrupted.get();
+            let pause = if is_recorded { self.until_next_renewal() } else { Duration::ZERO };
+            return Ok(Step { report: None, pause });
         }
         let is_outdated = |last| keeper::is_outdated(self.terms, last, boot_clock::now());
         if self.last.is_none_or(is_outdated)
@@ -677,13 +761,18 @@ impl Renewals {
         let mut record = Record::new(&self.orders.lock, self.terms, renewal, self.promised);
         (record.keeper, record.region, record.holder) =
             (self.number, stores.region().to_owned(), self.orders.holder.clone());
+        let interrupted = self.interrupted.get();
+        record.interrupted = interrupted.map(Interruption::from);
         let sent = boot_clock::now();
         // From here on a record may be stored, even if no response arrives.
         let had_record = std::mem::replace(&mut self.history.may_have_a_record, true);
         let renewed = within(self.request_timeout(), stores.renew(key, lock, &record)).await;
         let read = boot_clock::now();
         let (seen, answer) = match renewed {
-            Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
+            Ok(Renewed::Yes(seen)) => {
+                self.recorded = interrupted;
+                (seen, Answer::Renewed)
+            }
             Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&record, &seen) => {
                 // The next renewal is newer.
                 self.last = seen.date.map(|date| Response { sent, read, date });

@@ -149,6 +149,13 @@ impl Keepers {
         }
     }
 
+    /// Tells the keeper that terraform is interrupted because of the notice that the keeper has reported.
+    pub(crate) fn tell_of_interrupt(&self) {
+        if let Some(running) = &self.running {
+            running.keeper.tell_of_interrupt();
+        }
+    }
+
     /// Tells the keeper to end, and does not wait for its end. No other one is started until [`Keepers::start`].
     pub(crate) fn let_go(&mut self) {
         self.restart_at = None;

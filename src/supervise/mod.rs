@@ -53,7 +53,7 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
-use crate::lease::grade;
+use crate::lease::grade::{self, Cloud};
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
 use crate::supervise::event_loop::Supervision;
@@ -189,7 +189,8 @@ impl<'a> Prepared<'a> {
             let host = HostFacts::read();
             let grade = grade::grade(&host, settings.shared_terminal, settings.lease.clock);
             trace!("a lease of {:?}, {grade:?}", terms.length());
-            RunLease::new(terms, facts::here(&host), grade.fence())
+            let asks = settings.lease.notice.provider(Cloud::of(&host.dmi) == Some(Cloud::Aws));
+            RunLease::new(terms, facts::here(&host), grade.fence(), asks)
         });
         if let Some(lease) = &mut lease {
             inherited.extend(lease.inheritable()?);

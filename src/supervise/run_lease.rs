@@ -26,6 +26,7 @@ use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
     EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, are_requests_aborted, is_reason_due, next_step,
 };
+use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
@@ -56,6 +57,8 @@ pub(crate) enum LeaseEffect {
     Continue,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
     Interrupt(Trouble),
+    /// This host is about to end. This comes once.
+    HostEnds(Notice),
     /// Terraform and everything that it has started must be killed.
     Kill(EndReason),
     /// There is no lease. The text says why.
@@ -101,6 +104,8 @@ struct Stopped {
 pub(crate) struct RunLease {
     terms: Terms,
     holder: Holder,
+    /// The metadata service to ask whether this host is about to end. `None` if none must be asked.
+    asks: Option<Provider>,
     /// What the records of this run promise.
     promise: Promise,
     /// `None` if the run promises nothing, or the fence was taken down.
@@ -135,13 +140,14 @@ pub(crate) struct RunLease {
 impl RunLease {
     /// Creates the lease of a run that holds no lock yet. `promise` is what this host promises. Call this before the
     /// guardian is forked.
-    pub(crate) fn new(terms: Terms, holder: Holder, promise: Promise) -> Self {
+    pub(crate) fn new(terms: Terms, holder: Holder, promise: Promise, asks: Option<Provider>) -> Self {
         let prepared = || Fence::prepare(marks_us).inspect_err(|error| trace!("no fence: {error}")).ok();
         let fence = if promise == Promise::Stop { prepared() } else { None };
         let promise = if fence.is_some() { Promise::Stop } else { Promise::None };
         Self {
             terms,
             holder,
+            asks,
             promise,
             fence,
             group: None,
@@ -311,6 +317,8 @@ impl RunLease {
             length: self.terms.length(),
             fence: self.promise,
             holder: self.holder.clone(),
+            asks: self.asks,
+            interrupted: None,
             terraform: pid.as_raw(),
             may_have_a_record: false,
             withdraws: false,
@@ -344,6 +352,9 @@ impl RunLease {
     pub(crate) fn step_as_guardian(&mut self) {
         while let Some(news) = self.keepers.hear() {
             trace!("guardian: the keeper: {news:?}");
+            if let News::Report(Report::Notice(notice)) = news {
+                self.note_notice(notice);
+            }
         }
         if self.keepers.is_restart_due() {
             self.start_keeper();
@@ -540,6 +551,7 @@ impl RunLease {
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
+            Report::Notice(notice) => self.note_notice(notice).then_some(LeaseEffect::HostEnds(notice)),
             Report::Failed(reason) => {
                 self.reason = Some(reason);
                 None
@@ -575,6 +587,19 @@ impl RunLease {
             let count = connections::abort(Pid::from_raw(orders.terraform), terraform);
             trace!("{count} connections of terraform were broken off");
         }
+    }
+
+    /// Notes a notice that a keeper has reported, and tells that keeper that terraform is interrupted because of it. Returns
+    /// whether it is the first one. Another keeper may report it as well.
+    fn note_notice(&mut self, notice: Notice) -> bool {
+        self.keepers.tell_of_interrupt();
+        let Some(orders) = &mut self.orders else { return false };
+        let is_first = orders.interrupted.is_none();
+        if is_first {
+            orders.interrupted = Some(notice);
+            self.has_new_orders = true;
+        }
+        is_first
     }
 
     fn step_while_stopped(&mut self, has_person: bool) -> Vec<LeaseEffect> {

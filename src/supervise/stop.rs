@@ -48,6 +48,8 @@ pub(crate) enum StopEvent {
     /// The lease of terraform's lock cannot be renewed, or somebody has deleted the lock. Terraform can still save its
     /// state.
     LeaseEnds,
+    /// The cloud has announced that this host is about to end.
+    HostEnds,
     /// The kernel has stopped terraform because of its lease, and it must not go on.
     LeaseEnded(EndReason),
     /// This is not a request. The time of [`Stop::deadline`] may have passed.
@@ -166,6 +168,7 @@ impl Stop {
             StopEvent::ReaderGone
             | StopEvent::NobodyCanAnswer
             | StopEvent::LeaseEnds
+            | StopEvent::HostEnds
             | StopEvent::KeyboardWhileStopped => self.graceful(now),
             StopEvent::LeaseEnded(reason) => self.lease_ended(reason),
             StopEvent::Time => match self.kill {
@@ -243,7 +246,7 @@ mod tests {
     use super::*;
 
     /// Every event. If a new event is added, the match in [`number`] does not compile until it has that event too.
-    const ALL: [StopEvent; 11] = [
+    const ALL: [StopEvent; 12] = [
         StopEvent::Keyboard,
         StopEvent::KeyboardAtTerraform,
         StopEvent::Request,
@@ -253,6 +256,7 @@ mod tests {
         StopEvent::NobodyCanAnswer,
         StopEvent::Time,
         StopEvent::LeaseEnds,
+        StopEvent::HostEnds,
         StopEvent::LeaseEnded(EndReason::LockLost),
         StopEvent::KeyboardWhileStopped,
     ];
@@ -268,8 +272,9 @@ mod tests {
             StopEvent::NobodyCanAnswer => 6,
             StopEvent::Time => 7,
             StopEvent::LeaseEnds => 8,
-            StopEvent::LeaseEnded(_) => 9,
-            StopEvent::KeyboardWhileStopped => 10,
+            StopEvent::HostEnds => 9,
+            StopEvent::LeaseEnded(_) => 10,
+            StopEvent::KeyboardWhileStopped => 11,
         }
     }
 
@@ -399,6 +404,31 @@ mod tests {
         assert_eq!(stop.decide(StopEvent::Time, ms(21_001)), [Effect::Kill(Why::Forced)]);
         assert!(stop.was_forced());
         assert_eq!(stop.deadline(), None);
+    }
+
+    /// The keeper may report a notice again, and another keeper the same one. A service manager stops the run as well,
+    /// before the host ends.
+    #[test]
+    fn two_notices_and_whatever_else_asks_to_stop_are_one_interrupt() {
+        for events in sequences(2) {
+            let [first, second] = events[..] else { panic!() };
+            let is_left_alone = |event| !matches!(event, StopEvent::Keyboard | StopEvent::LeaseEnded(_));
+            if !is_left_alone(first) || !is_left_alone(second) {
+                continue;
+            }
+            for events in [
+                [StopEvent::HostEnds, StopEvent::HostEnds, first, second],
+                [first, StopEvent::HostEnds, second, StopEvent::HostEnds],
+                [first, second, StopEvent::HostEnds, StopEvent::HostEnds],
+            ] {
+                let mut stop = Stop::new(false, None);
+                let effects = play(&mut stop, &events, ms(20));
+                let has_own = |event| matches!(event, StopEvent::KeyboardAtTerraform | StopEvent::RequestToAll);
+                let begins = events.into_iter().find(|event| *event != StopEvent::Time);
+                let expected: &[Effect] = if begins.is_some_and(has_own) { &[] } else { &[Effect::InterruptGroup] };
+                assert_eq!(effects, expected, "{events:?}");
+            }
+        }
     }
 
     /// While terraform is stopped, `tf` says how many keys end it. It must not offer to force terraform as well.

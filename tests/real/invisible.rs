@@ -394,6 +394,7 @@ fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
         ("TFW_LEASE", "2h"),
         ("TFW_LEASE", "yes"),
         ("TFW_CLOCK", "maybe"),
+        ("TFW_NOTICE", "aws"),
     ] {
         let mut command = env.command(env.bin().join("tf"));
         command.arg("apply").env(name, value);
@@ -405,7 +406,7 @@ fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
     }
     // A command that cannot lock has no lease, and so it has no invalid one.
     let mut command = env.command(env.bin().join("tf"));
-    command.arg("version").env("TFW_LEASE", "yes").env("TFW_CLOCK", "maybe");
+    command.arg("version").env("TFW_LEASE", "yes").env("TFW_CLOCK", "maybe").env("TFW_NOTICE", "aws");
     let end = Run::start(command).wait();
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{end:?}");
     assert!(env.exists("began"));

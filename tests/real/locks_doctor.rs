@@ -95,7 +95,9 @@ fn the_grade_of_a_lease_is_told_only_if_there_is_one() {
 
 #[test]
 fn a_command_that_judges_locks_refuses_an_invalid_lease() {
-    for (name, value) in [("TFW_LEASE", "5"), ("TFW_LEASE", "1s"), ("TFW_LEASE", "2h"), ("TFW_CLOCK", "maybe")] {
+    for (name, value) in
+        [("TFW_LEASE", "5"), ("TFW_LEASE", "1s"), ("TFW_LEASE", "2h"), ("TFW_CLOCK", "maybe"), ("TFW_NOTICE", "aws")]
+    {
         let mut env = TestEnv::empty(Lock::DynamoDb);
         env.set(name, value);
         for arguments in

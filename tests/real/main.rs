@@ -46,6 +46,7 @@ mod never_anothers;
 mod never_hangs;
 mod no_lock_at_all;
 mod nobody_elses_directory;
+mod notice;
 mod notifications;
 mod only_named;
 mod permissions;

@@ -5,6 +5,7 @@ pub mod clean;
 pub mod cloud;
 pub mod http;
 pub mod lease;
+pub mod metadata;
 pub mod process;
 pub mod processes;
 pub mod proxy;

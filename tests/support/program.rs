@@ -17,6 +17,7 @@ macro_rules! modules_of_the_program {
             json "../src/json.rs"
             lease "../src/lease/mod.rs"
             lock "../src/lock/mod.rs"
+            notice "../src/notice/mod.rs"
             panics "../src/panics.rs"
             settings "../src/settings.rs"
             supervise "../src/supervise/mod.rs"
