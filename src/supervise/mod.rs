@@ -64,13 +64,14 @@ use crate::supervise::run_lease::RunLease;
 use crate::supervise::run_record::RunRecord;
 use crate::supervise::stop::Stop;
 use crate::supervise::waiting::Waiting;
+use crate::sys::environment;
 use crate::sys::host_facts::HostFacts;
 use crate::sys::poll;
+use crate::sys::process::{self, ProcessHandle};
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
 use crate::sys::terminal::Terminal;
 use crate::sys::wait::Ended;
-use crate::sys::{environment, process};
 use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
@@ -138,7 +139,7 @@ struct Prepared<'a> {
     terminal: Option<Terminal>,
     /// Readable when the parent of `tf` has exited. `None` if the exit of the parent is not a request to stop, or if
     /// the parent cannot be watched ([`event_loop::parent_to_watch`]).
-    parent: Option<OwnedFd>,
+    parent: Option<ProcessHandle>,
     stop: Stop,
     run_record: RunRecord,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
@@ -213,7 +214,10 @@ impl<'a> Prepared<'a> {
         for fuse in lease.iter_mut().flat_map(|lease| lease.fork_fuse(guardian::parent())) {
             tree.exclude(fuse);
         }
-        process::become_subreaper();
+        if !process::become_subreaper() {
+            // Init gets the orphans of the tree, so they are found as the guardian finds them.
+            tree.observe_as_guardian();
+        }
         let run_record = RunRecord { guardian, entry, told: Told::default(), outside_group: Vec::new(), failed: false };
         let parent = parent.map(|(_, end)| end);
         Ok(Self {

@@ -34,7 +34,7 @@ use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
 use crate::sys::detached::Parent;
 use crate::sys::poll;
-use crate::sys::process::{self, Process};
+use crate::sys::process::{Process, ProcessHandle};
 use crate::terraform::log::{Log, RecordedLock};
 use crate::time::saturating_add;
 use crate::trace::trace;
@@ -105,7 +105,7 @@ pub(crate) struct RunLease {
     /// `None` until the log shows a lock that is held.
     orders: Option<Orders>,
     /// A pidfd of the terraform that holds the lock.
-    terraform: Option<OwnedFd>,
+    terraform: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
     /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
@@ -276,7 +276,7 @@ impl RunLease {
         let Some(holder) = tree.logging().into_iter().next() else { return false };
         let is_reached = holder.group == group && holder.has_our_user();
         let pid = holder.pid;
-        self.terraform = process::open_pidfd(pid).ok();
+        self.terraform = ProcessHandle::open(pid).ok();
         if self.terraform.is_none() {
             self.is_over = true;
             return false;
@@ -308,7 +308,7 @@ impl RunLease {
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead. Only the guardian calls this.
-    pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<OwnedFd>) {
+    pub(crate) fn take_over(&mut self, orders: Option<Orders>, terraform: Option<ProcessHandle>) {
         (self.orders, self.terraform) = (orders, terraform);
         self.start_keeper();
     }

@@ -18,6 +18,8 @@ pub(crate) mod host_facts;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
+#[cfg(any(target_os = "macos", test))]
+pub(crate) mod macos;
 pub(crate) mod memory;
 pub(crate) mod ownership;
 pub(crate) mod packet_socket;

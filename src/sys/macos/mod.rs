@@ -1,0 +1,10 @@
+//! What only macOS has. The parsers of its binary formats are compiled for the tests on every system.
+
+#[cfg(target_os = "macos")]
+pub(crate) mod kqueue;
+#[cfg(any(target_os = "macos", test))]
+pub(crate) mod process_entry;
+#[cfg(any(target_os = "macos", test))]
+pub(crate) mod procargs;
+#[cfg(target_os = "macos")]
+pub(crate) mod sysctl;
