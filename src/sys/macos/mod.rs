@@ -11,6 +11,8 @@ pub(crate) mod procargs;
 #[cfg(any(target_os = "macos", test))]
 pub(crate) mod process_entry;
 #[cfg(target_os = "macos")]
+pub(crate) mod reporting_handler;
+#[cfg(target_os = "macos")]
 pub(crate) mod sysctl;
 #[cfg(target_os = "macos")]
 pub(crate) mod temporary_directory;
