@@ -22,6 +22,7 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
+use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
@@ -66,6 +67,7 @@ pub(crate) struct Supervision<'a> {
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
     pub(crate) run_record: &'a mut RunRecord,
+    pub(crate) awake: Awake,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
     pub(crate) lease: Option<&'a mut RunLease>,
     /// Whether this is a CI job ([`crate::settings::Settings::ci`]).
@@ -173,6 +175,7 @@ impl Supervision<'_> {
             if read_at <= now {
                 self.recorder.read();
                 self.run_record.news(self.recorder);
+                self.awake.step(self.recorder.log(), self.terraform, self.tree);
                 self.follow_lease();
                 self.interrupt_next_terraform();
                 if look_at <= now {

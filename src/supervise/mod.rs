@@ -2,6 +2,7 @@
 //!
 //! This module sends no request to DynamoDB or S3; [`crate::lock`] does that.
 
+pub(crate) mod awake;
 pub(crate) mod event_loop;
 pub(crate) mod fence;
 pub(crate) mod foreground;
@@ -56,6 +57,7 @@ use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade;
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
+use crate::supervise::awake::Awake;
 use crate::supervise::event_loop::Supervision;
 use crate::supervise::foreground::ForegroundControl;
 use crate::supervise::guardian::{Guardian, GuardianContext};
@@ -312,6 +314,7 @@ impl<'a> Prepared<'a> {
             recorder: &mut self.recorder,
             tree: &self.tree,
             run_record: &mut self.run_record,
+            awake: Awake::new(self.settings.keep_awake),
             lease: self.lease.as_mut(),
             is_ci: self.settings.ci,
             parent: self.parent.take(),
