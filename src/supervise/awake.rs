@@ -17,8 +17,8 @@ enum Step {
     Nothing,
 }
 
-/// Decides what to do. `is_wanted` is false with `TFW_AWAKE=off`. `was_tried` is whether the sleep was prevented, or could
-/// not be prevented, for the lock that is held.
+/// Decides what to do. `is_wanted` is false with `TFW_AWAKE=off`. `was_tried` is whether the sleep was prevented, or
+/// could not be prevented, for the lock that is held.
 fn next_step(is_wanted: bool, holds_lock: bool, was_tried: bool) -> Step {
     match (is_wanted && holds_lock, was_tried) {
         (true, false) => Step::Prevent,

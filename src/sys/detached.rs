@@ -99,11 +99,11 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
     unsafe { descriptor::close_from(3, keep) };
 }
 
-/// Removes the arguments of this process from the process list. A forked process has the arguments of its
-/// parent. These are the arguments of terraform, including the values of `-var`, and the detached process does not need
-/// them. ps(1) reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that
-/// memory with zeros. Linux reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)). On macOS,
-/// the strings of argv are that memory (`_NSGetArgv`, crt_externs.h; [`crate::sys::macos::procargs`]).
+/// Removes the arguments of this process from the process list. A forked process has the arguments of its parent. These
+/// are the arguments of terraform, including the values of `-var`, and the detached process does not need them. ps(1)
+/// reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that memory with
+/// zeros. Linux reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)). On macOS, the
+/// strings of argv are that memory (`_NSGetArgv`, crt_externs.h; [`crate::sys::macos::procargs`]).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {

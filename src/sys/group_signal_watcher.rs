@@ -3,12 +3,12 @@
 //! While terraform's group is the foreground process group, the terminal sends the signals of its keys to that group
 //! and not to `tf`. Only a member of the group receives such a signal. So the watcher blocks every signal, waits for
 //! signals with sigwaitinfo(2), and writes the number of each signal that the kernel generated into a pipe. It does not
-//! report signals that a process sent, such as those that `tf` passes on. macOS does not say whether the kernel generated
-//! a signal. There, a handler reports each signal that `tf` has not sent.
+//! report signals that a process sent, such as those that `tf` passes on. macOS does not say whether the kernel
+//! generated a signal. There, a handler reports each signal that `tf` has not sent.
 //!
-//! The watcher is a fork without exec, so it costs little. It closes every descriptor except the pipe before it joins the
-//! group: a copy of a write end of the fence (`supervise::fence`) would keep that pipe silent. When `tf` exits, the kernel
-//! kills it (PR_SET_PDEATHSIG, prctl(2)). On macOS it waits for the exit of `tf` and exits then.
+//! The watcher is a fork without exec, so it costs little. It closes every descriptor except the pipe before it joins
+//! the group: a copy of a write end of the fence (`supervise::fence`) would keep that pipe silent. When `tf` exits, the
+//! kernel kills it (PR_SET_PDEATHSIG, prctl(2)). On macOS it waits for the exit of `tf` and exits then.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -101,8 +101,8 @@ impl Drop for GroupSignalWatcher {
 const AWAITED: [Signal; 4] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP];
 
 fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
-    // SAFETY: this process uses no descriptor except `writer` from here on, and each call gets valid memory. Every signal
-    // has been blocked since before the fork.
+    // SAFETY: this process uses no descriptor except `writer` from here on, and each call gets valid memory. Every
+    // signal has been blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -117,7 +117,8 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
             disposition::set_default(signal);
         }
         let Some(source) = Source::new(parent, writer) else { libc::_exit(1) };
-        // From here on, the exit of the parent ends this process. If it had exited before, this process has another one.
+        // From here on, the exit of the parent ends this process. If it had exited before, this process has another
+        // one.
         if libc::getppid() != parent.as_raw() {
             libc::_exit(1);
         }

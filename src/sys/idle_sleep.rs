@@ -1,8 +1,8 @@
 //! Prevents that an idle machine sleeps.
 //!
-//! While a machine sleeps, terraform does nothing and nothing renews its credentials, but its lock stays. Only macOS has a
-//! command for this that every user may call and that is always installed: caffeinate(8). It does not keep a laptop awake
-//! whose lid is closed.
+//! While a machine sleeps, terraform does nothing and nothing renews its credentials, but its lock stays. Only macOS
+//! has a command for this that every user may call and that is always installed: caffeinate(8). It does not keep a
+//! laptop awake whose lid is closed.
 
 #[cfg(any(target_os = "macos", test))]
 use std::path::Path;

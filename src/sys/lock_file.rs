@@ -1,6 +1,7 @@
 //! Locks on single bytes of a file. The holder of such a lock is an open file description (F_OFD_SETLK,
-//! fcntl_locking(2); fcntl(2) of macOS). A child process inherits the lock together with the descriptor, through fork and exec. The kernel
-//! releases the lock when no process has the descriptor open any more, even if the last such process was killed.
+//! fcntl_locking(2); fcntl(2) of macOS). A child process inherits the lock together with the descriptor, through fork
+//! and exec. The kernel releases the lock when no process has the descriptor open any more, even if the last such
+//! process was killed.
 
 use std::fs::File;
 use std::io;
@@ -33,8 +34,8 @@ pub(crate) fn is_locked(file: &File, byte: u8) -> io::Result<bool> {
     Ok(found.l_type != short(libc::F_UNLCK))
 }
 
-/// Returns a constant of fcntl(2) in the type of the fields of `struct flock`. Linux has these constants as `int`, macOS
-/// has some of them as `short`, and all of them are small.
+/// Returns a constant of fcntl(2) in the type of the fields of `struct flock`. Linux has these constants as `int`,
+/// macOS has some of them as `short`, and all of them are small.
 fn short<T>(constant: T) -> libc::c_short
 where
     libc::c_short: TryFrom<T>,

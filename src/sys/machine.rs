@@ -22,8 +22,8 @@ pub(crate) fn id() -> Option<String> {
     id.filter(is_id).or_else(plain_host::machine_id)
 }
 
-/// Returns the ID of this boot: `/proc/sys/kernel/random/boot_id`, or `kern.bootsessionuuid` on macOS. `None` if it cannot
-/// be read.
+/// Returns the ID of this boot: `/proc/sys/kernel/random/boot_id`, or `kern.bootsessionuuid` on macOS. `None` if it
+/// cannot be read.
 pub(crate) fn boot_id() -> Option<String> {
     #[cfg(target_os = "linux")]
     return line(Path::new("/proc/sys/kernel/random/boot_id"));

@@ -1,5 +1,5 @@
-//! A file in memory. Only the kernel's swap can write it to a disk. On macOS, it is instead a private file in the user's
-//! directory for temporary files.
+//! A file in memory. Only the kernel's swap can write it to a disk. On macOS, it is instead a private file in the
+//! user's directory for temporary files.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,8 +23,8 @@ impl MemoryFile {
     /// Creates an empty file that only this user can read.
     ///
     /// If a tmpfs directory is available, the file is created there, and any descendant can open it by name. Otherwise
-    /// memfd_create(2) creates it, and its path is valid only while this process runs. On macOS, the file is in the user's
-    /// directory for temporary files, or in `/tmp`.
+    /// memfd_create(2) creates it, and its path is valid only while this process runs. On macOS, the file is in the
+    /// user's directory for temporary files, or in `/tmp`.
     ///
     /// # Errors
     /// An error if the file cannot be created in any of these ways.
@@ -76,9 +76,9 @@ impl MemoryFile {
         }
     }
 
-    /// Frees the memory of all bytes before the offset `end` (on macOS, the disk blocks that contain only such bytes). The
-    /// file is not truncated: a writer may append text between the last read and the truncation, and that text would be
-    /// lost. The file keeps its length, so a writer with O_APPEND is not affected.
+    /// Frees the memory of all bytes before the offset `end` (on macOS, the disk blocks that contain only such bytes).
+    /// The file is not truncated: a writer may append text between the last read and the truncation, and that text
+    /// would be lost. The file keeps its length, so a writer with O_APPEND is not affected.
     pub(crate) fn forget_before(&self, end: u64) {
         #[cfg(target_os = "linux")]
         {
@@ -109,8 +109,8 @@ fn directories() -> impl Iterator<Item = PathBuf> {
     all.filter_map(|directory| ownership::safe_directory(&directory)).filter(|directory| is_in_memory(directory))
 }
 
-/// Returns the directories for temporary files in which no other user can replace a file of this user. macOS has no file
-/// system that is known to be in memory.
+/// Returns the directories for temporary files in which no other user can replace a file of this user. macOS has no
+/// file system that is known to be in memory.
 ///
 /// The file keeps its name while terraform runs. Without a name, terraform would have to inherit it and open it below
 /// /dev/fd. A wrapper that closes descriptors before it starts terraform would then make terraform write its log to the
@@ -122,9 +122,9 @@ fn directories() -> impl Iterator<Item = PathBuf> {
     all.filter_map(|directory| ownership::safe_directory(&directory))
 }
 
-/// Returns the directory in memory of a session of this user. A cron job and a shell of su(1) have no `XDG_RUNTIME_DIR`,
-/// or another user's, so a file of a session must be searched there too. `None` on systems other than Linux, where
-/// [`directories`] has the directory of the user.
+/// Returns the directory in memory of a session of this user. A cron job and a shell of su(1) have no
+/// `XDG_RUNTIME_DIR`, or another user's, so a file of a session must be searched there too. `None` on systems other
+/// than Linux, where [`directories`] has the directory of the user.
 fn usual_directory() -> Option<PathBuf> {
     #[cfg(target_os = "linux")]
     {

@@ -1,4 +1,5 @@
-//! Processes: the children of this process, the orphans that were reparented to it, and all others that the system lists.
+//! Processes: the children of this process, the orphans that were reparented to it, and all others that the system
+//! lists.
 
 use nix::unistd::Pid;
 
@@ -71,8 +72,8 @@ pub(crate) struct Process {
     pub(crate) group: Pid,
     /// Its session; 0 if unknown.
     pub(crate) session: Pid,
-    /// When it started, in clock ticks since boot (on macOS, in microseconds since 1970); 0 if unknown. Pids are reused,
-    /// so a process is identified only by its pid together with its start.
+    /// When it started, in clock ticks since boot (on macOS, in microseconds since 1970); 0 if unknown. Pids are
+    /// reused, so a process is identified only by its pid together with its start.
     pub(crate) start: u64,
 }
 
@@ -132,8 +133,8 @@ impl Process {
         found
     }
 
-    /// Returns whether the process works for any run of `tf`, for example as its guardian or its keeper: it executes this
-    /// program, under one of the names that these processes give themselves.
+    /// Returns whether the process works for any run of `tf`, for example as its guardian or its keeper: it executes
+    /// this program, under one of the names that these processes give themselves.
     pub(crate) fn is_helper_of_ours(&self) -> bool {
         matches!(
             &*self.own_name(),

@@ -15,8 +15,8 @@ pub(crate) fn of_its_own(command: &mut Command) {
     }
 }
 
-/// Gives this process the name `name` in the process list (PR_SET_NAME, prctl(2)). macOS names the calling thread instead
-/// (`pthread_setname_np`, pthread.h).
+/// Gives this process the name `name` in the process list (PR_SET_NAME, prctl(2)). macOS names the calling thread
+/// instead (`pthread_setname_np`, pthread.h).
 pub(crate) fn name_this_process(name: &std::ffi::CStr) {
     // SAFETY: the call reads a zero-terminated string.
     unsafe {
@@ -27,8 +27,8 @@ pub(crate) fn name_this_process(name: &std::ffi::CStr) {
     }
 }
 
-/// Gives this process the name `name`, and blocks every signal. A signal to a whole process tree is meant for terraform,
-/// and not for a process that works for it.
+/// Gives this process the name `name`, and blocks every signal. A signal to a whole process tree is meant for
+/// terraform, and not for a process that works for it.
 pub(crate) fn become_helper(name: &std::ffi::CStr) {
     name_this_process(name);
     let _ = nix::sys::signal::SigSet::all().thread_block();

@@ -81,9 +81,9 @@ impl ProcessHandle {
     ///
     /// While the process is a zombie, its exit status is the last field of /proc/PID/stat. That field is also 0 if this
     /// process may not trace the zombie (proc_pid_stat(5)), for example because terraform's program is setuid. So a 0
-    /// counts only if this process may trace the zombie. After the zombie was reaped, the descriptor provides the status
-    /// (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). Returns `None` if the process is still running, or if neither
-    /// source provides the status.
+    /// counts only if this process may trace the zombie. After the zombie was reaped, the descriptor provides the
+    /// status (PIDFD_GET_INFO with PIDFD_INFO_EXIT, Linux 6.15). Returns `None` if the process is still running, or if
+    /// neither source provides the status.
     pub(crate) fn end_of(&self, pid: Pid) -> Option<Ended> {
         let status = self.status().or_else(|| {
             let stat = stat(pid)?;
@@ -337,8 +337,8 @@ impl Process {
         self.has_large_program(large) && std::fs::metadata(format!("/proc/{}/cwd/.terraform", self.thread)).is_ok()
     }
 
-    /// Returns whether all user IDs of the process (real, effective, saved) are the effective one of this process, so that
-    /// a signal of this process's user reaches it. False if they cannot be read.
+    /// Returns whether all user IDs of the process (real, effective, saved) are the effective one of this process, so
+    /// that a signal of this process's user reaches it. False if they cannot be read.
     pub(crate) fn has_our_user(&self) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.thread)).unwrap_or_default();
         let own = nix::unistd::geteuid().to_string();

@@ -2,8 +2,8 @@
 
 use crate::sys::macos::sysctl;
 
-/// Returns the ID of this machine in 32 hexadecimal digits: its hardware UUID (gethostuuid(3)). `None` if the system does
-/// not tell it.
+/// Returns the ID of this machine in 32 hexadecimal digits: its hardware UUID (gethostuuid(3)). `None` if the system
+/// does not tell it.
 pub(crate) fn machine_id() -> Option<String> {
     let mut id = [0u8; 16];
     let wait = libc::timespec { tv_sec: 1, tv_nsec: 0 };

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::unistd::Pid;
 
-/// A queue of events. Its descriptor is readable while it contains an event, and is closed on exec. A forked process does
-/// not inherit it.
+/// A queue of events. Its descriptor is readable while it contains an event, and is closed on exec. A forked process
+/// does not inherit it.
 #[derive(Debug)]
 pub(crate) struct Kqueue(OwnedFd);
 
@@ -60,15 +60,15 @@ impl Kqueue {
         if added == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Takes the next event from the queue. If `waits` is true, waits for one. `None` if there is none, or if the wait was
-    /// interrupted.
+    /// Takes the next event from the queue. If `waits` is true, waits for one. `None` if there is none, or if the wait
+    /// was interrupted.
     pub(crate) fn next(&self, waits: bool) -> Option<Exit> {
         /// The part of the data that is the exit status in the form of wait(2) (NOTE_PDATAMASK, sys/event.h).
         const STATUS: libc::intptr_t = 0xffff;
         let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         let timeout = if waits { std::ptr::null() } else { &raw const none };
-        // SAFETY: a zeroed kevent is valid. There is no change, and the call writes at most one event. `none` exists until
-        // the call returns.
+        // SAFETY: a zeroed kevent is valid. There is no change, and the call writes at most one event. `none` exists
+        // until the call returns.
         let event = unsafe {
             let mut event: libc::kevent = std::mem::zeroed();
             if libc::kevent(self.0.as_raw_fd(), std::ptr::null(), 0, &raw mut event, 1, timeout) != 1 {

@@ -1,9 +1,9 @@
 //! Processes on macOS: libproc (libproc.h, sys/proc_info.h), sysctl(3) and kqueue(2).
 //!
 //! libproc describes the processes of this user completely, those of other users partly, and root's view is complete.
-//! The kernel leaves the environment out of the description of a restricted process, such as every program of the system
-//! ([`crate::sys::macos::procargs`]). So a shell that terraform has started is recognised by its process group, its
-//! parent, its session and its open lifeline, and not by the mark in its environment.
+//! The kernel leaves the environment out of the description of a restricted process, such as every program of the
+//! system ([`crate::sys::macos::procargs`]). So a shell that terraform has started is recognised by its process group,
+//! its parent, its session and its open lifeline, and not by the mark in its environment.
 
 use std::borrow::Cow;
 use std::cell::OnceCell;
@@ -25,8 +25,8 @@ use crate::sys::macos::{procargs, process_entry, sysctl};
 use crate::sys::poll;
 use crate::sys::wait::{self, Ended};
 
-/// Returns false: macOS gives every orphan to launchd, so the other signs must prove that the process tree has ended: the
-/// lifeline, and what identifies a process of the tree (`cleanup::process_tree`).
+/// Returns false: macOS gives every orphan to launchd, so the other signs must prove that the process tree has ended:
+/// the lifeline, and what identifies a process of the tree (`cleanup::process_tree`).
 pub(crate) fn become_subreaper() -> bool {
     false
 }
@@ -102,8 +102,8 @@ impl ProcessHandle {
         Ok(nix::sys::signal::kill(self.pid, signal)?)
     }
 
-    /// Returns how the process ended (NOTE_EXITSTATUS, kqueue(2)). `None` if it is still running, or if this process may
-    /// not kill it, and so may not know its status.
+    /// Returns how the process ended (NOTE_EXITSTATUS, kqueue(2)). `None` if it is still running, or if this process
+    /// may not kill it, and so may not know its status.
     pub(crate) fn end_of(&self, _pid: Pid) -> Option<Ended> {
         if self.known.get().is_none()
             && let Some(status) = self.status.as_ref()?.next(false)?.status
@@ -132,7 +132,8 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
     Some((0, true))
 }
 
-/// Returns the pids of all processes, zombies among them (`proc_listallpids`, libproc.h). Empty if they cannot be listed.
+/// Returns the pids of all processes, zombies among them (`proc_listallpids`, libproc.h). Empty if they cannot be
+/// listed.
 fn pids() -> Vec<Pid> {
     // SAFETY: with a null pointer, the call returns a number of pids that is larger than the number of processes.
     let count = unsafe { libc::proc_listallpids(std::ptr::null_mut(), 0) };
@@ -162,7 +163,8 @@ unsafe fn pidinfo<T>(pid: Pid, flavor: libc::c_int, argument: u64) -> Option<T> 
     }
 }
 
-/// Makes `PROC_PIDTBSDINFO` and `PROC_PIDT_SHORTBSDINFO` find zombies too (`proc_pidinfo`, bsd/kern/proc_info.c of xnu).
+/// Makes `PROC_PIDTBSDINFO` and `PROC_PIDT_SHORTBSDINFO` find zombies too (`proc_pidinfo`, bsd/kern/proc_info.c of
+/// xnu).
 const ZOMBIES_TOO: u64 = 1;
 
 /// What libproc says about a process.
@@ -217,8 +219,8 @@ fn number(pid: u32) -> Pid {
     Pid::from_raw(pid.cast_signed())
 }
 
-/// Returns the path of the program that the process `pid` executes (`proc_pidpath`, libproc.h). `None` if there is no such
-/// process, if it is a zombie, or if its program was deleted.
+/// Returns the path of the program that the process `pid` executes (`proc_pidpath`, libproc.h). `None` if there is no
+/// such process, if it is a zombie, or if its program was deleted.
 fn program_path(pid: Pid) -> Option<PathBuf> {
     let mut path = vec![0u8; usize::try_from(libc::PROC_PIDPATHINFO_MAXSIZE).ok()?];
     let size = u32::try_from(path.len()).ok()?;
@@ -303,8 +305,8 @@ impl Process {
         })
     }
 
-    /// Returns whether all user IDs of the process (real, effective, saved) are the effective one of this process, so that
-    /// a signal of this process's user reaches it. False if they cannot be read.
+    /// Returns whether all user IDs of the process (real, effective, saved) are the effective one of this process, so
+    /// that a signal of this process's user reaches it. False if they cannot be read.
     pub(crate) fn has_our_user(&self) -> bool {
         let own = nix::unistd::geteuid().as_raw();
         description(self.pid).is_some_and(|found| found.users == [own; 3])
@@ -317,9 +319,9 @@ impl Process {
         program(self.pid).map(|theirs| Some(theirs) == program(getpid()))
     }
 
-    /// Returns the name that the process has given itself ([`crate::sys::session::name_this_process`]): the name of one of
-    /// its threads that begins with `tf-`. Empty if there is none. macOS has no name of a process that the process can
-    /// set.
+    /// Returns the name that the process has given itself ([`crate::sys::session::name_this_process`]): the name of one
+    /// of its threads that begins with `tf-`. Empty if there is none. macOS has no name of a process that the process
+    /// can set.
     pub(super) fn own_name(&self) -> Cow<'_, str> {
         /// The handles of the threads of a process, 64 bits each (sys/proc_info.h).
         const PROC_PIDLISTTHREADS: libc::c_int = 6;
@@ -386,15 +388,15 @@ fn opened(pid: Pid, number: i32) -> Option<FileId> {
     (written == size).then(|| FileId::of_numbers(device, inode))
 }
 
-/// Returns the current time in the unit of [`Process::start`]: in microseconds since 1970. The kernel takes the start of a
-/// process from the same clock (`p_start`, bsd/kern/kern_fork.c of xnu).
+/// Returns the current time in the unit of [`Process::start`]: in microseconds since 1970. The kernel takes the start
+/// of a process from the same clock (`p_start`, bsd/kern/kern_fork.c of xnu).
 pub(crate) fn start_clock() -> Option<u64> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
     Some(process_entry::start(now.as_secs(), u64::from(now.subsec_micros())))
 }
 
-/// Returns when this machine booted, according to the current setting of its clock (`kern.boottime`, sysctl(3)). `None` if
-/// the boot time cannot be read.
+/// Returns when this machine booted, according to the current setting of its clock (`kern.boottime`, sysctl(3)). `None`
+/// if the boot time cannot be read.
 pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     let start = process_entry::time_in_timeval(&sysctl::by_name(c"kern.boottime")?);
     jiff::Timestamp::from_microsecond(i64::try_from(start).ok().filter(|start| *start > 0)?).ok()

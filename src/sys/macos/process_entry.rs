@@ -29,8 +29,8 @@ pub(crate) fn time_in_timeval(bytes: &[u8]) -> u64 {
 /// The size of a `vnode_fdinfo` (sys/proc_info.h): a `proc_fileinfo` of 24 bytes, and a `vnode_info` of 152.
 pub(crate) const VNODE_FDINFO_BYTES: usize = 24 + 152;
 
-/// Returns the device and the inode number in a `vnode_fdinfo`: `vst_dev` and `vst_ino` of the `vinfo_stat` with which its
-/// `vnode_info` begins. The device has the form that stat(2) returns, whose type is signed.
+/// Returns the device and the inode number in a `vnode_fdinfo`: `vst_dev` and `vst_ino` of the `vinfo_stat` with which
+/// its `vnode_info` begins. The device has the form that stat(2) returns, whose type is signed.
 pub(crate) fn file_in_vnode_fdinfo(bytes: &[u8; VNODE_FDINFO_BYTES]) -> (u64, u64) {
     let status = &bytes[24..];
     let device = status.first_chunk().map_or(0, |device| i32::from_ne_bytes(*device));

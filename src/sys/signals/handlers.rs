@@ -1,8 +1,8 @@
 //! Signal handlers that write into a pipe, for systems without signalfd.
 //!
 //! Handlers are weaker than a signalfd in two ways. First, between a fork and the child's exec, a handler could still
-//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, macOS reports as the sender of
-//! a key's signal the process that has typed the key into the terminal ([`super::origin`]).
+//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, macOS reports as the
+//! sender of a key's signal the process that has typed the key into the terminal ([`super::origin`]).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -1,8 +1,8 @@
 //! Decides where a signal comes from, on systems that do not say whether the kernel generated it.
 //!
-//! On macOS, `si_code` is 0 for every signal except SIGCHLD, and `si_pid` is the process that the kernel was working for when
-//! it generated the signal (`psignal_internal`, bsd/kern/kern_sig.c of xnu). For ^C, that is the process that has written
-//! the key into the terminal: the terminal program, sshd or tmux.
+//! On macOS, `si_code` is 0 for every signal except SIGCHLD, and `si_pid` is the process that the kernel was working
+//! for when it generated the signal (`psignal_internal`, bsd/kern/kern_sig.c of xnu). For ^C, that is the process that
+//! has written the key into the terminal: the terminal program, sshd or tmux.
 
 use nix::sys::signal::Signal;
 
@@ -33,8 +33,8 @@ fn decide(signal: Signal, known: Known) -> SignalOrigin {
     }
 }
 
-/// Returns where `signal` comes from. `is_kernels` is true if its code says that the kernel generated it. `sender` is its
-/// `si_pid`.
+/// Returns where `signal` comes from. `is_kernels` is true if its code says that the kernel generated it. `sender` is
+/// its `si_pid`.
 #[cfg(any(not(target_os = "linux"), tf_portable))]
 pub(super) fn of(signal: Signal, is_kernels: bool, sender: i32) -> SignalOrigin {
     let is_kernels = is_kernels || sender == 0;
