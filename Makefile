@@ -96,6 +96,10 @@ conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests 
 portable: tools ## every test, with the signal handling for systems without signalfd
 	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable
 
+.PHONY: macos
+macos: ## compile, link and lint everything for macOS, also on Linux: half an hour the first time (450 MB download)
+	tests/macos
+
 .PHONY: check
 check: ## formatting, lints, documentation
 	cargo fmt --check

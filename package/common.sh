@@ -77,6 +77,14 @@ built_targets() {
   done
 }
 
+# The targets of macOS that have been built (package/macos/release).
+built_macos_targets() {
+  local target
+  for target in aarch64-apple-darwin x86_64-apple-darwin; do
+    if [ -e "$out/$target/tf" ]; then echo "$target"; fi
+  done
+}
+
 # unpack NAME PACKAGE...: packages of Debian (PACKAGE:arm64 as well), unpacked below target/tools/package/NAME. Nothing is
 # installed, and apt's own state is left alone, so it takes no root and no foreign architecture.
 unpack() {

@@ -17,14 +17,16 @@ def built_with(target):
 def beside_cargo(target):
     """What is linked statically and comes from no crate."""
     with_what = built_with(target)
-    libc, libc_version = with_what["libc"].split()
     rust = re.match(r"rustc (\S+)", with_what["rustc"])[1]
-    # A revision at its end tells a Debian package, with Debian's own corrections.
-    purl = f"pkg:deb/debian/{libc}@{urllib.parse.quote(libc_version)}?arch=source" if "-" in libc_version else None
-    for name, version, licence, identity in (
-        ("glibc", libc_version, "LGPL-2.1-or-later", purl),
-        ("rust-std", rust, "MIT OR Apache-2.0", f"pkg:generic/rust-std@{rust}"),
-    ):
+    linked = [("rust-std", rust, "MIT OR Apache-2.0", f"pkg:generic/rust-std@{rust}")]
+    # A program for macOS uses the system's C library.
+    if with_what["libc"] != "none":
+        libc, libc_version = with_what["libc"].split()
+        # A revision at its end tells a Debian package, with Debian's own corrections.
+        is_debians = "-" in libc_version
+        purl = f"pkg:deb/debian/{libc}@{urllib.parse.quote(libc_version)}?arch=source" if is_debians else None
+        linked.insert(0, ("glibc", libc_version, "LGPL-2.1-or-later", purl))
+    for name, version, licence, identity in linked:
         component = {
             "type": "library", "bom-ref": f"{name}@{version}", "name": name, "version": version, "scope": "required",
             "licenses": [{"expression": licence}],

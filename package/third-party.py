@@ -111,14 +111,17 @@ def main():
         sys.exit("no text of a licence is known of: " + ", ".join(without))
     rust = [texts.number(KNOWN["MIT"].format(authors="The Rust Project Contributors")),
             texts.number((HERE.parent / "LICENSE-APACHE").read_text())]
-    glibc = [texts.number((HERE / "texts" / name).read_text()) for name in ("LGPL-2.1", "glibc")]
+    has_libc = libc != "none"
+    glibc = [texts.number((HERE / "texts" / name).read_text()) for name in ("LGPL-2.1", "glibc") if has_libc]
     print(f"What tf for {target} is made of besides its own code, and under which licences. Each names its texts, which are\n"
           "numbered and follow.\n")
     print("\n".join(lines))
     print(f"\nThe standard library of Rust\n    MIT OR Apache-2.0; text {rust[0]}, {rust[1]}")
-    print(f"The GNU C Library ({libc})\n    LGPL-2.1-or-later; text {glibc[0]}, {glibc[1]}\n")
+    if has_libc:
+        print(f"The GNU C Library ({libc})\n    LGPL-2.1-or-later; text {glibc[0]}, {glibc[1]}\n")
     print(STANDARD_LIBRARY)
-    print(C_LIBRARY.format(libc=libc))
+    if has_libc:
+        print(C_LIBRARY.format(libc=libc))
     for number, text in enumerate(texts.printed, 1):
         print(f"{RULE}\nText {number}\n{RULE}\n\n{text}\n")
 

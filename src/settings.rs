@@ -18,6 +18,8 @@ pub(crate) struct Settings {
     pub(crate) release: bool,
     /// `TFW_TTY=shared`: whether terraform remains in the process group of `tf`.
     pub(crate) shared_terminal: bool,
+    /// `TFW_AWAKE`: whether the machine is kept awake while terraform holds a lock (macOS). `off` is the only other value.
+    pub(crate) keep_awake: bool,
     /// `TFW_LOG`: the file that [`crate::trace`] writes. `None`: nothing is logged.
     pub(crate) log: Option<OsString>,
     /// `CI` or `TF_BUILD`: whether this is a CI job. The runner of such a job may exit without sending a signal to
@@ -76,6 +78,7 @@ impl Settings {
             stop_timeout,
             release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
             shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
+            keep_awake: choice("TFW_AWAKE", true, ["on", "off"], "on or off")?,
             log: set("TFW_LOG"),
             // Azure Pipelines sets `TF_BUILD` instead of `CI`. Other systems set `CI`.
             ci: ["CI", "TF_BUILD"].into_iter().any(|name| {
@@ -182,6 +185,7 @@ mod tests {
             ("TFW_STOP_TIMEOUT", "99999999999999999999"),
             ("TFW_RELEASE", "yes"),
             ("TFW_TTY", "none"),
+            ("TFW_AWAKE", "no"),
             ("TFW_LEASE", "5"),
             ("TFW_LEASE", "300"),
             ("TFW_LEASE", "0s"),

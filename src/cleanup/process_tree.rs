@@ -10,7 +10,7 @@
 //!   because this process is their subreaper.
 //! - No process of this user anywhere has this run in the `TFW_RUN` of its environment.
 //!
-//! The guardian is not an ancestor of the tree, so no orphans are reparented to it. [`crate::journal::membership`]
+//! The guardian is not an ancestor of the tree, so no orphans are reparented to it. The same is true for `tf` on macOS. [`crate::journal::membership`]
 //! describes the facts that it uses instead. The guardian misses a process only if the process has left terraform's
 //! process group, cleared its environment, closed every descriptor and lost its parent before the guardian found it.
 //!
@@ -91,7 +91,7 @@ pub(crate) struct Tree {
 enum Observer {
     /// `tf`, terraform's parent. Orphans of the tree are reparented to it.
     Subreaper,
-    /// The guardian.
+    /// The guardian, or a `tf` to which no orphans are reparented (macOS).
     Guardian(RefCell<GuardianView>),
 }
 
@@ -181,7 +181,7 @@ impl Tree {
         Ok((tree, inherited))
     }
 
-    /// Makes this process observe the tree as the guardian, which is not terraform's parent.
+    /// Makes this process observe the tree as the guardian, to which no orphans of the tree are reparented.
     pub(crate) fn observe_as_guardian(&mut self) {
         self.observer = Observer::Guardian(RefCell::default());
         self.preexisting_children.clear();
@@ -323,7 +323,9 @@ impl Tree {
     }
 
     fn look_as_guardian(&self, view: &mut GuardianView) -> (Vec<Process>, Vec<Process>) {
-        let living = Living::of(&self.run, &view.identity, view.certain_before);
+        let mut living = Living::of(&self.run, &view.identity, view.certain_before);
+        living.members.retain(|process| !self.is_ours(process));
+        living.unknown.retain(|process| !self.is_ours(process));
         view.identity.survivors = living.members.iter().map(|process| (process.pid.as_raw(), process.start)).collect();
         (living.members, living.unknown)
     }

@@ -12,6 +12,7 @@ use crate::journal::host;
 use crate::lease::grade::Cloud;
 use crate::lease::record::Holder;
 use crate::sys::host_facts::{Dmi, HostFacts};
+use crate::sys::machine;
 use crate::terraform::lock_info;
 
 /// The files that say in which container, task, pod or machine this process is.
@@ -37,9 +38,9 @@ pub(crate) struct Sources<'a> {
     pub(crate) file: &'a dyn Fn(&str) -> Option<String>,
     /// `user@host`, as terraform writes it into a lock.
     pub(crate) who: &'a str,
-    /// [`host::machine_id`].
+    /// [`machine::id`].
     pub(crate) machine: Option<&'a str>,
-    /// [`host::boot_id`].
+    /// [`machine::boot_id`].
     pub(crate) boot: Option<&'a str>,
     pub(crate) dmi: &'a Dmi,
 }
@@ -51,8 +52,8 @@ pub(crate) fn here(facts: &HostFacts) -> Holder {
         variable: &|name| std::env::var_os(name),
         file: &file,
         who: &lock_info::who(),
-        machine: host::machine_id().as_deref(),
-        boot: host::boot_id().as_deref(),
+        machine: machine::id().as_deref(),
+        boot: machine::boot_id().as_deref(),
         dmi: &facts.dmi,
     })
 }

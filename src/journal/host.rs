@@ -9,18 +9,18 @@ use serde::{Deserialize, Serialize};
 
 use sha2::{Digest, Sha256};
 
-use crate::sys::{filesystem, machine, plain_host, process};
+use crate::sys::{filesystem, machine, process};
 
 /// The host on which a run was started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HostIdentity {
-    /// machine-id(5). `None` in many containers.
+    /// [`machine::id`]. `None` in many containers.
     machine: Option<String>,
-    /// `/proc/sys/kernel/random/boot_id`: an ID that changes at each boot, and that is the same in every container of
-    /// one boot. `None` if it cannot be read.
+    /// [`machine::boot_id`]: an ID that changes at each boot, and that is the same in every container of one boot. `None`
+    /// if it cannot be read.
     boot: Option<String>,
-    /// The number of the pid namespace, and whether it is the machine's first pid namespace. `None` if the system has
-    /// no pid namespaces, or if /proc does not show the namespace.
+    /// The number of the pid namespace, and whether it is the machine's first pid namespace. `None` if /proc does not show
+    /// the namespace.
     processes: Option<(u64, bool)>,
     /// The ID of the journal's file system ([`filesystem::identity`]). 0 if the ID is not known.
     filesystem: u64,
@@ -44,21 +44,6 @@ fn hashes(kind: &str, identities: &[String]) -> Vec<String> {
     identities.iter().map(|identity| hash(kind, identity)).collect()
 }
 
-fn line(path: &str) -> Option<String> {
-    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
-}
-
-/// Returns this machine's ID (machine-id(5)). `None` in many containers.
-pub(crate) fn machine_id() -> Option<String> {
-    let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-    line("/etc/machine-id").filter(is_id).or_else(plain_host::machine_id)
-}
-
-/// Returns the ID of this boot (`/proc/sys/kernel/random/boot_id`). `None` if it cannot be read.
-pub(crate) fn boot_id() -> Option<String> {
-    line("/proc/sys/kernel/random/boot_id").filter(|id| !id.is_empty())
-}
-
 /// What this process can prove about a run that was started on a [`HostIdentity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standpoint {
@@ -74,8 +59,8 @@ impl HostIdentity {
     /// Returns the identity of this host. `journal` is a directory on the file system of the journal.
     pub(crate) fn here(journal: &Path) -> Self {
         Self {
-            machine: machine_id(),
-            boot: boot_id(),
+            machine: machine::id(),
+            boot: machine::boot_id(),
             processes: process::pid_namespace(),
             filesystem: filesystem::identity(journal),
             hardware: machine::identities()

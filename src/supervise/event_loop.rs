@@ -11,7 +11,7 @@ use crate::supervise::routing::Route;
 use crate::supervise::routing::TerraformGroup;
 use crate::supervise::routing::route;
 use crate::sys::terminal::Terminal;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -23,6 +23,7 @@ use crate::cleanup::process_tree::Tree;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
 use crate::lease::notice::{Notice, NoticeStep, notice_step};
+use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
@@ -33,7 +34,7 @@ use crate::supervise::waiting::Waiting;
 use crate::sys::boot_clock;
 use crate::sys::group_signal_watcher::GroupSignalWatcher;
 use crate::sys::poll;
-use crate::sys::process::{self, Process};
+use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::trace::trace;
@@ -67,13 +68,14 @@ pub(crate) struct Supervision<'a> {
     pub(crate) recorder: &'a mut Recorder,
     pub(crate) tree: &'a Tree,
     pub(crate) run_record: &'a mut RunRecord,
+    pub(crate) awake: Awake,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
     pub(crate) lease: Option<&'a mut RunLease>,
     /// Whether this is a CI job ([`crate::settings::Settings::ci`]).
     pub(crate) is_ci: bool,
     /// Readable when the parent of `tf` has exited. `None` if that exit is not a request to stop, if the parent cannot
     /// be watched, or if the exit has been handled.
-    pub(crate) parent: Option<OwnedFd>,
+    pub(crate) parent: Option<ProcessHandle>,
     /// Whether a SIGCHLD has arrived: a child has stopped or exited, and may be an orphan that must be reaped.
     pub(crate) children_changed: bool,
     /// Whether the shim that `tf` started has exited while the terraform behind it is still running.
@@ -92,7 +94,11 @@ pub(crate) struct Supervision<'a> {
 ///
 /// PR_SET_PDEATHSIG is not used: the kernel sends its signal when the *thread* that started this process exits, and
 /// runners start processes from thread pools.
-pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&Terminal>) -> Option<(Pid, OwnedFd)> {
+pub(crate) fn parent_to_watch(
+    is_ci: bool,
+    signals: &Signals,
+    terminal: Option<&Terminal>,
+) -> Option<(Pid, ProcessHandle)> {
     let inherited = signals.inherited();
     let start = Start {
         is_ci,
@@ -105,7 +111,7 @@ pub(crate) fn parent_to_watch(is_ci: bool, signals: &Signals, terminal: Option<&
         return None;
     }
     let parent = getppid();
-    let watched = process::open_pidfd(parent).ok()?;
+    let watched = ProcessHandle::open(parent).ok()?;
     // If the parent had exited before the descriptor was opened, the descriptor could refer to another process with the
     // same pid.
     (parent.as_raw() > 1 && getppid() == parent).then_some((parent, watched))
@@ -170,6 +176,7 @@ impl Supervision<'_> {
             if read_at <= now {
                 self.recorder.read();
                 self.run_record.news(self.recorder);
+                self.awake.step(self.recorder.log(), self.terraform, self.tree);
                 self.follow_lease();
                 self.interrupt_next_terraform();
                 if look_at <= now {
@@ -380,7 +387,7 @@ impl Supervision<'_> {
     /// the terminal. In this case, the shims get the interrupt too, because the terminal would have sent it to them.
     fn interrupt_behind_shim(&mut self, is_key: bool) {
         let recorder = self.tree.recorder();
-        let moment = process::ticks_since_boot().unwrap_or(u64::MAX);
+        let moment = process::start_clock().unwrap_or(u64::MAX);
         if wait::ended(self.terraform).is_none() {
             let terraform = if is_key {
                 let terraform = shim::behind(self.terraform, recorder).map(|(terraform, _)| terraform);

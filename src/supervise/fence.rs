@@ -40,7 +40,8 @@ use super::fuse::{self, Fuse, Role};
 use crate::sys::detached::{self, Parent};
 use crate::sys::hangup_pipe::HangupPipe;
 use crate::sys::packet_socket::PacketSocket;
-use crate::sys::{descriptor, environment, poll, process, wait};
+use crate::sys::process::ProcessHandle;
+use crate::sys::{descriptor, environment, poll, wait};
 
 /// How long the fuse may take to exit after the run is over, and again after it was killed. A frozen fuse does neither.
 const FUSE_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -358,7 +359,7 @@ pub(crate) fn continue_group(fence: Option<&Fence>, group: Pid) -> bool {
 /// Waits until the fuse `pid`, a child of this process, has exited, and reaps it. Kills it after
 /// [`FUSE_EXIT_TIMEOUT`], and gives up after another one: a frozen fuse exits when it is thawed.
 fn reap(pid: Pid) {
-    let end = process::open_pidfd(pid).ok();
+    let end = ProcessHandle::open(pid).ok();
     for step in 0..2 {
         if step == 1 {
             let _ = kill(pid, Signal::SIGKILL);

@@ -34,7 +34,7 @@ use crate::cleanup::run_context::RunContext;
 use crate::journal::state_directory::Durability;
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ use crate::supervise::run_lease::{RunLease, STOP_AGAIN_INTERVAL};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
-use crate::sys::process::{self, Process, ProcessList};
+use crate::sys::process::{self, Process, ProcessHandle, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::{self, Ended};
 use crate::sys::{detached, environment};
@@ -275,8 +275,8 @@ impl Guardian {
             // A guardian that is frozen, or hangs in the kernel, does not exit even if it is killed. So the wait is
             // limited. Init reaps that guardian after `tf` has exited.
             let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
-            // A pidfd reports the guardian's exit at once, so `tf` does not wait longer than needed.
-            if let Ok(end) = process::open_pidfd(pid) {
+            // A handle reports the guardian's exit at once, so `tf` does not wait longer than needed.
+            if let Ok(end) = ProcessHandle::open(pid) {
                 poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(GUARDIAN_KILL_TIMEOUT));
             }
             while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
@@ -315,23 +315,23 @@ fn write_survivors(entry: Option<&JournalEntry>, record: Option<&mut JournalReco
     }
 }
 
-/// Sends SIGINT to the process group `group`, whose leader is the process of the pidfd `terraform`. The signal never
-/// reaches a later group with the same number. Linux before 6.9 cannot signal a group through a pidfd. There, this
-/// opens a pidfd for each member, checks that it refers to the same process, and signals it. Returns an error if
-/// terraform itself cannot be signalled.
-fn interrupt_group(terraform: &OwnedFd, group: Pid) -> io::Result<()> {
-    if process::signal_group(terraform, Signal::SIGINT).is_ok() {
+/// Sends SIGINT to the process group `group`, whose leader is `terraform`. On Linux, the signal never reaches a later
+/// group with the same number. Linux before 6.9 and macOS cannot signal a group through a handle. There, this opens each
+/// member, checks that the handle refers to the same process, and signals it. Returns an error if terraform itself cannot
+/// be signalled.
+fn interrupt_group(terraform: &ProcessHandle, group: Pid) -> io::Result<()> {
+    if terraform.signal_group(Signal::SIGINT).is_ok() {
         return Ok(());
     }
     for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
-        let Ok(held) = process::open_pidfd(member.pid) else { continue };
+        let Ok(held) = ProcessHandle::open(member.pid) else { continue };
         let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
         // As long as terraform has not exited, no other group can have the number of its group.
         if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
-            let _ = process::signal(&held, Signal::SIGINT);
+            let _ = held.signal(Signal::SIGINT);
         }
     }
-    process::signal(terraform, Signal::SIGINT)
+    terraform.signal(Signal::SIGINT)
 }
 
 /// Returns which process must be the parent of the guardian and of the fuse. Without a process list, the tree counts as
@@ -410,7 +410,7 @@ struct Terraform {
     /// A pidfd of the process, which never refers to another process with the same pid. `None` before Linux 5.3 and on
     /// other systems. There, the guardian signals the pid, but only shortly after the death of `tf`. As long as `tf`
     /// was running, it did not reap terraform, so the pid could not be reused during that time.
-    process: Option<OwnedFd>,
+    process: Option<ProcessHandle>,
     /// Whether the pid certainly belonged to the child of `tf` when the pidfd was opened.
     certain: bool,
 }
@@ -430,7 +430,7 @@ impl Terraform {
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
         match &self.process {
-            Some(process) => process::signal(process, signal),
+            Some(process) => process.signal(signal),
             None => Ok(kill(self.pid, signal)?),
         }
     }
@@ -618,7 +618,7 @@ impl<'a> Watch<'a> {
             STARTED => {
                 let Ok(number) = payload.try_into().map(i32::from_ne_bytes) else { return };
                 let pid = Pid::from_raw(number);
-                let process = process::open_pidfd(pid).ok();
+                let process = ProcessHandle::open(pid).ok();
                 // As long as `tf` is running, it does not reap terraform, so the pid cannot be reused.
                 let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
                 self.terraform = Some(Terraform { pid, process, certain });
@@ -731,7 +731,7 @@ impl<'a> Watch<'a> {
             }
             // The child must have executed terraform before it is interrupted: it discards a signal that arrives
             // between fork and exec.
-            let moment = process::ticks_since_boot();
+            let moment = process::start_clock();
             if !terraform.has_ended(self.context.tree) {
                 self.context.tree.was_alive_at(moment);
             }
@@ -780,7 +780,7 @@ impl<'a> Watch<'a> {
         }
         let begun = Instant::now();
         loop {
-            let ended = terraform.process.as_ref().and_then(|process| process::end_of(terraform.pid, process));
+            let ended = terraform.process.as_ref().and_then(|process| process.end_of(terraform.pid));
             if ended.is_some() || begun.elapsed() > INIT_REAP_TIMEOUT {
                 return ended;
             }

@@ -2,6 +2,7 @@
 //!
 //! This module sends no request to DynamoDB or S3; [`crate::lock`] does that.
 
+pub(crate) mod awake;
 pub(crate) mod event_loop;
 pub(crate) mod fence;
 pub(crate) mod foreground;
@@ -56,6 +57,7 @@ use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, Cloud};
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
+use crate::supervise::awake::Awake;
 use crate::supervise::event_loop::Supervision;
 use crate::supervise::foreground::ForegroundControl;
 use crate::supervise::guardian::{Guardian, GuardianContext};
@@ -64,13 +66,14 @@ use crate::supervise::run_lease::RunLease;
 use crate::supervise::run_record::RunRecord;
 use crate::supervise::stop::Stop;
 use crate::supervise::waiting::Waiting;
+use crate::sys::environment;
 use crate::sys::host_facts::HostFacts;
 use crate::sys::poll;
+use crate::sys::process::{self, ProcessHandle};
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
 use crate::sys::terminal::Terminal;
 use crate::sys::wait::Ended;
-use crate::sys::{environment, process};
 use crate::terraform::log::Log;
 use crate::terraform::version::Version;
 use crate::trace::trace;
@@ -138,7 +141,7 @@ struct Prepared<'a> {
     terminal: Option<Terminal>,
     /// Readable when the parent of `tf` has exited. `None` if the exit of the parent is not a request to stop, or if
     /// the parent cannot be watched ([`event_loop::parent_to_watch`]).
-    parent: Option<OwnedFd>,
+    parent: Option<ProcessHandle>,
     stop: Stop,
     run_record: RunRecord,
     /// The lease of the run's lock. `None` without `TFW_LEASE`.
@@ -214,7 +217,10 @@ impl<'a> Prepared<'a> {
         for fuse in lease.iter_mut().flat_map(|lease| lease.fork_fuse(guardian::parent())) {
             tree.exclude(fuse);
         }
-        process::become_subreaper();
+        if !process::become_subreaper() {
+            // Init gets the orphans of the tree, so they are found as the guardian finds them.
+            tree.observe_as_guardian();
+        }
         let run_record = RunRecord { guardian, entry, told: Told::default(), outside_group: Vec::new(), failed: false };
         let parent = parent.map(|(_, end)| end);
         Ok(Self {
@@ -309,6 +315,7 @@ impl<'a> Prepared<'a> {
             recorder: &mut self.recorder,
             tree: &self.tree,
             run_record: &mut self.run_record,
+            awake: Awake::new(self.settings.keep_awake),
             lease: self.lease.as_mut(),
             is_ci: self.settings.ci,
             parent: self.parent.take(),

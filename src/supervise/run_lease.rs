@@ -38,7 +38,7 @@ use crate::sys::boot_clock;
 use crate::sys::connections;
 use crate::sys::detached::Parent;
 use crate::sys::poll;
-use crate::sys::process::{self, Process};
+use crate::sys::process::{Process, ProcessHandle};
 use crate::terraform::log::{Log, RecordedLock};
 use crate::time::saturating_add;
 use crate::trace::trace;
@@ -115,9 +115,9 @@ pub(crate) struct RunLease {
     /// `None` until the log shows a lock that is held.
     orders: Option<Orders>,
     /// A pidfd of the terraform that holds the lock.
-    terraform: Option<OwnedFd>,
+    terraform: Option<ProcessHandle>,
     /// A pidfd of the leader of `group`, which is a child of `tf`. It is terraform, or a shim that has started it.
-    leader: Option<OwnedFd>,
+    leader: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
     /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
@@ -169,7 +169,7 @@ impl RunLease {
 
     /// Records that terraform was started in the group `group`.
     pub(crate) fn started(&mut self, group: Pid) {
-        (self.group, self.leader) = (Some(group), process::open_pidfd(group).ok());
+        (self.group, self.leader) = (Some(group), ProcessHandle::open(group).ok());
     }
 
     /// Returns the descriptors to wait for: the stop pipe, which is readable when the fuse is gone, and the keeper.
@@ -295,7 +295,7 @@ impl RunLease {
         let Some(holder) = tree.logging().into_iter().next() else { return false };
         let is_reached = holder.group == group && holder.has_our_user();
         let pid = holder.pid;
-        self.terraform = process::open_pidfd(pid).ok();
+        self.terraform = ProcessHandle::open(pid).ok();
         if self.terraform.is_none() {
             self.is_over = true;
             return false;
@@ -330,11 +330,11 @@ impl RunLease {
 
     /// Starts a keeper with the orders of `tf`, which is dead. `leader` is a pidfd of the leader of the group. Only the
     /// guardian calls this.
-    pub(crate) fn take_over(&mut self, orders: Option<Orders>, leader: Option<OwnedFd>, tree: &Tree) {
+    pub(crate) fn take_over(&mut self, orders: Option<Orders>, leader: Option<ProcessHandle>, tree: &Tree) {
         // A pid alone could be that of a later process.
         let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
         let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
-        let terraform = logs.and_then(|terraform| process::open_pidfd(terraform).ok());
+        let terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
         self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
         (self.orders, self.leader) = (orders, leader);
         self.keepers.let_go();
@@ -398,7 +398,7 @@ impl RunLease {
     /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes on.
     /// The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the shim.
     fn watch_shim(&mut self) {
-        let has_ended = |process: &OwnedFd| poll::ready_now(process.as_fd(), PollFlags::POLLIN);
+        let has_ended = |process: &ProcessHandle| poll::ready_now(process.as_fd(), PollFlags::POLLIN);
         let (Some(orders), Some(terraform), Some(leader), Some(group)) =
             (&mut self.orders, &self.terraform, &self.leader, self.group)
         else {

@@ -4,13 +4,11 @@
 //! terminal has sent one to terraform as well. Other shims pass the interrupt on, or are killed by it. So `tf` sends
 //! the interrupt to terraform itself.
 
-use std::os::fd::OwnedFd;
-
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::sys::file_id::FileId;
-use crate::sys::process::{self, Process};
+use crate::sys::process::{Process, ProcessHandle};
 use crate::terraform::binary::MIN_TERRAFORM_BYTES;
 use crate::trace::trace;
 
@@ -26,7 +24,7 @@ pub(crate) fn signal(child: Pid, signal: Signal, log: LogFile) {
     match behind(child, log) {
         Some((pid, terraform)) => {
             trace!("{signal} goes to {pid}, behind {child}");
-            let _ = process::signal(&terraform, signal);
+            let _ = terraform.signal(signal);
         }
         None => {
             let _ = kill(child, signal);
@@ -72,9 +70,9 @@ fn chain(child: Pid, terraform: Pid) -> Option<Vec<Pid>> {
     None
 }
 
-/// Returns the pid of the terraform behind `child`, and a pidfd of that process. `None` if `child` is terraform itself
+/// Returns the pid of the terraform behind `child`, and a handle of that process. `None` if `child` is terraform itself
 /// or has exited, or if the terraform cannot be identified with certainty.
-pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
+pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, ProcessHandle)> {
     let mut current = child;
     let is_terraform = |process: &Process| is_terraform(process, log);
     if Process::look_up(child).is_none_or(|child| is_terraform(&child)) {
@@ -85,7 +83,7 @@ pub(crate) fn behind(child: Pid, log: LogFile) -> Option<(Pid, OwnedFd)> {
         let terraforms: Vec<Pid> = children.iter().filter(|child| is_terraform(child)).map(|child| child.pid).collect();
         match (terraforms.as_slice(), children.as_slice()) {
             ([terraform], _) => {
-                let descriptor = process::open_pidfd(*terraform).ok()?;
+                let descriptor = ProcessHandle::open(*terraform).ok()?;
                 // Checks that the pid still belongs to the process that was found.
                 let same = |process: &Process| process.parent == current && is_terraform(process);
                 return Process::look_up(*terraform).filter(same).map(|_| (*terraform, descriptor));

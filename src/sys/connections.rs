@@ -2,7 +2,7 @@
 //! sending these bytes after their process was stopped, and even after it has ended.
 
 use std::collections::HashSet;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 
 use nix::unistd::Pid;
 
@@ -74,13 +74,13 @@ fn unconfirmed(line: &str, ports: (u16, u16)) -> Option<Connection> {
 }
 
 /// Breaks off every TCP connection of a process: the kernel discards what the peer has not confirmed and sends a reset,
-/// and the process gets `ECONNRESET` (connect(2) with `AF_UNSPEC`, RFC 793 "ABORT"). `process` is the descriptor of
-/// `pid` from [`super::process::open_pidfd`], so this never reaches a later process with the same pid. Returns the number
+/// and the process gets `ECONNRESET` (connect(2) with `AF_UNSPEC`, RFC 793 "ABORT"). `process` is the handle of
+/// `pid` ([`super::process::ProcessHandle`]), so this never reaches a later process with the same pid. Returns the number
 /// of connections. 0 also if this process may not trace that one (pidfd_getfd(2), Linux 5.6; ptrace(2)), and on systems
 /// other than Linux.
 ///
 /// The process must be stopped, or else it may open another connection meanwhile.
-pub(crate) fn abort(pid: Pid, process: &OwnedFd) -> usize {
+pub(crate) fn abort(pid: Pid, process: impl AsFd) -> usize {
     #[cfg(target_os = "linux")]
     {
         use rustix::net::sockopt::socket_protocol;
@@ -89,7 +89,7 @@ pub(crate) fn abort(pid: Pid, process: &OwnedFd) -> usize {
         let aborted = |name: std::ffi::OsString| {
             let is_socket = std::fs::read_link(format!("/proc/{pid}/fd/{}", name.to_str()?)).ok()?;
             is_socket.to_str()?.starts_with("socket:").then_some(())?;
-            let socket = pidfd_getfd(process, name.to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok()?;
+            let socket = pidfd_getfd(&process, name.to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok()?;
             (socket_protocol(&socket).ok()? == Some(ipproto::TCP)).then_some(())?;
             // A listening socket has no peer.
             getpeername(&socket).ok()??;
@@ -112,7 +112,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::sys::process::open_pidfd;
+    use crate::sys::process::ProcessHandle;
 
     const LINE: &str = "  12: 0100007F:8F2B 0200007F:01BB 04 00000A00:00000000 01:00000062 00000004     0        0 0 3 \
                         0000000000000000 1600 4 1 10 -1";
@@ -216,7 +216,7 @@ mod tests {
         // It is sending, and soon it must wait.
         server.peek(&mut [0]).unwrap();
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
-        let process = open_pidfd(pid).unwrap();
+        let process = ProcessHandle::open(pid).unwrap();
         assert_eq!(abort(pid, &process), 1);
         let (arrived, error) = drain(&server).unwrap_err();
         assert_eq!(error, std::io::ErrorKind::ConnectionReset);

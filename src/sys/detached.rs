@@ -15,8 +15,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nix::unistd::Pid;
 
-use super::descriptor;
 use super::spawn::AllBlocked;
+use super::{descriptor, session};
 
 /// The parent of a detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(crate) enum Parent {
 /// Forks and calls `work` in the new process, which exits when `work` returns or panics. This process must have one
 /// thread.
 ///
-/// `name` is the name of the new process in the process list (Linux only). `keep` lists the descriptors that stay open
+/// `name` is the name of the new process ([`session::name_this_process`]). `keep` lists the descriptors that stay open
 /// in the new process. Returns the pid of the new process. With [`Parent::Init`], returns `None`, because the new
 /// process is not a child of this process.
 ///
@@ -86,8 +86,6 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
         if parent != Parent::UsAtOurTerminal {
             libc::setsid();
         }
-        #[cfg(target_os = "linux")]
-        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
         libc::chdir(c"/".as_ptr());
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
         for standard in 0..3 {
@@ -96,15 +94,16 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
             }
         }
     }
-    let _ = name;
+    session::name_this_process(name);
     // SAFETY: this process was forked to use only the kept descriptors, so nothing in it uses one that is closed here.
     unsafe { descriptor::close_from(3, keep) };
 }
 
-/// Removes the arguments of this process from the process list (Linux only). A forked process has the arguments of its
-/// parent. These are the arguments of terraform, including the values of `-var`, and the detached process does not need
-/// them. ps(1) reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that
-/// memory with zeros. The kernel reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)).
+/// Removes the arguments of this process from the process list. A forked process has the arguments of its parent. These
+/// are the arguments of terraform, including the values of `-var`, and the detached process does not need them. ps(1)
+/// reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that memory with
+/// zeros. Linux reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)). On macOS, the
+/// strings of argv are that memory (`_NSGetArgv`, crt_externs.h; [`crate::sys::macos::procargs`]).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {
@@ -121,6 +120,18 @@ fn hide_arguments() {
             // SAFETY: these are the strings of argv, which the kernel has put on this process's stack. Every
             // user of these strings copies them. Code that reads them again gets empty strings.
             unsafe { std::ptr::write_bytes(start as *mut u8, 0, end - start) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    // SAFETY: argv has `argc` zero-terminated strings, which the kernel has put on this process's stack. Every user of
+    // these strings copies them. Code that reads them again gets empty strings.
+    unsafe {
+        let arguments = *libc::_NSGetArgv();
+        for place in 0..usize::try_from(*libc::_NSGetArgc()).unwrap_or(0) {
+            let argument = *arguments.add(place);
+            if !argument.is_null() {
+                std::ptr::write_bytes(argument, 0, libc::strlen(argument));
+            }
         }
     }
 }

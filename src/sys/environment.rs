@@ -3,7 +3,6 @@
 use std::ffi::{CStr, OsStr, OsString};
 
 unsafe extern "C" {
-    #[cfg_attr(target_os = "macos", expect(dead_code, reason = "not linked there"))]
     static mut environ: *mut *mut libc::c_char;
 }
 

@@ -25,6 +25,12 @@ impl FileId {
         Ok(Self::from(&fs::metadata(path)?))
     }
 
+    /// Returns the identity of the file with this device and inode number.
+    #[cfg(target_os = "macos")]
+    pub(crate) fn of_numbers(device: u64, inode: u64) -> Self {
+        Self { device, inode }
+    }
+
     /// Returns the identity of an open file. `None` if it cannot be read.
     pub(crate) fn of_open(descriptor: BorrowedFd<'_>) -> Option<Self> {
         let file = File::from(descriptor.try_clone_to_owned().ok()?);

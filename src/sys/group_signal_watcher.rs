@@ -3,12 +3,12 @@
 //! While terraform's group is the foreground process group, the terminal sends the signals of its keys to that group
 //! and not to `tf`. Only a member of the group receives such a signal. So the watcher blocks every signal, waits for
 //! signals with sigwaitinfo(2), and writes the number of each signal that the kernel generated into a pipe. It does not
-//! report signals that a process sent, such as those that `tf` passes on. On systems other than Linux, it cannot
-//! distinguish these two kinds of signals and reports all of them.
+//! report signals that a process sent, such as those that `tf` passes on. macOS does not say whether the kernel
+//! generated a signal. There, a handler reports each signal that `tf` has not sent.
 //!
-//! The watcher is a fork without exec, so it costs little. It closes every descriptor except the pipe before it joins the
-//! group: a copy of a write end of the fence (`supervise::fence`) would keep that pipe silent. On Linux the kernel kills
-//! it when `tf` exits.
+//! The watcher is a fork without exec, so it costs little. It closes every descriptor except the pipe before it joins
+//! the group: a copy of a write end of the fence (`supervise::fence`) would keep that pipe silent. When `tf` exits, the
+//! kernel kills it (PR_SET_PDEATHSIG, prctl(2)). On macOS it waits for the exit of `tf` and exits then.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -97,63 +97,105 @@ impl Drop for GroupSignalWatcher {
     }
 }
 
+/// The signals of the terminal's keys, and of a hangup.
+const AWAITED: [Signal; 4] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP];
+
 fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
-    // SAFETY: this process uses no descriptor except `writer` from here on, and each call gets valid memory. Every signal
-    // has been blocked since before the fork.
+    // SAFETY: this process uses no descriptor except `writer` from here on, and each call gets valid memory. Every
+    // signal has been blocked since before the fork.
     unsafe {
         #[cfg(target_os = "linux")]
-        {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            if libc::getppid() != parent.as_raw() {
-                libc::_exit(1);
-            }
-        }
-        let _ = parent;
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         descriptor::close_from(0, &[writer]);
         if libc::setpgid(0, group.as_raw()) != 0 {
             libc::_exit(1);
         }
-        let mut awaited = std::mem::zeroed();
-        libc::sigemptyset(&raw mut awaited);
-        for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGHUP] {
+        for signal in AWAITED {
             // A signal that is pending now arrived while this process was still a member of the group of `tf`. `tf` has
             // also received that signal itself, so the watcher must not report it. Ignoring a signal discards it.
             disposition::set_ignored(signal);
             disposition::set_default(signal);
-            libc::sigaddset(&raw mut awaited, signal as i32);
+        }
+        let Some(source) = Source::new(parent, writer) else { libc::_exit(1) };
+        // From here on, the exit of the parent ends this process. If it had exited before, this process has another
+        // one.
+        if libc::getppid() != parent.as_raw() {
+            libc::_exit(1);
         }
         let ready = 0u8;
         libc::write(writer, (&raw const ready).cast(), 1);
         loop {
-            let signal = wait_for(&awaited);
-            if let Ok(byte) = u8::try_from(signal)
-                && byte > 0
-                && libc::write(writer, (&raw const byte).cast(), 1) != 1
-            {
-                libc::_exit(0);
+            match source.next() {
+                Arrived::Signal(signal) => {
+                    if let Ok(byte) = u8::try_from(signal)
+                        && libc::write(writer, (&raw const byte).cast(), 1) != 1
+                    {
+                        libc::_exit(0);
+                    }
+                }
+                Arrived::Nothing => {}
+                #[cfg(not(target_os = "linux"))]
+                Arrived::ParentGone => libc::_exit(0),
             }
         }
     }
 }
 
-/// Waits for one of the signals in `awaited`. Returns the number of the signal if the kernel generated it. Returns 0 if
-/// a process sent the signal, or if the call fails.
+/// What the watcher has waited for.
+enum Arrived {
+    /// A signal with this number.
+    Signal(i32),
+    /// A signal that a process sent, or an error.
+    Nothing,
+    /// The parent has exited.
+    #[cfg(not(target_os = "linux"))]
+    ParentGone,
+}
+
+/// Waits for the signals in [`AWAITED`] that the kernel generates (sigwaitinfo(2)).
 #[cfg(target_os = "linux")]
-unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
-    // SAFETY: a zeroed siginfo_t is valid, and the kernel fills it.
-    unsafe {
-        let mut info: libc::siginfo_t = std::mem::zeroed();
-        let signal = libc::sigwaitinfo(awaited, &raw mut info);
-        if signal > 0 && info.si_code > 0 { signal } else { 0 }
+struct Source(libc::sigset_t);
+
+#[cfg(target_os = "linux")]
+impl Source {
+    fn new(_parent: Pid, _writer: i32) -> Option<Self> {
+        // SAFETY: a zeroed set is valid memory for the calls.
+        unsafe {
+            let mut awaited = std::mem::zeroed();
+            libc::sigemptyset(&raw mut awaited);
+            for signal in AWAITED {
+                libc::sigaddset(&raw mut awaited, signal as i32);
+            }
+            Some(Self(awaited))
+        }
+    }
+
+    fn next(&self) -> Arrived {
+        // SAFETY: a zeroed siginfo_t is valid, and the kernel fills it.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let signal = libc::sigwaitinfo(&raw const self.0, &raw mut info);
+            if signal > 0 && info.si_code > 0 { Arrived::Signal(signal) } else { Arrived::Nothing }
+        }
     }
 }
 
-/// Waits for one of the signals in `awaited` and returns its number. Without sigwaitinfo(2), the signals of the
-/// terminal cannot be distinguished from others.
+/// Waits for the exit of the parent (kqueue(2)). Meanwhile, handlers report the signals in [`AWAITED`].
 #[cfg(not(target_os = "linux"))]
-unsafe fn wait_for(awaited: &libc::sigset_t) -> i32 {
-    let mut signal = 0;
-    // SAFETY: both pointers are to valid memory.
-    unsafe { libc::sigwait(awaited, &raw mut signal) };
-    signal
+struct Source(super::macos::kqueue::Kqueue);
+
+#[cfg(not(target_os = "linux"))]
+impl Source {
+    /// `None` if the parent has exited, or if no descriptor is free.
+    fn new(parent: Pid, writer: i32) -> Option<Self> {
+        let queue = super::macos::kqueue::Kqueue::new().ok()?;
+        queue.await_exit(parent).ok()?;
+        super::macos::reporting_handler::install(&AWAITED, parent, writer).ok()?;
+        Some(Self(queue))
+    }
+
+    fn next(&self) -> Arrived {
+        // A signal interrupts the wait, and its handler has reported it then.
+        if self.0.next(true).is_some() { Arrived::ParentGone } else { Arrived::Nothing }
+    }
 }

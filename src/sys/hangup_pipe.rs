@@ -85,7 +85,7 @@ impl HangupPipe {
         }
         #[cfg(not(target_os = "linux"))]
         {
-            let _ = signal;
+            let _ = (self, signal);
             Err(io::ErrorKind::Unsupported.into())
         }
     }
@@ -118,7 +118,10 @@ impl HangupPipe {
             Ok(open(path.as_str(), flags, nix::sys::stat::Mode::empty())?)
         }
         #[cfg(not(target_os = "linux"))]
-        Err(io::ErrorKind::Unsupported.into())
+        {
+            let _ = self;
+            Err(io::ErrorKind::Unsupported.into())
+        }
     }
 
     /// Sets the receiver of the signal: a process, the negative number of a group, or 0 for none.

@@ -1,18 +1,13 @@
 //! Locks on single bytes of a file. The holder of such a lock is an open file description (F_OFD_SETLK,
-//! fcntl_locking(2)). A child process inherits the lock together with the descriptor, through fork and exec. The kernel
-//! releases the lock when no process has the descriptor open any more, even if the last such process was killed.
+//! fcntl_locking(2); fcntl(2) of macOS). A child process inherits the lock together with the descriptor, through fork
+//! and exec. The kernel releases the lock when no process has the descriptor open any more, even if the last such
+//! process was killed.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-#[cfg(target_os = "linux")]
 use libc::{F_OFD_GETLK, F_OFD_SETLK};
-// These two commands are those of macOS 10.15 and later (sys/fcntl.h).
-#[cfg(not(target_os = "linux"))]
-const F_OFD_SETLK: i32 = 90;
-#[cfg(not(target_os = "linux"))]
-const F_OFD_GETLK: i32 = 92;
 
 /// Tries to lock `byte` of `file`, without waiting. Returns true if `file` now holds the lock, and false if another
 /// open file description holds it.
@@ -36,23 +31,24 @@ pub(crate) fn try_lock(file: &File, byte: u8) -> io::Result<bool> {
 /// Fails in the same cases as [`try_lock`].
 pub(crate) fn is_locked(file: &File, byte: u8) -> io::Result<bool> {
     let found = call(file, F_OFD_GETLK, byte)?;
-    #[expect(clippy::cast_possible_truncation, reason = "F_UNLCK is small; the field is 16 bits wide")]
-    let free = libc::F_UNLCK as libc::c_short;
-    Ok(found.l_type != free)
+    Ok(found.l_type != short(libc::F_UNLCK))
+}
+
+/// Returns a constant of fcntl(2) in the type of the fields of `struct flock`. Linux has these constants as `int`,
+/// macOS has some of them as `short`, and all of them are small.
+fn short<T>(constant: T) -> libc::c_short
+where
+    libc::c_short: TryFrom<T>,
+{
+    libc::c_short::try_from(constant).unwrap_or_default()
 }
 
 fn call(file: &File, command: i32, byte: u8) -> io::Result<libc::flock> {
     // SAFETY: a zeroed flock is valid. The kernel reads it and, for F_OFD_GETLK, writes it.
     unsafe {
         let mut lock: libc::flock = std::mem::zeroed();
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "F_WRLCK and SEEK_SET are small; the fields are 16 bits wide"
-        )]
-        {
-            lock.l_type = libc::F_WRLCK as libc::c_short;
-            lock.l_whence = libc::SEEK_SET as libc::c_short;
-        }
+        lock.l_type = short(libc::F_WRLCK);
+        lock.l_whence = short(libc::SEEK_SET);
         lock.l_start = libc::off_t::from(byte);
         lock.l_len = 1;
         match libc::fcntl(file.as_raw_fd(), command, &raw mut lock) {

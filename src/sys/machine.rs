@@ -1,17 +1,45 @@
-//! Identifies the machine, so that `tf` notices if a copy of its disk runs on another machine. Only values that the
-//! hardware or the hypervisor reports are used, and no value that is stored on the disk. A value that the current user
-//! cannot read is left out.
+//! Identifies the machine and its boot.
+//!
+//! [`identities`] are for a copy of the machine's disk on another machine. They are values that the hardware or the
+//! hypervisor reports, and no value that is stored on the disk. A value that the current user cannot read is left out.
 
 use std::collections::BTreeMap;
+#[cfg(any(target_os = "linux", test))]
 use std::fs;
+#[cfg(any(target_os = "linux", test))]
 use std::path::Path;
 
-/// Returns the identities of this machine, by kind. A kind that cannot be read is left out. Empty on systems without
-/// /sys.
-pub(crate) fn identities() -> BTreeMap<&'static str, Vec<String>> {
-    identities_below(Path::new("/"))
+use super::plain_host;
+
+/// Returns this machine's ID, 32 hexadecimal digits: machine-id(5), or on macOS its hardware UUID. `None` in many
+/// containers.
+pub(crate) fn id() -> Option<String> {
+    #[cfg(target_os = "linux")]
+    let id = line(Path::new("/etc/machine-id"));
+    #[cfg(not(target_os = "linux"))]
+    let id = super::macos::host::machine_id();
+    let is_id = |id: &String| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    id.filter(is_id).or_else(plain_host::machine_id)
 }
 
+/// Returns the ID of this boot: `/proc/sys/kernel/random/boot_id`, or `kern.bootsessionuuid` on macOS. `None` if it
+/// cannot be read.
+pub(crate) fn boot_id() -> Option<String> {
+    #[cfg(target_os = "linux")]
+    return line(Path::new("/proc/sys/kernel/random/boot_id"));
+    #[cfg(not(target_os = "linux"))]
+    super::macos::host::boot_id()
+}
+
+/// Returns the identities of this machine, by kind. A kind that cannot be read is left out.
+pub(crate) fn identities() -> BTreeMap<&'static str, Vec<String>> {
+    #[cfg(target_os = "linux")]
+    return identities_below(Path::new("/"));
+    #[cfg(not(target_os = "linux"))]
+    BTreeMap::from([("network", super::macos::host::network_addresses())])
+}
+
+#[cfg(any(target_os = "linux", test))]
 fn identities_below(root: &Path) -> BTreeMap<&'static str, Vec<String>> {
     /// The kinds and their files. The first three are from DMI. Only root can read most of DMI, but every user can read
     /// the board's asset tag, which on EC2 is the instance ID. The fourth is from Xen. The last one is the instance ID
@@ -29,6 +57,7 @@ fn identities_below(root: &Path) -> BTreeMap<&'static str, Vec<String>> {
     files.chain((!network.is_empty()).then_some(("network", network))).collect()
 }
 
+#[cfg(any(target_os = "linux", test))]
 fn line(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.trim();
@@ -38,6 +67,7 @@ fn line(path: &Path) -> Option<String> {
 /// Returns the permanent addresses of the network interfaces that have a device, sorted. Addresses that the kernel
 /// generated at random and addresses that were set are left out (Documentation/ABI/testing/sysfs-class-net,
 /// `addr_assign_type`).
+#[cfg(any(target_os = "linux", test))]
 fn network_addresses(interfaces: &Path) -> Vec<String> {
     let entries = fs::read_dir(interfaces).into_iter().flatten().flatten();
     let mut addresses: Vec<String> = entries

@@ -16,9 +16,12 @@ pub(crate) mod filesystem;
 pub(crate) mod group_signal_watcher;
 pub(crate) mod hangup_pipe;
 pub(crate) mod host_facts;
+pub(crate) mod idle_sleep;
 pub(crate) mod locale;
 pub(crate) mod lock_file;
 pub(crate) mod machine;
+#[cfg(any(target_os = "macos", test))]
+pub(crate) mod macos;
 pub(crate) mod memory;
 pub(crate) mod ownership;
 pub(crate) mod packet_socket;

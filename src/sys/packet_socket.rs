@@ -25,7 +25,10 @@ pub(crate) enum Packet {
 
 /// A buffer for the control message of one descriptor, aligned as cmsghdr requires.
 #[repr(C, align(8))]
-struct Control([u8; 64]);
+struct Control([u8; CONTROL_BYTES as usize]);
+
+/// The type of a message's length differs between systems, and each of them can hold this number.
+const CONTROL_BYTES: u8 = 64;
 
 impl PacketSocket {
     /// Creates two connected ends, which are closed on exec.
@@ -69,7 +72,7 @@ impl PacketSocket {
     fn send_message(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
         debug_assert!(!bytes.is_empty());
         let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        let mut control = Control([0; 64]);
+        let mut control = Control([0; CONTROL_BYTES as usize]);
         // SAFETY: `message` refers to `part`, `bytes` and `control`, which exist until sendmsg returns. `control` has
         // room and alignment for the one header that is written into it.
         let sent = unsafe {
@@ -113,7 +116,7 @@ impl PacketSocket {
 
     fn receive_once(&self, buffer: &mut [u8]) -> io::Result<Packet> {
         let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-        let mut control = Control([0; 64]);
+        let mut control = Control([0; CONTROL_BYTES as usize]);
         #[cfg(target_os = "linux")]
         let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
         #[cfg(not(target_os = "linux"))]
@@ -125,7 +128,7 @@ impl PacketSocket {
             message.msg_iov = &raw mut part;
             message.msg_iovlen = 1;
             message.msg_control = control.0.as_mut_ptr().cast();
-            message.msg_controllen = size_of::<Control>() as _;
+            message.msg_controllen = CONTROL_BYTES.into();
             let received = libc::recvmsg(self.0.as_raw_fd(), &raw mut message, flags);
             let Ok(length) = usize::try_from(received) else { return Err(io::Error::last_os_error()) };
             let mut descriptors = Vec::new();

@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::time::sleep;
 
-use super::process::{self, Process};
+use super::process::{Process, ProcessHandle};
 use super::terminal::{Modes, Terminal};
 use super::wait;
 use super::{descriptor, session};
@@ -257,7 +257,7 @@ impl Drop for Running {
 /// because a stopped process starts no other process. It does not exit either, so its children are not reparented.
 fn kill_with_descendants(root: Pid) {
     let _ = kill(root, Signal::SIGSTOP);
-    let mut stopped: Vec<(Process, OwnedFd)> = Vec::new();
+    let mut stopped: Vec<(Process, ProcessHandle)> = Vec::new();
     loop {
         let known = |process: &Process| stopped.iter().any(|(other, _)| other.pid == process.pid);
         let new: Vec<Process> =
@@ -266,11 +266,11 @@ fn kill_with_descendants(root: Pid) {
             break;
         }
         for process in new {
-            let Ok(handle) = process::open_pidfd(process.pid) else { continue };
+            let Ok(handle) = ProcessHandle::open(process.pid) else { continue };
             // Before the descriptor was opened, the pid may have been reused for another process.
             let same = |now: &Process| now.parent == process.parent && now.start == process.start;
             if Process::look_up(process.pid).as_ref().is_some_and(same) {
-                let _ = process::signal(&handle, Signal::SIGSTOP);
+                let _ = handle.signal(Signal::SIGSTOP);
                 stopped.push((process, handle));
             }
         }
@@ -279,7 +279,7 @@ fn kill_with_descendants(root: Pid) {
         }
     }
     for (_, handle) in &stopped {
-        let _ = process::signal(handle, Signal::SIGKILL);
+        let _ = handle.signal(Signal::SIGKILL);
     }
     let _ = kill(root, Signal::SIGKILL);
 }

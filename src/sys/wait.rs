@@ -18,6 +18,15 @@ pub(crate) enum Ended {
     Killed(Signal),
 }
 
+/// Returns how a process ended, by its exit status in the form of wait(2).
+pub(crate) fn ended_with(status: i32) -> Ended {
+    if libc::WIFSIGNALED(status) {
+        Ended::Killed(Signal::try_from(libc::WTERMSIG(status)).unwrap_or(Signal::SIGKILL))
+    } else {
+        Ended::Exited(libc::WEXITSTATUS(status))
+    }
+}
+
 /// Returns how `child` ended, and leaves it a zombie. `None` while it is running, or if it is not a child of this
 /// process.
 pub(crate) fn ended(child: Pid) -> Option<Ended> {

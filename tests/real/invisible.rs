@@ -389,6 +389,7 @@ fn a_setting_that_cannot_be_read_is_refused_before_terraform_starts() {
         ("TFW_STOP_TIMEOUT", "soon"),
         ("TFW_RELEASE", "perhaps"),
         ("TFW_TTY", "mine"),
+        ("TFW_AWAKE", "no"),
         ("TFW_LEASE", "5"),
         ("TFW_LEASE", "1s"),
         ("TFW_LEASE", "2h"),

@@ -1,8 +1,8 @@
 //! Signal handlers that write into a pipe, for systems without signalfd.
 //!
 //! Handlers are weaker than a signalfd in two ways. First, between a fork and the child's exec, a handler could still
-//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, a signal whose sender the
-//! kernel does not report (pid 0) is attributed to the kernel.
+//! run in the child, so every signal must be blocked around the fork (`sys::spawn`). Second, macOS reports as the
+//! sender of a key's signal the process that has typed the key into the terminal ([`super::origin`]).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
-use super::{Arrival, SignalOrigin};
+use super::{Arrival, origin};
 use crate::sys::descriptor;
 
 /// The pipe into which the handlers write.
@@ -39,7 +39,7 @@ impl SignalSource {
                 // SAFETY: the kernel has filled `info` for a signal, and `number` remains open as long as the program
                 // runs.
                 unsafe {
-                    let kernel = info.si_code > 0 || info.si_pid() == 0;
+                    let kernel = info.si_code > 0;
                     let mut bytes = [u8::try_from(signal_number).unwrap_or(0), u8::from(kernel), 0, 0, 0, 0];
                     bytes[2..].copy_from_slice(&info.si_pid().to_ne_bytes());
                     libc::write(number, bytes.as_ptr().cast(), bytes.len());
@@ -62,8 +62,9 @@ impl SignalSource {
         }
         let [number, kernel, pid @ ..] = bytes;
         let signal = Signal::try_from(i32::from(number)).ok()?;
-        let origin = if kernel == 1 { SignalOrigin::Kernel } else { SignalOrigin::Process };
-        Some(Arrival { signal, origin, sender: super::sender(origin, i32::from_ne_bytes(pid)) })
+        let pid = i32::from_ne_bytes(pid);
+        let origin = origin::of(signal, kernel == 1, pid);
+        Some(Arrival { signal, origin, sender: super::sender(origin, pid) })
     }
 }
 

@@ -6,6 +6,8 @@
 //! INT and TERM, because terraform catches both even if they were ignored (Go's `signal.Notify` does so). A HUP that
 //! was ignored must have no effect (`nohup`). On other systems, signal handlers write into a pipe.
 
+#[cfg(any(not(target_os = "linux"), tf_portable, test))]
+mod origin;
 #[cfg(any(not(target_os = "linux"), tf_portable))]
 #[path = "handlers.rs"]
 mod source;
