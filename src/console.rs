@@ -112,6 +112,9 @@ pub(crate) fn ellipsis() -> &'static str {
 /// escaped. In a locale without UTF-8, all characters that are not ASCII are escaped too.
 pub(crate) fn visible(text: &str) -> String {
     const MAX_SHOWN_CHARACTERS: usize = 200;
+    if text.len() <= MAX_SHOWN_CHARACTERS {
+        return visible_whole(text);
+    }
     match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
         Some((end, _)) => visible_whole(&text[..end]) + ellipsis(),
         None => visible_whole(text),
@@ -121,6 +124,10 @@ pub(crate) fn visible(text: &str) -> String {
 /// Makes untrusted text safe for a terminal as [`visible`] does, but does not truncate it, because a person must be
 /// able to type the whole text.
 pub(crate) fn visible_whole(text: &str) -> String {
+    // Almost every text is of this kind.
+    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return text.to_owned();
+    }
     let ascii_only = !locale::is_utf8();
     let mut shown = String::new();
     for character in text.chars() {

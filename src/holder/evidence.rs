@@ -170,6 +170,11 @@ pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     Judgement { verdict, reason, evidence, is_settled }
 }
 
+/// Returns whether [`judge`] may look at the processes of this host: only if the lock's `Who` has the name of this host.
+pub(crate) fn depends_on_processes(lock: &LockInfo, seen: &Seen) -> bool {
+    host_of(&lock.who) == host_of(&seen.who)
+}
+
 /// What this host shows about a holder, without a proof.
 struct Likelihood {
     verdict: Verdict,
@@ -511,6 +516,24 @@ mod tests {
             let verdict = judge(&lock(&who, MADE), &Seen { who: who.clone(), ..seen() }).verdict;
             assert_eq!(verdict, Verdict::LikelyDead, "{who:?}");
         }
+    }
+
+    #[test]
+    fn the_processes_count_only_for_a_lock_that_depends_on_them() {
+        let process = PossibleHolder { pid: 7, program: "terraform".into(), started: None };
+        let claims = claims().into_iter().map(|(claim, _)| Some(claim)).chain([None]);
+        let mut counted = 0;
+        for (claim, who, ours) in claims.flat_map(|claim| {
+            let hosts = ["anna@vm", "bert@vm", "anna@ci-7", "anna@localhost", "anna", ""];
+            hosts.into_iter().flat_map(move |who| hosts.map(|ours| (claim.clone(), who, ours)))
+        }) {
+            let without = Seen { claim, who: ours.into(), ..seen() };
+            let with = Seen { terraforms: vec![process.clone()], ..without.clone() };
+            let differs = judge(&lock(who, MADE), &with) != judge(&lock(who, MADE), &without);
+            assert!(!differs || depends_on_processes(&lock(who, MADE), &without), "{who:?} {without:?}");
+            counted += usize::from(differs);
+        }
+        assert!(counted > 0);
     }
 
     /// What the journal proves does not depend on the host name.

@@ -4,12 +4,13 @@
 //! Collect these facts *after* the locks are read. In the other order, a new process could take a lock in between, and
 //! the facts would not contain that process.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 
 use jiff::Timestamp;
 use nix::unistd::Pid;
 
-use super::evidence::{Claim, Judgement, PossibleHolder, Seen, judge};
+use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, judge};
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{FoundRun, Journal, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
@@ -39,11 +40,15 @@ pub(crate) struct HostView {
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
     /// The pending requests. The key is the ID of the requested lock.
     late: HashMap<String, (Run, RecordedLock)>,
+    /// What is the same for all locks, without the processes.
     seen: Seen,
+    /// The running processes that may be a terraform. They are listed for the first lock whose verdict depends on them,
+    /// because a list of all processes takes longer than all else here, and most locks of a table belong to other hosts.
+    terraforms: OnceCell<Vec<PossibleHolder>>,
 }
 
 impl HostView {
-    /// Reads the journals, the pending requests, the list of processes and the boot time.
+    /// Reads the journals, the pending requests and the boot time. The processes are listed later, if at all.
     pub(crate) fn look() -> Self {
         let mut recorded = HashMap::new();
         let mut late = HashMap::new();
@@ -73,23 +78,29 @@ impl HostView {
             who: lock_info::who(),
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
             is_plain: plain_host::is_plain(),
-            terraforms: terraforms(),
+            terraforms: Vec::new(),
             boot_time: process::boot_time(),
         };
-        Self { recorded, late, seen }
+        Self { recorded, late, seen, terraforms: OnceCell::new() }
     }
 
     /// Leaves out the process `tf` and its descendants. A run that waits for a lock does not hold it.
     pub(crate) fn without_run_of(mut self, tf: Pid) -> Self {
+        let mut terraforms = self.terraforms.take().unwrap_or_else(terraforms);
         let own: Vec<i32> = Process::below(tf).iter().map(|process| process.pid.as_raw()).collect();
-        self.seen.terraforms.retain(|process| process.pid != tf.as_raw() && !own.contains(&process.pid));
+        terraforms.retain(|process| process.pid != tf.as_raw() && !own.contains(&process.pid));
+        self.terraforms = OnceCell::from(terraforms);
         self
     }
 
     /// Judges the holder of `lock`, which must have been read before this `HostView` was made. `lease` is the lease
     /// record that was read with the lock. `None` if there is none.
     pub(crate) fn judge(&self, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
-        judge(lock, &Seen { claim: self.claim(lock), lease: lease.cloned(), ..self.seen.clone() })
+        let mut seen = Seen { claim: self.claim(lock), lease: lease.cloned(), ..self.seen.clone() };
+        if depends_on_processes(lock, &seen) {
+            seen.terraforms.clone_from(self.terraforms.get_or_init(terraforms));
+        }
+        judge(lock, &seen)
     }
 
     /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
@@ -207,7 +218,12 @@ mod tests {
             lock.progress.held = is_held.then_some(record.started);
             (ID.to_owned(), (record.proof(), lock))
         });
-        HostView { recorded: recorded.into_iter().collect(), late: late.into_iter().collect(), seen: Seen::default() }
+        HostView {
+            recorded: recorded.into_iter().collect(),
+            late: late.into_iter().collect(),
+            seen: Seen::default(),
+            terraforms: OnceCell::new(),
+        }
     }
 
     #[test]

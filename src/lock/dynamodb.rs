@@ -16,6 +16,8 @@ use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint}
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 use jiff::Timestamp;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::attempts::Attempts;
@@ -71,10 +73,39 @@ impl Intercept for AnswersOnly {
 const SERVICE: &str = "DynamoDB";
 
 /// Whether `body` can be the body of a successful response: a JSON object in which the name of every member begins with
-/// a capital letter, as in all responses (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference).
+/// a capital letter, as in all responses (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference). The values
+/// are not stored: the body of a scan has 1 MB, and the SDK has stored them once.
 fn is_an_answer(body: &[u8]) -> bool {
-    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body)
-        .is_ok_and(|members| members.keys().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase())))
+    serde_json::from_slice::<MemberNames>(body).is_ok_and(|MemberNames(names)| {
+        names.iter().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase()))
+    })
+}
+
+/// The names of the members of a JSON object.
+struct MemberNames(Vec<String>);
+
+impl<'de> Deserialize<'de> for MemberNames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Names;
+
+        impl<'de> Visitor<'de> for Names {
+            type Value = MemberNames;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a JSON object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<MemberNames, M::Error> {
+                let mut names = Vec::new();
+                while let Some((name, IgnoredAny)) = map.next_entry()? {
+                    names.push(name);
+                }
+                Ok(MemberNames(names))
+            }
+        }
+
+        deserializer.deserialize_map(Names)
+    }
 }
 
 /// The `Info` attribute of an item, exactly as it was read. A delete of the item has the condition that this attribute
@@ -510,10 +541,13 @@ impl ScannedItem {
             Some(AttributeValue::S(text)) => text,
             _ => String::new(),
         };
-        let mut item = Item(attributes);
-        let lock = LockInfo::parse(item.info().text());
+        let info = InfoAttribute::of(attributes.remove("Info"));
+        let item = Item(attributes);
+        // Most locks have no record, and then the text need not be parsed here.
+        let has_record = item.0.contains_key(FIELD);
+        let lock = if has_record { LockInfo::parse(info.text()) } else { None };
         let record = lock.and_then(|lock| item.record(&lock.id));
-        Self { key, info: InfoAttribute::of(item.0.remove("Info")), record }
+        Self { key, info, record }
     }
 }
 

@@ -34,26 +34,21 @@ impl LockInfo {
     /// counts, and `null` leaves a field empty. `None` if the text is not a lock. Also `None` if the lock has no ID:
     /// terraform writes no such lock, and no command could select it.
     pub(crate) fn parse(json: &str) -> Option<Self> {
-        let Fields(fields) = serde_json::from_str(json).ok()?;
-        let mut lock = Self::default();
-        for (name, value) in fields {
-            let names = [
-                ("ID", &mut lock.id),
-                ("Operation", &mut lock.operation),
-                ("Who", &mut lock.who),
-                ("Version", &mut lock.version),
-                ("Created", &mut lock.created),
-                ("Path", &mut lock.path),
-            ];
-            if let Some((_, field)) = names.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(&name)) {
-                match value {
-                    serde_json::Value::String(text) => *field = text,
-                    serde_json::Value::Null => {}
-                    _ => return None,
-                }
-            }
-        }
+        let Parsed(lock) = serde_json::from_str(json).ok()?;
         (!lock.id.is_empty()).then_some(lock)
+    }
+
+    /// Returns the field with this name in JSON. `None` if there is no such field.
+    fn field(&mut self, name: &str) -> Option<&mut String> {
+        let names = [
+            ("ID", &mut self.id),
+            ("Operation", &mut self.operation),
+            ("Who", &mut self.who),
+            ("Version", &mut self.version),
+            ("Created", &mut self.created),
+            ("Path", &mut self.path),
+        ];
+        names.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, field)| field)
     }
 
     /// Parses the existing lock from the error message of a terraform that could not acquire it (statemgr.LockError,
@@ -87,27 +82,34 @@ impl LockInfo {
     }
 }
 
-/// The fields of a JSON object in the order of the text, with every duplicate. A `serde_json::Map` sorts them, so it
+/// A lock whose fields were read in the order of the text, with every duplicate. A `serde_json::Map` sorts them, so it
 /// does not show which of `id` and `ID` is the last one.
-struct Fields(Vec<(String, serde_json::Value)>);
+struct Parsed(LockInfo);
 
-impl<'de> Deserialize<'de> for Fields {
+impl<'de> Deserialize<'de> for Parsed {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InOrder;
 
         impl<'de> serde::de::Visitor<'de> for InOrder {
-            type Value = Fields;
+            type Value = Parsed;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 formatter.write_str("a JSON object")
             }
 
-            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Fields, M::Error> {
-                let mut fields = Vec::new();
-                while let Some(field) = map.next_entry()? {
-                    fields.push(field);
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Parsed, M::Error> {
+                let mut lock = LockInfo::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    match lock.field(&name) {
+                        Some(field) => {
+                            if let Some(text) = map.next_value::<Option<String>>()? {
+                                *field = text;
+                            }
+                        }
+                        None => drop(map.next_value::<serde_json::Value>()?),
+                    }
                 }
-                Ok(Fields(fields))
+                Ok(Parsed(lock))
             }
         }
 
