@@ -680,6 +680,7 @@ mod tests {
             NotBelieved::AnotherLock,
             NotBelieved::Length,
             NotBelieved::Future,
+            NotBelieved::Past,
         ];
         let not_believed =
             not_believed.map(|reason| ("nothing", ObservedLease { record: Err(reason), ..stop(0, None) }));

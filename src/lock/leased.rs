@@ -396,11 +396,14 @@ mod tests {
 
     use super::*;
     use crate::lease::record::{Fence, Member, Renewal};
+    const BEGIN: i64 = 1_790_000_000;
+
+    /// Returns a record that was renewed `renewed` seconds after [`BEGIN`].
     use crate::lease::terms::Terms;
 
     fn record(lock: &str, (renewed, beat): (i64, u64), keeper: u64) -> Record {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
-        let mut record = Record::new(lock, terms, Renewal { renewed, beat }, Fence::Stop);
+        let mut record = Record::new(lock, terms, Renewal { renewed: BEGIN + renewed, beat }, Fence::Stop);
         record.keeper = keeper;
         record
     }
@@ -448,7 +451,7 @@ mod tests {
     #[test]
     fn a_record_is_only_written_where_it_replaces_an_older_one_of_the_same_lock() {
         let ours = record("a", (10, 5), 1);
-        let claim = Claim { by: "o@h".into(), at: 20, number: 7 };
+        let claim = Claim { by: "o@h".into(), at: BEGIN + 20, number: 7 };
         for (now, expected) in [
             (None, RenewStep::IsLost),
             (Some(lock("<html>", Member::None)), RenewStep::NoLock),
@@ -474,9 +477,9 @@ mod tests {
     #[test]
     fn a_claim_is_ours_only_if_a_read_shows_it() {
         let read = with("a", &record("a", (10, 5), 1));
-        let claim = Claim { by: "o@h".into(), at: 20, number: 7 };
+        let claim = Claim { by: "o@h".into(), at: BEGIN + 20, number: 7 };
         let other = Claim { number: 8, ..claim.clone() };
-        let earlier = Claim { at: 19, ..claim.clone() };
+        let earlier = Claim { at: BEGIN + 19, ..claim.clone() };
         for (now, expected) in [
             (None, Some(AfterClaim::Gone)),
             (Some(lock("<html>", Member::None)), None),

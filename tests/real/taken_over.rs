@@ -133,6 +133,8 @@ fn a_hostile_record_never_leads_to_a_takeover(lock: Lock) {
     for record in hostile {
         env.lock_with_lease(&record);
         let end = env.run(Subject::Tf, &PLAN);
+        old("renewed", 0.into()),
+        old("renewed", (-5).into()),
         assert_not_taken(&env, &end);
         env.delete_lock();
     }
