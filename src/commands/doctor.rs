@@ -30,7 +30,7 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::terraform::version::LogDetail;
-use crate::terraform::{binary, configuration, lock_info};
+use crate::terraform::{binary, configuration};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor
@@ -338,7 +338,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let read = stores.read(&stores.object(bucket, &lock_key)).await;
         lock_place(findings, directory, &read, &stores.object(bucket, &lock_key));
         permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read.map(drop), stores);
-        let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
+        let probe_key = probe::test_key(key);
         let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
             // The trial deletes another key than the lock's. If a policy permits only the lock's key, the trial is
