@@ -132,10 +132,18 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
         Some(Loss::Another { who, created }) => {
             format!("the lock is held by another run now: {}, since {}", visible(who), visible(created))
         }
-        Some(Loss::Gone) | None => "the lock of this run is gone: another host has released it".to_owned(),
+        Some(Loss::Gone) | None => "the lock of this run is gone: somebody has released or deleted it".to_owned(),
     };
     let state = if has_run_on {
-        "another process has continued terraform, so it may have written its state over the state of the other run"
+        match loss {
+            Some(Loss::Claimed(_) | Loss::Another { .. }) => {
+                "another process has continued terraform, so it may have written its state over the state of the other \
+                 run"
+            }
+            Some(Loss::Gone) | None => {
+                "another process has continued terraform, so it may have written its state without a lock"
+            }
+        }
     } else {
         "terraform was killed before it could write, so what it has changed since its last write is not in the state"
     };
@@ -428,7 +436,8 @@ pub(crate) fn takeover(progress: Progress<'_>) -> String {
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
                 Reason::Obstacle(_) => {
-                    "tf does not release it, because that host cannot stop terraform in every case, so it may still be running"
+                    "tf does not release it, because its lease does not promise that terraform was stopped: that host \
+                     cannot stop terraform in every case, or its tf has kept the lock on purpose"
                         .to_owned()
                 }
                 Reason::GlobalTable(reason) => visible_lines(reason),

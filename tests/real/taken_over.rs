@@ -93,7 +93,7 @@ fn without_a_promise_or_consent_nothing_is_taken(lock: Lock) {
     none["fence"] = "none".into();
     let mut elsewhere = record(LONG_AGO, 300);
     elsewhere["region"] = "eu-west-1".into();
-    for (record, said) in [(none, "cannot stop terraform"), (elsewhere, "another AWS region")] {
+    for (record, said) in [(none, "or its tf has kept the lock on purpose"), (elsewhere, "another AWS region")] {
         env.lock_with_lease(&record);
         let end = env.run(Subject::Tf, &PLAN);
         assert_not_taken(&env, &end);
