@@ -27,7 +27,7 @@ _tf_exit() {
     if [ "${ZSH_SUBSHELL:-0}" -gt "${_tf_subshell:-0}" ]; then return "$_tf_status"; fi
     if [ -n "${_tf_shim-}" ] && [ -d "$_tf_shim" ]; then
         "$_tf_program" locks shim --remove "$_tf_shim" >/dev/null || :
-        rmdir -- "$_tf_shim" || :
+        if [ -d "$_tf_shim" ]; then rmdir -- "$_tf_shim" || :; fi
         "$_tf_program" locks recover >&2 || :
     fi
     return "$_tf_status"

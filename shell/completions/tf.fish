@@ -106,7 +106,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shell-init" -l no-alias -d 'Do not define the alias `terraform`; only complete `tf`'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shim" -l only -d 'Only this name, for a script that uses tofu whenever it finds tofu on PATH' -r -f -a "terraform\t''
 tofu\t''"
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shim" -l remove -d 'Remove the links again, but only links to this program'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from shim" -l remove -d 'Remove the links again, but only links to this program, and the directory if it is empty then'
 
 # The program that is asked. What `tf locks shell-init` prints says its path, where it is not on PATH.
 set -g __tf_program tf

@@ -146,10 +146,18 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
         Some(Loss::Another { who, created }) => {
             format!("the lock is held by another run now: {}, since {}", visible(who), visible(created))
         }
-        Some(Loss::Gone) | None => "the lock of this run is gone: another host has released it".to_owned(),
+        Some(Loss::Gone) | None => "the lock of this run is gone: somebody has released or deleted it".to_owned(),
     };
     let state = if has_run_on {
-        "another process has continued terraform, so it may have written its state over the state of the other run"
+        match loss {
+            Some(Loss::Claimed(_) | Loss::Another { .. }) => {
+                "another process has continued terraform, so it may have written its state over the state of the other \
+                 run"
+            }
+            Some(Loss::Gone) | None => {
+                "another process has continued terraform, so it may have written its state without a lock"
+            }
+        }
     } else {
         "terraform was killed before it could write, so what it has changed since its last write is not in the state"
     };
@@ -442,7 +450,8 @@ pub(crate) fn takeover(progress: Progress<'_>) -> String {
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
                 Reason::Obstacle(_) => {
-                    "tf does not release it, because that host cannot stop terraform in every case, so it may still be running"
+                    "tf does not release it, because its lease does not promise that terraform was stopped: that host \
+                     cannot stop terraform in every case, or its tf has kept the lock on purpose"
                         .to_owned()
                 }
                 Reason::GlobalTable(reason) => visible_lines(reason),
@@ -753,10 +762,12 @@ pub(crate) fn set_aside(path: &std::path::Path) -> String {
     )
 }
 
-/// Reports, after terraform has died, that the run had no journal.
-pub(crate) fn unprotected(why: &str) -> String {
+/// Reports, after terraform has died, that the run had no journal. `has_lease` is whether the run renewed a lease on
+/// its lock: any host may release the lock when that has lapsed.
+pub(crate) fn unprotected(why: &str, has_lease: bool) -> String {
+    let until = if has_lease { " before its lease had lapsed" } else { "" };
     format!(
-        "this run had no journal: {}\nif tf had been killed too, no later run would have released the lock",
+        "this run had no journal: {}\nif tf had been killed too, no later run would have released the lock{until}",
         visible(why)
     )
 }
@@ -858,13 +869,16 @@ pub(crate) struct Refusal<'a> {
     /// The lease record of the lock. `None` if it has none.
     pub(crate) lease: Option<&'a ObservedLease>,
     pub(crate) judgement: &'a Judgement,
+    /// After which time the same command, if it is repeated, releases the lock before terraform starts, because its
+    /// lease has lapsed by then. `None` if a repetition would be refused as well, or if that is not known.
+    pub(crate) is_released_after: Option<Duration>,
 }
 
 /// Reports that terraform's lock request was refused: who holds the lock, whether the holder is alive, and which
 /// command to type. `command` returns a `tf locks` command for the location of the lock. `finishing` is true if `tf` is
 /// about to clean up after the holder, a dead run; there is no command to type in that case.
 pub(crate) fn refused(
-    Refusal { info, lease, judgement }: &Refusal<'_>,
+    Refusal { info, lease, judgement, is_released_after }: &Refusal<'_>,
     now: Timestamp,
     command: impl Fn(&str) -> String,
     finishing: bool,
@@ -879,6 +893,12 @@ pub(crate) fn refused(
     let id = argument(&info.id);
     let next = match judgement.verdict {
         _ if finishing => return said,
+        Verdict::LikelyDead if is_released_after.is_some() => "to release it, run the command again".to_owned(),
+        Verdict::Alive if let Some(time) = is_released_after => format!(
+            "the holder has not renewed its lease in time; unless it does so now, the command releases the lock if you \
+             run it again in {}",
+            length_of_time(Duration::from_secs(time.as_secs() + 1))
+        ),
         Verdict::Alive => "wait until that run is over, or let terraform wait with -lock-timeout=10m".to_owned(),
         Verdict::Dead => format!("to release it, type: {} {id}", command("release")),
         Verdict::LikelyDead => {
@@ -901,7 +921,11 @@ pub(crate) enum Occasion {
 }
 
 /// Reports on one line who holds the lock for which terraform waits, with its CI job, and whether the holder is alive.
-pub(crate) fn waits(occasion: Occasion, Refusal { info, lease, judgement }: &Refusal<'_>, now: Timestamp) -> String {
+pub(crate) fn waits(
+    occasion: Occasion,
+    Refusal { info, lease, judgement, .. }: &Refusal<'_>,
+    now: Timestamp,
+) -> String {
     let begin = match occasion {
         Occasion::First => "terraform is waiting for a lock held by",
         Occasion::Changed => "the lock for which terraform is waiting is now held by",
@@ -1136,6 +1160,58 @@ mod tests {
             (Because::Never, true, "once no terraform is using this state, type: terraform force-unlock 1"),
         ] {
             assert_eq!(next_step(because, recorded, UNLOCK), expected, "{because:?} {recorded}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_command_that_releases_the_lock_and_not_a_longer_one() {
+        let info = LockInfo { id: "5e75cb05-d70c-4132-39e0-d2abba1b3077".into(), ..LockInfo::default() };
+        let said = |verdict, is_released_after| {
+            let judgement = Judgement { verdict, reason: String::new(), evidence: Vec::new(), is_settled: false };
+            let refusal = Refusal { info: &info, lease: None, judgement: &judgement, is_released_after };
+            let said = refused(&refusal, Timestamp::UNIX_EPOCH, |words| format!("tf locks {words}"), false);
+            said.lines().last().unwrap_or_default().to_owned()
+        };
+        let release = format!("tf locks release {}", info.id);
+        assert!(said(Verdict::LikelyDead, None).ends_with(&release));
+        assert_eq!(said(Verdict::LikelyDead, Some(Duration::ZERO)), "to release it, run the command again");
+        assert!(said(Verdict::Alive, None).starts_with("wait until that run is over"));
+        let soon = said(Verdict::Alive, Some(Duration::from_secs(19)));
+        assert!(soon.ends_with("the command releases the lock if you run it again in 20 s"), "{soon}");
+        // What this host knows about the holder counts more than the lease.
+        assert!(said(Verdict::Dead, Some(Duration::ZERO)).ends_with(&release));
+        assert!(said(Verdict::Unknown, Some(Duration::ZERO)).contains("tf locks show"));
+    }
+
+    #[test]
+    fn a_lost_lock_is_said_to_be_whose_it_is_or_that_nobody_knows_who_released_it() {
+        let claim = Claim { by: "ci@other".into(), at: 1_790_000_000, number: 7 };
+        let another = Loss::Another { who: "bert@vm".into(), created: "2026-11-26T12:00:00Z".into() };
+        for (loss, who) in [
+            (Some(Loss::Claimed(claim)), "ci@other has taken over the lock of this run"),
+            (Some(another), "the lock is held by another run now: bert@vm"),
+            (Some(Loss::Gone), "the lock of this run is gone: somebody has released or deleted it"),
+            (None, "the lock of this run is gone: somebody has released or deleted it"),
+        ] {
+            let has_another = !matches!(loss, Some(Loss::Gone) | None);
+            for has_run_on in [false, true] {
+                let said = lock_lost(loss.as_ref(), has_run_on, "terraform");
+                assert!(said.starts_with(who), "{said}");
+                assert_eq!(said.contains("the state of the other run"), has_run_on && has_another, "{said}");
+                assert_eq!(said.contains("was killed before it could write"), !has_run_on, "{said}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_journal_the_lock_of_a_run_with_a_lease_would_have_been_released_later() {
+        for (has_lease, end) in [(false, "released the lock"), (true, "released the lock before its lease had lapsed")]
+        {
+            let said = unprotected("No space left on device", has_lease);
+            assert!(
+                said.starts_with("this run had no journal: No space left on device\n") && said.ends_with(end),
+                "{said}"
+            );
         }
     }
 

@@ -41,6 +41,8 @@ pub(crate) struct TerminalReporter<'a> {
     pub(crate) unprotected: Option<&'a str>,
     /// The IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
     pub(crate) tried: &'a [String],
+    /// Whether `TFW_LEASE` is set.
+    pub(crate) wants_lease: bool,
 }
 
 impl Reporter for TerminalReporter<'_> {
@@ -168,7 +170,7 @@ impl Reporter for TerminalReporter<'_> {
         if run.died {
             self.name_errored_state();
             if let Some(why) = self.unprotected {
-                console::say(&messages::unprotected(why));
+                console::say(&messages::unprotected(why, self.wants_lease && run.non_s3.is_none()));
             }
         }
         result.messages.iter().for_each(|message| console::say(message));
@@ -275,7 +277,10 @@ impl TerminalReporter<'_> {
             // If `tf` tried to finish the run a moment ago and failed, it is not tried again now. The reason was
             // reported.
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
-            let refusal = Refusal { info: &info, lease: lease.as_ref(), judgement: &judgement };
+            let takes_over = self.wants_lease && self.after.context.release;
+            let lapses_after = lease.as_ref().and_then(|lease| lease.lapses_after(self.after.context.begun.elapsed()));
+            let is_released_after = lapses_after.filter(|_| takes_over);
+            let refusal = Refusal { info: &info, lease: lease.as_ref(), judgement: &judgement, is_released_after };
             console::say(&messages::refused(&refusal, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {

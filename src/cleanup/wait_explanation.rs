@@ -159,7 +159,8 @@ async fn explain(location: &LockLocation, asked: &str) -> Ended {
                 // The run of this process's parent waits for the lock, so it does not hold it.
                 let host = HostView::look().without_run_of(nix::unistd::getppid());
                 let judgement = host.judge(info, lease.as_ref());
-                let refusal = Refusal { info, lease: lease.as_ref(), judgement: &judgement };
+                let (lease, judgement) = (lease.as_ref(), &judgement);
+                let refusal = Refusal { info, lease, judgement, is_released_after: None };
                 console::say(&messages::waits(occasion, &refusal, Timestamp::now()));
                 said = Some(Said { id: info.id.clone(), waited });
             }

@@ -2,6 +2,7 @@
 
 use crate::console;
 use crate::terraform::errored_state;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::terraform::version::LogDetail;
-use crate::terraform::{binary, configuration, lock_info};
+use crate::terraform::{binary, configuration};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor
@@ -240,13 +241,13 @@ fn journal(findings: &mut Findings) {
         Err(error) => return findings.wrong("journal", &error.to_string(), Next::Do(next)),
     };
     let shown = visible(&state.join("").display().to_string());
-    match Journal::open(&state) {
-        Ok(_) => findings.ok("journal", &shown),
+    let file = match Journal::open(&state).and_then(|_| test_file(&state)) {
+        Ok(file) => file,
         Err(error) => return findings.wrong("journal", &format!("{shown}: {error}"), Next::Do(next)),
-    }
+    };
+    findings.ok("journal", &shown);
     // Two separately opened files of one process exclude each other as those of two processes do.
     let works = || -> std::io::Result<bool> {
-        let file = tempfile::NamedTempFile::new_in(state.join(""))?;
         let (holder, other) = (file.reopen()?, file.reopen()?);
         Ok(lock_file::try_lock(&holder, 0)? && !lock_file::try_lock(&other, 0)?)
     };
@@ -260,6 +261,22 @@ fn journal(findings: &mut Findings) {
         Err(error) => findings.wrong("file locks", &format!("{shown}: {error}"), Next::Do(next)),
     }
 }
+
+/// Creates a file in the directory of the journal, and writes as much into it as the records of a run need. The file is
+/// removed when it is dropped.
+///
+/// # Errors
+/// Fails if the file cannot be created or written, for example because the disk is full.
+fn test_file(state: &StateDirectory) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut file = tempfile::NamedTempFile::new_in(state.join(""))?;
+    file.write_all(&[b' '; RECORD_BYTES])?;
+    // Some file systems find out only now that there is no room.
+    file.as_file().sync_data()?;
+    Ok(file)
+}
+
+/// The room that the records of a run need, in bytes. A record has a few KiB, and the next one is written beside it.
+const RECORD_BYTES: usize = 16 << 10;
 
 /// Says whether this host can promise to stop terraform before its lease lapses. Says nothing if there is no lease.
 fn lease(findings: &mut Findings, settings: LeaseSettings) {
@@ -390,7 +407,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let read = stores.read(&stores.object(bucket, &lock_key)).await;
         lock_place(findings, directory, &read, &stores.object(bucket, &lock_key));
         permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read.map(drop), stores);
-        let probe_key = format!("{key}.{}{LOCK_FILE}", lock_info::new_id());
+        let probe_key = probe::test_key(key);
         let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
         match &answer {
             // The trial deletes another key than the lock's. If a policy permits only the lock's key, the trial is

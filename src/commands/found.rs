@@ -10,6 +10,7 @@ use crate::console::visible;
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lease::observed::ObservedLease;
 use crate::lock::leased::StoredPart;
+use crate::lock::probe;
 use crate::lock::stores::{StoreKey, StoredLock};
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
@@ -53,6 +54,11 @@ impl UnreadableLock {
     /// Returns whether the entry could not be read.
     pub(super) fn is_unread(&self) -> bool {
         self.stored.is_none()
+    }
+
+    /// Returns whether a test of the service has put the entry.
+    pub(super) fn is_test_object(&self) -> bool {
+        self.stored.as_ref().is_some_and(|stored| probe::is_test_object(&self.place, stored))
     }
 
     /// Returns where the entry is and what is wrong with it, for a message.
@@ -132,7 +138,8 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
     let mut unreadable: Vec<UnreadableLock> = Vec::new();
     for StoredPart { store_key, stored, lease } in parts {
         let Some(info) = stored.info() else {
-            let reason = why_unreadable(&stored);
+            let is_test_object = probe::is_test_object(&store_key, &stored);
+            let reason = if is_test_object { TEST_OBJECT.to_owned() } else { why_unreadable(&stored) };
             unreadable.push(UnreadableLock { reason, place: store_key, stored: Some(stored) });
             continue;
         };
@@ -187,6 +194,9 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
     let locks = locks.into_iter().map(|lock| ListedEntry::Lock(Box::new(lock)));
     locks.chain(unreadable.into_iter().map(ListedEntry::UnreadableLock)).collect()
 }
+
+/// Why an object is not a lock that a test of the service has put.
+const TEST_OBJECT: &str = "tf has put it to test the service";
 
 /// Returns why `stored` is not a lock.
 fn why_unreadable(stored: &StoredLock) -> String {

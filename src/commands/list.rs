@@ -71,7 +71,7 @@ impl List {
     async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
         let connection = place.reach().await?;
         let ScanTarget::Directory(directory) = &connection.target else {
-            return self.list_scanned(connection).await;
+            return self.list_scanned(connection, place).await;
         };
         let inventory = inventory::take(directory, &connection.stores, &Staleness::default()).await?;
         let mut entries = inventory.entries;
@@ -97,7 +97,7 @@ impl List {
         })
     }
 
-    async fn list_scanned(&self, connection: Connection) -> Result<Finding, Trouble> {
+    async fn list_scanned(&self, connection: Connection, place: &LocationArgs) -> Result<Finding, Trouble> {
         let mut output = Output::new(self.json, Widths::USUAL)?;
         let mut tally = Tally::default();
         let scanned = scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut tally).await?;
@@ -109,6 +109,7 @@ impl List {
         if tally.unread > 0 {
             console::say(&not_whole(tally.unread));
         }
+        note_test_objects(&scanned, place);
         Ok(match scanned.stopped {
             Some(signal) => Finding::Stopped(signal),
             None if tally.needs_attention() => Finding::Stale,
@@ -145,6 +146,7 @@ impl List {
             let complete = stopped.is_none() && error.is_none() && tally.unread == 0;
             if stopped.is_none() {
                 name.report(tally, error.as_deref(), self.json);
+                note_test_objects(&scanned, &target.place);
             }
             targets.push(TargetEnd { target: name, error, complete, scanned: scanned.items });
             if stopped.is_some() {
@@ -162,6 +164,13 @@ impl List {
             console::say(&fleet.total(total, failed));
         }
         Ok(fleet.finding(total, failed))
+    }
+}
+
+/// Says on stderr that a bucket has objects that a test of the service has put.
+fn note_test_objects(scanned: &Scanned, place: &LocationArgs) {
+    if let Some(note) = scanned.test_objects.describe(|words| place.command(words)) {
+        console::say(&note);
     }
 }
 

@@ -45,6 +45,8 @@ Exit codes: 0 released, 2 it would be released (--dry-run), 1 not released, or e
 const LIKELY: &str = "the holder is likely dead, but that is not proven. Release it?";
 /// The question before the deletion of an entry that is not a lock.
 const NO_LOCK: &str = "it is not a terraform lock, and every run is refused because of it. Delete it?";
+/// The question before the deletion of an object that a test of the service has put.
+const TEST_OBJECT: &str = "it is not a terraform lock, and tf removes such an object within seconds. Delete it?";
 
 /// How often a forced release claims a lock whose holder renews its lease at the same time.
 const CLAIM_ATTEMPTS: u32 = 5;
@@ -226,7 +228,8 @@ impl Release {
                 "not released: stdin is not a terminal, so tf cannot ask\nto release it, add --yes".into(),
             ));
         }
-        if !self.yes && !agreement::is_given(NO_LOCK) {
+        let question = if junk.iter().all(UnreadableLock::is_test_object) { TEST_OBJECT } else { NO_LOCK };
+        if !self.yes && !agreement::is_given(question) {
             console::say("not released");
             return Ok(Finding::Failed);
         }

@@ -25,11 +25,12 @@ use super::output::{Output, Shown};
 use super::staleness::Staleness;
 use super::targets::Speed;
 use crate::aws::failure::Failure;
+use crate::cleanup::messages;
 use crate::console::visible;
 use crate::holder::host::HostView;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
-use crate::lock::{dynamodb, s3};
+use crate::lock::{dynamodb, probe, s3};
 use crate::sys::signals::Signals;
 
 /// The share of a provisioned table's read capacity that a scan uses.
@@ -76,6 +77,38 @@ pub(super) struct Scanned {
     /// How long the table must not be read now, because the scan has used its capacity. `None` if the capacity is not
     /// limited.
     pub(super) owed: Option<Duration>,
+    /// The objects that a test of the service has put. They are neither locks nor in the place of a lock.
+    pub(super) test_objects: TestObjects,
+}
+
+/// The objects in a bucket that a test of the service has put ([`probe::is_test_object`]).
+#[derive(Clone, Debug, Default)]
+pub(super) struct TestObjects {
+    count: u64,
+    /// The first of them. `None` if there is none.
+    first: Option<StoreKey>,
+}
+
+impl TestObjects {
+    fn add(&mut self, found: Vec<StoreKey>) {
+        self.count += found.len() as u64;
+        self.first = self.first.take().or_else(|| found.into_iter().next());
+    }
+
+    /// Returns the line about the objects, with the command that removes the first one. `command` returns a `tf locks`
+    /// command for the bucket. `None` if there is no object.
+    pub(super) fn describe(&self, command: impl FnOnce(&str) -> String) -> Option<String> {
+        let path = console::argument(&self.first.as_ref()?.path());
+        let (what, which) = match self.count {
+            1 => ("1 object in the bucket is".to_owned(), "it"),
+            count => (format!("{count} objects in the bucket are"), "the first of them"),
+        };
+        let remove = command(messages::RELEASE_NO_LOCK);
+        Some(format!(
+            "{what} not a lock: tf puts such an object to test the service, and removes it within seconds\n\
+             if it stays there, nobody needs it; to remove {which}, type: {remove} {path}"
+        ))
+    }
 }
 
 /// How a table is divided into segments, and how fast it is read.
@@ -102,6 +135,8 @@ impl ScanPlan {
 struct ListedPage {
     entries: Vec<ListedEntry>,
     scanned: u64,
+    /// As [`Scanned::test_objects`].
+    test_objects: Vec<StoreKey>,
     /// Whether this is the last page of its segment.
     is_last: bool,
     /// As [`Scanned::owed`]. Only the last page of a segment has it.
@@ -110,7 +145,7 @@ struct ListedPage {
 
 impl ListedPage {
     /// The page that marks the end of a segment.
-    const END: Self = Self { entries: Vec::new(), scanned: 0, is_last: true, owed: None };
+    const END: Self = Self { entries: Vec::new(), scanned: 0, test_objects: Vec::new(), is_last: true, owed: None };
 }
 
 type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
@@ -163,7 +198,7 @@ impl Scan {
                 }
             };
             let Some((segment, page)) = page else { break };
-            let ListedPage { entries, scanned: more, is_last, owed } = match page {
+            let ListedPage { entries, scanned: more, test_objects, is_last, owed } = match page {
                 Ok(page) => page,
                 Err(trouble) => {
                     scanned.failed = Some(trouble);
@@ -171,6 +206,7 @@ impl Scan {
                 }
             };
             scanned.items += more;
+            scanned.test_objects.add(test_objects);
             scanned.owed = scanned.owed.max(owed);
             let mut shown = Vec::new();
             for entry in &entries {
@@ -392,7 +428,12 @@ impl SegmentReader {
             if pages
                 .send((
                     number,
-                    entries.map(|entries| ListedPage { entries, scanned: page.scanned, is_last: false, owed: None }),
+                    entries.map(|entries| ListedPage {
+                        entries,
+                        scanned: page.scanned,
+                        is_last: false,
+                        ..ListedPage::END
+                    }),
                 ))
                 .await
                 .is_err()
@@ -438,18 +479,18 @@ impl SegmentReader {
             let store_keys: Vec<StoreKey> =
                 page.iter().filter(|key| key.ends_with(LOCK_FILE)).map(|key| stores.object(&bucket, key)).collect();
             let (stores_here, failed) = (&stores, &failed);
-            let found: Vec<Result<Vec<ListedEntry>, Trouble>> = stream::iter(store_keys)
+            let found: Vec<Result<ReadObject, Trouble>> = stream::iter(store_keys)
                 .map(|store_key| async move {
                     match stores_here.read_part(&store_key).await {
-                        Ok(None) => Ok(Vec::new()),
-                        Ok(Some(found)) => Ok(pair(Wanted::default(), vec![found], None)),
+                        Ok(None) => Ok(ReadObject::Entries(Vec::new())),
+                        Ok(Some(found)) if probe::is_test_object(&found.store_key, &found.stored) => {
+                            Ok(ReadObject::Test(found.store_key))
+                        }
+                        Ok(Some(found)) => Ok(ReadObject::Entries(pair(Wanted::default(), vec![found], None))),
                         Err(failure) if failure.is_final() => {
                             let reason = visible(&failure.to_string());
-                            Ok(vec![ListedEntry::UnreadableLock(UnreadableLock {
-                                place: store_key,
-                                reason,
-                                stored: None,
-                            })])
+                            let unread = UnreadableLock { place: store_key, reason, stored: None };
+                            Ok(ReadObject::Entries(vec![ListedEntry::UnreadableLock(unread)]))
                         }
                         Err(failure) => Err(failed(failure, stores_here)),
                     }
@@ -457,11 +498,24 @@ impl SegmentReader {
                 .buffered(AT_ONCE)
                 .collect()
                 .await;
-            let found: Result<Vec<Vec<ListedEntry>>, Trouble> = found.into_iter().collect();
+            let found: Result<Vec<ReadObject>, Trouble> = found.into_iter().collect();
             let page = match found {
                 Ok(found) => {
-                    let (entries, _) = judged(found.into_iter().flatten().collect(), &stores, staleness).await;
-                    entries.map(|entries| ListedPage { entries, scanned, is_last: false, owed: None })
+                    let (mut entries, mut test_objects) = (Vec::new(), Vec::new());
+                    for object in found {
+                        match object {
+                            ReadObject::Entries(read) => entries.extend(read),
+                            ReadObject::Test(place) => test_objects.push(place),
+                        }
+                    }
+                    let (entries, _) = judged(entries, &stores, staleness).await;
+                    entries.map(|entries| ListedPage {
+                        entries,
+                        scanned,
+                        test_objects,
+                        is_last: false,
+                        ..ListedPage::END
+                    })
                 }
                 Err(trouble) => Err(trouble),
             };
@@ -471,6 +525,14 @@ impl SegmentReader {
         }
         let _ = pages.send((number, Ok(ListedPage::END))).await;
     }
+}
+
+/// What was read at the key of a lock object.
+enum ReadObject {
+    /// A lock, or what is not a lock or could not be read. Empty if there is no object by now.
+    Entries(Vec<ListedEntry>),
+    /// The object of a test at this place.
+    Test(StoreKey),
 }
 
 /// Returns how many items to read first, while the size of the items is not known. An item uses at most one unit, so
@@ -593,6 +655,25 @@ mod tests {
             let expected = (0..3).flat_map(|index| if kind(index) == 0 { vec![index] } else { now(index) });
             assert_eq!(replaced(vec![0, 1, 2], changed), expected.collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn test_objects_are_one_note_with_the_command_that_removes_the_first() {
+        let at = |key: &str| StoreKey::S3 { bucket: "b".into(), key: key.into(), region: "r".into() };
+        let mut objects = TestObjects::default();
+        let note = |objects: &TestObjects| objects.describe(|words| format!("tf locks {words} --bucket b"));
+        assert_eq!(note(&objects), None);
+        objects.add(vec![at("k.1.tflock")]);
+        let one = note(&objects).unwrap();
+        assert!(one.starts_with("1 object in the bucket is not a lock"), "{one}");
+        assert!(one.ends_with("to remove it, type: tf locks release --no-lock --bucket b b/k.1"), "{one}");
+        objects.add(vec![at("k.2.tflock"), at("k.3.tflock")]);
+        let three = note(&objects).unwrap();
+        assert!(three.starts_with("3 objects in the bucket are not a lock"), "{three}");
+        assert!(
+            three.ends_with("to remove the first of them, type: tf locks release --no-lock --bucket b b/k.1"),
+            "{three}"
+        );
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(super) struct Shim {
     /// The directory for the links; created if it does not exist
     #[arg(value_name = "DIR")]
     directory: PathBuf,
-    /// Remove the links again, but only links to this program
+    /// Remove the links again, but only links to this program, and the directory if it is empty then
     #[arg(long)]
     remove: bool,
     /// Only this name, for a script that uses tofu whenever it finds tofu on PATH
@@ -68,7 +68,7 @@ impl Shim {
             own_path::find().map_err(|error| Trouble::Said(format!("could not find the path of tf: {error}")))?.path;
         let names = [Name::Terraform, Name::Tofu].into_iter().filter(|name| self.only.is_none_or(|only| only == *name));
         let links: Vec<PathBuf> = names.map(|name| self.directory.join(name.as_str())).collect();
-        let done = if self.remove { remove(&links, &own) } else { self.make(&links, &own) };
+        let done = if self.remove { remove(&self.directory, &links, &own) } else { self.make(&links, &own) };
         done.map_err(Trouble::Said)?;
         Ok(Finding::Nothing)
     }
@@ -99,23 +99,34 @@ impl Shim {
     }
 }
 
-/// Removes the links that lead to this program.
+/// Removes the links that lead to this program, and then their directory if it is empty. If the directory's parent has
+/// the name `tf` and is empty by then, it is removed too: README.md proposes `~/.local/share/tf/shim`. A directory from
+/// which no link was removed stays, because it was perhaps never used for links.
 ///
 /// # Errors
 /// Fails, after it has removed the others, if something else exists at the path of a link or if a link cannot be
 /// removed.
-fn remove(links: &[PathBuf], own: &Path) -> Result<(), String> {
+fn remove(directory: &Path, links: &[PathBuf], own: &Path) -> Result<(), String> {
     let mut kept = Vec::new();
+    let mut has_removed = false;
     for link in links {
+        let was_there = fs::symlink_metadata(link).is_ok();
         match link_state(link, own).and_then(|stored| match stored {
             LinkState::Nothing => Ok(None),
             LinkState::Ours => take_away(link, own),
             LinkState::Another(what) => Ok(Some(what)),
         }) {
-            Ok(None) => {}
+            Ok(None) => has_removed |= was_there,
             Ok(Some(what)) => kept.push(not_ours(link, &what, own, "it was not removed")),
             Err(error) => kept.push(format!("{}: {error}", link.display())),
         }
+    }
+    // rmdir(2) fails if a directory is not empty.
+    if has_removed
+        && fs::remove_dir(directory).is_ok()
+        && let Some(parent) = directory.parent().filter(|parent| parent.ends_with("tf"))
+    {
+        let _ = fs::remove_dir(parent);
     }
     if kept.is_empty() { Ok(()) } else { Err(kept.join("\n")) }
 }
@@ -208,6 +219,32 @@ mod tests {
         symlink(&own, at("dangling to us")).unwrap();
         assert_eq!(link_state(&at("dangling to us"), &own).unwrap(), LinkState::Ours);
         assert_eq!(link_state(&at("nothing"), &own).unwrap(), LinkState::Nothing);
+    }
+
+    #[test]
+    fn an_empty_directory_of_links_is_removed_and_any_other_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let own = root.path().join("program");
+        fs::write(&own, "").unwrap();
+        for (name, has_link, has_file, left) in [
+            ("share/tf/shim", true, false, "share"),
+            ("bin/shim", true, false, "bin"),
+            ("other/tf/shim", true, true, "other/tf/shim"),
+            ("empty/tf/shim", false, false, "empty/tf/shim"),
+        ] {
+            let directory = root.path().join(name);
+            fs::create_dir_all(&directory).unwrap();
+            let links = [directory.join("terraform"), directory.join("tofu")];
+            for link in links.iter().filter(|_| has_link) {
+                symlink(&own, link).unwrap();
+            }
+            if has_file {
+                fs::write(directory.join("another"), "").unwrap();
+            }
+            assert_eq!(remove(&directory, &links, &own), Ok(()), "{name}");
+            let there: Vec<&Path> = directory.ancestors().take_while(|path| *path != root.path()).collect();
+            assert_eq!(there.iter().find(|path| path.exists()), Some(&root.path().join(left).as_path()), "{name}");
+        }
     }
 
     #[test]

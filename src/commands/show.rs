@@ -62,10 +62,12 @@ impl Show {
                         console::print(&description_of_junk(junk));
                     }
                     let path = argument(&first.place.path());
-                    console::print(&format!(
-                        "every run is refused because of it\nonce you know that nobody needs it, type: {} {path}",
-                        self.place.command(messages::RELEASE_NO_LOCK)
-                    ));
+                    let why = if first.is_test_object() {
+                        "tf removes such an object within seconds; if it stays there, nobody needs it\nto remove it"
+                    } else {
+                        "every run is refused because of it\nonce you know that nobody needs it"
+                    };
+                    console::print(&format!("{why}, type: {} {path}", self.place.command(messages::RELEASE_NO_LOCK)));
                 }
             }
             Ok(if stale { Finding::Stale } else { Finding::Nothing })

@@ -238,7 +238,8 @@ fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static 
         ),
         (None, Fence::None) => (
             format!("its {length} lease was last renewed {age} ago, but {NO_PROMISE}"),
-            "that the holder is likely dead, and no more: terraform may be running without its lease",
+            "that the holder is likely dead, and no more: terraform may be running without its lease, or its tf has \
+             kept the lock on purpose",
         ),
     }
 }
@@ -702,6 +703,7 @@ mod tests {
             NotBelieved::Format,
             NotBelieved::AnotherLock,
             NotBelieved::Length,
+            NotBelieved::Past,
             NotBelieved::Future,
         ];
         let not_believed =

@@ -123,6 +123,22 @@ impl ObservedLease {
     pub(crate) fn has_lapsed(&self) -> bool {
         self.known().is_ok_and(|lease| lease.freshness == Freshness::Lapsed)
     }
+
+    /// Returns how long it takes until a taker may begin to release the lock, if the holder does not renew the lease
+    /// any more. Zero if it may begin now. `since` is how long this run has existed.
+    ///
+    /// `None` if the holder renews its lease in time, or if the lock is never released without being asked. Also if the
+    /// lease had lapsed when this run began: the run has tried to release the lock then, and a repetition would fail as
+    /// well.
+    pub(crate) fn lapses_after(&self, since: Duration) -> Option<Duration> {
+        let lease = self.known().ok()?;
+        let (terms, now) = (lease.record.terms()?, self.date?);
+        let before = now.checked_sub(since).ok()?;
+        let is_promised = lease.fence() == Fence::Stop && lease.is_same_region && lease.claim.is_none();
+        let is_late = lease.age > terms.working_time();
+        let had_lapsed = terms.has_lapsed(lease.renewed, before);
+        (is_promised && is_late && !had_lapsed).then(|| terms.time_to_lapse(lease.renewed, now))
+    }
 }
 
 impl KnownLease<'_> {
@@ -168,6 +184,34 @@ pub(crate) mod tests {
             assert_eq!(claim, claimed.map(|age| (Duration::from_secs(age.unsigned_abs()), age > 70)));
             assert_eq!(lease.has_lapsed(), freshness == Freshness::Lapsed);
             assert!(known.is_same_region);
+        }
+    }
+
+    #[test]
+    fn a_lease_that_is_not_renewed_in_time_lapses_soon_and_a_takeover_that_was_refused_before_is_not_due() {
+        let seconds = Duration::from_secs;
+        for (age, claimed, fence, since, expected) in [
+            (40, None, Fence::Stop, 5, None),
+            // The holder may work for 240 s of 300 s.
+            (240, None, Fence::Stop, 5, None),
+            (241, None, Fence::Stop, 5, Some(69)),
+            (310, None, Fence::Stop, 5, Some(0)),
+            (315, None, Fence::Stop, 5, Some(0)),
+            (316, None, Fence::Stop, 5, None),
+            (316, None, Fence::Stop, 6, Some(0)),
+            (315, None, Fence::None, 5, None),
+            (241, None, Fence::None, 5, None),
+            (315, Some(1), Fence::Stop, 5, None),
+        ] {
+            let lease = lease("id", age, claimed, fence);
+            assert_eq!(
+                lease.lapses_after(seconds(since)),
+                expected.map(seconds),
+                "{age} {claimed:?} {fence:?} {since}"
+            );
+            let elsewhere = ObservedLease { region: "s".to_owned(), ..lease.clone() };
+            let undated = ObservedLease { date: None, ..lease };
+            assert_eq!((elsewhere.lapses_after(seconds(since)), undated.lapses_after(seconds(since))), (None, None));
         }
     }
 

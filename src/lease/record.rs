@@ -25,6 +25,9 @@ const FORMAT: u32 = 1;
 /// The largest record that is parsed, in bytes of JSON. `tf` writes at most half of it.
 pub(crate) const MAX_BYTES: usize = 2048;
 
+/// 2020-01-01, in seconds since 1970. No service had an earlier time when `tf` wrote a record.
+const FIRST_TIME: i64 = 1_577_836_800;
+
 /// What the holder's host promises about the time after its lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -276,6 +279,8 @@ pub(crate) enum NotBelieved {
     Format,
     AnotherLock,
     Length,
+    /// `renewed` or the time of a claim is before [`FIRST_TIME`].
+    Past,
     /// `renewed` is in the future.
     Future,
 }
@@ -288,6 +293,7 @@ impl fmt::Display for NotBelieved {
             Self::Format => "its lease record has a format that this version of tf does not know",
             Self::AnotherLock => "its lease record has the ID of another lock",
             Self::Length => "its lease has a length that nobody may choose",
+            Self::Past => "its lease record has a time before 2020",
             Self::Future => "its lease was renewed in the future",
         })
     }
@@ -346,6 +352,8 @@ impl Record {
             Err(NotBelieved::Length)
         } else if self.renewed_at().is_none() || self.taken.as_ref().is_some_and(|claim| claim.at().is_none()) {
             Err(NotBelieved::Malformed)
+        } else if self.renewed < FIRST_TIME || self.taken.as_ref().is_some_and(|claim| claim.at < FIRST_TIME) {
+            Err(NotBelieved::Past)
         } else {
             Ok(self)
         }
@@ -466,6 +474,10 @@ mod tests {
             (r#""lease":300"#, r#""lease":-1"#, NotBelieved::Malformed),
             (r#""lease":300"#, r#""lease":1e2"#, NotBelieved::Malformed),
             (r#""renewed":1790000000"#, r#""renewed":9223372036854775807"#, NotBelieved::Malformed),
+            (r#""renewed":1790000000"#, r#""renewed":-9223372036854775808"#, NotBelieved::Malformed),
+            (r#""renewed":1790000000"#, r#""renewed":0"#, NotBelieved::Past),
+            (r#""renewed":1790000000"#, r#""renewed":-5"#, NotBelieved::Past),
+            (r#""renewed":1790000000"#, r#""renewed":1577836799"#, NotBelieved::Past),
             (r#""fence":"stop""#, r#""fence":"maybe""#, NotBelieved::Malformed),
             (
                 r#""holder":{"#,
@@ -473,6 +485,7 @@ mod tests {
                 NotBelieved::Malformed,
             ),
             (r#""holder":{"#, r#""taken":true,"holder":{"#, NotBelieved::Malformed),
+            (r#""holder":{"#, r#""taken":{"by":"x","at":0,"number":1},"holder":{"#, NotBelieved::Past),
         ];
         let json = record().to_json();
         for (old, new, reason) in cases {

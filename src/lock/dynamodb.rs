@@ -733,7 +733,7 @@ mod tests {
         record.keeper = u64::MAX;
         record.holder.job = "j".repeat(600);
         record.holder.host = "vm".to_owned();
-        record.taken = Some(Claim { by: "o@h".into(), at: -1, number: u64::MAX });
+        record.taken = Some(Claim { by: "o@h".into(), at: 1_790_000_400, number: u64::MAX });
         record
     }
 

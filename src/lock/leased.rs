@@ -12,7 +12,7 @@ use crate::aws::failure::Failure;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
-use crate::terraform::lock_info::{LockInfo, new_id};
+use crate::terraform::lock_info::LockInfo;
 
 /// A lock and its lease record, as one consistent read found them. Two of them are equal if neither the lock nor its
 /// record has changed.
@@ -193,8 +193,7 @@ impl Stores {
     pub(crate) async fn treatment_of_renewals(&self, store_key: &StoreKey) -> IfMatch {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
-                let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
-                let key = format!("{key}.{}{LOCK_FILE}", new_id());
+                let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
                 probe::replace_object(&self.s3, bucket, &key).await
             }
             StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => IfMatch::Obeyed,
@@ -206,8 +205,7 @@ impl Stores {
     pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey) -> IfMatch {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
-                let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
-                let key = format!("{key}.{}{LOCK_FILE}", new_id());
+                let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
                 probe::delete_object(&self.s3, bucket, &key).await.1
             }
             StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => IfMatch::Obeyed,
@@ -398,9 +396,12 @@ mod tests {
     use crate::lease::record::{Fence, Member, Renewal};
     use crate::lease::terms::Terms;
 
+    const BEGIN: i64 = 1_790_000_000;
+
+    /// Returns a record that was renewed `renewed` seconds after [`BEGIN`].
     fn record(lock: &str, (renewed, beat): (i64, u64), keeper: u64) -> Record {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
-        let mut record = Record::new(lock, terms, Renewal { renewed, beat }, Fence::Stop);
+        let mut record = Record::new(lock, terms, Renewal { renewed: BEGIN + renewed, beat }, Fence::Stop);
         record.keeper = keeper;
         record
     }
@@ -448,7 +449,7 @@ mod tests {
     #[test]
     fn a_record_is_only_written_where_it_replaces_an_older_one_of_the_same_lock() {
         let ours = record("a", (10, 5), 1);
-        let claim = Claim { by: "o@h".into(), at: 20, number: 7 };
+        let claim = Claim { by: "o@h".into(), at: BEGIN + 20, number: 7 };
         for (now, expected) in [
             (None, RenewStep::IsLost),
             (Some(lock("<html>", Member::None)), RenewStep::NoLock),
@@ -474,9 +475,9 @@ mod tests {
     #[test]
     fn a_claim_is_ours_only_if_a_read_shows_it() {
         let read = with("a", &record("a", (10, 5), 1));
-        let claim = Claim { by: "o@h".into(), at: 20, number: 7 };
+        let claim = Claim { by: "o@h".into(), at: BEGIN + 20, number: 7 };
         let other = Claim { number: 8, ..claim.clone() };
-        let earlier = Claim { at: 19, ..claim.clone() };
+        let earlier = Claim { at: BEGIN + 19, ..claim.clone() };
         for (now, expected) in [
             (None, Some(AfterClaim::Gone)),
             (Some(lock("<html>", Member::None)), None),

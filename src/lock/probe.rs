@@ -6,8 +6,10 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
 
+use super::stores::{LOCK_FILE, StoreKey, StoredLock};
 use super::{dynamodb, s3, service_time};
 use crate::aws::failure::Failure;
+use crate::terraform::lock_info::{is_lock_id, new_id};
 
 /// A text that no lock has. It is the condition of a delete that must not delete anything.
 const NO_LOCK: &str = "tf locks doctor: no lock has this text";
@@ -37,7 +39,22 @@ pub(crate) enum IfMatch {
 const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
 
 /// The body of the objects that these tests put.
-const TEST_BODY: &[u8] = b"tf locks doctor: this can be deleted";
+const TEST_BODY: &str = "tf locks doctor: this can be deleted";
+
+/// Returns an unused key for the test objects of the state with the key `state`: `STATE.RANDOM.tflock`, where RANDOM
+/// has the form of a lock ID. It ends like a lock's key, because a policy may permit only that.
+pub(crate) fn test_key(state: &str) -> String {
+    format!("{state}.{}{LOCK_FILE}", new_id())
+}
+
+/// Returns whether `stored`, which was read at `place`, is an object that one of these tests has put: it has a key of
+/// [`test_key`] and the body of a test object. It is there while a test runs. It stays if the process of the test was
+/// killed, or if deleting it was denied.
+pub(crate) fn is_test_object(place: &StoreKey, stored: &StoredLock) -> bool {
+    let (StoreKey::S3 { key, .. }, StoredLock::Object(_)) = (place, stored) else { return false };
+    let name = key.strip_suffix(LOCK_FILE).and_then(|key| key.rsplit_once('.'));
+    name.is_some_and(|(state, id)| !state.is_empty() && is_lock_id(id)) && stored.text() == TEST_BODY
+}
 
 /// Tests whether a delete of the item `path` is permitted. The delete has a condition that no lock fulfils.
 pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, path: &str) -> Trial {
@@ -83,7 +100,7 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
     // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
     // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
-    let body = ByteStream::from_static(TEST_BODY);
+    let body = ByteStream::from_static(TEST_BODY.as_bytes());
     if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
         return (permitted, IfMatch::Unknown);
     }
@@ -111,7 +128,7 @@ pub(crate) enum IfNoneMatch {
 /// and then deletes it. `key` must not be in use, and deleting an object there must be permitted.
 pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfNoneMatch {
     let put = || {
-        let body = ByteStream::from_static(TEST_BODY);
+        let body = ByteStream::from_static(TEST_BODY.as_bytes());
         client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send()
     };
     match put().await {
@@ -134,7 +151,8 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
 /// is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal would
 /// bring a released lock back. `key` must not be in use. The test object is deleted again.
 pub(crate) async fn replace_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfMatch {
-    let put = || client.put_object().bucket(bucket).key(key).body(ByteStream::from_static(TEST_BODY));
+    let body = || ByteStream::from_static(TEST_BODY.as_bytes());
+    let put = || client.put_object().bucket(bucket).key(key).body(body());
     let mut results = Vec::new();
     for is_there in [false, true] {
         if is_there && put().if_none_match("*").send().await.is_err() {
@@ -171,4 +189,34 @@ pub(crate) async fn keeps_versions(client: &aws_sdk_s3::Client, bucket: &str) ->
         .await
         .map_err(|error| s3::failure("s3:GetBucketVersioning", &error))?;
     Ok(answer.status == Some(aws_sdk_s3::types::BucketVersioningStatus::Enabled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::record::Member;
+    use crate::lock::dynamodb::InfoAttribute;
+
+    #[test]
+    fn only_a_test_object_under_a_test_key_is_one() {
+        let at = |key: &str| StoreKey::S3 { bucket: "b".into(), key: key.into(), region: "r".into() };
+        let object = |body: &str| {
+            let (body, length) = (body.to_owned(), body.len() as u64);
+            StoredLock::Object(s3::Object { body, member: Member::None, length, etag: None })
+        };
+        let key = test_key("dir/k.tfstate");
+        assert!(is_test_object(&at(&key), &object(TEST_BODY)), "{key}");
+        for body in ["", "{}", r#"{"ID":"a"}"#, "tf locks doctor: this can be deleted ", "<html>"] {
+            assert!(!is_test_object(&at(&key), &object(body)), "{body}");
+        }
+        let upper = key.to_uppercase();
+        let without_state = test_key("");
+        for key in
+            ["k.tflock", "dir/k.tfstate.tflock", "k.5e75cb05-d70c-4132-39e0.tflock", ".tflock", &upper, &without_state]
+        {
+            assert!(!is_test_object(&at(key), &object(TEST_BODY)), "{key}");
+        }
+        let item = StoreKey::DynamoDb { table: "t".into(), key: key.clone(), region: "r".into() };
+        assert!(!is_test_object(&item, &StoredLock::Item(InfoAttribute::Text(TEST_BODY.into()))));
+    }
 }

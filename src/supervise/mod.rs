@@ -353,6 +353,7 @@ impl<'a> Prepared<'a> {
             ended_at: Timestamp::now(),
             unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
             tried,
+            wants_lease: self.settings.lease.terms.is_some(),
         };
         // The candidate backends are read at most once, and only if the run may have left a lock.
         let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));

@@ -213,6 +213,36 @@ fn a_bucket_is_listed_below_a_prefix() {
     );
 }
 
+/// Such an object is there while a run tests the service. It stays if that run is killed then, or may not delete it.
+#[test]
+fn an_object_of_a_test_of_the_service_is_no_lock_and_one_note_says_how_to_remove_it() {
+    let env = TestEnv::new(Lock::File, "true");
+    let path = format!("{}.5e75cb05-d70c-4132-39e0-d2abba1b3077", env.path());
+    cloud().s3("PUT", &format!("{path}.tflock"), b"tf locks doctor: this can be deleted");
+    let bucket = url();
+    let bucket = ["--bucket", &env.bucket, "--region", "us-east-1", "--endpoint-url", &bucket];
+    let with = |words: &[&str]| locks(&env, &[words, &bucket].concat());
+    let listed = with(&["list"]);
+    assert_eq!((listed.code(), listed.out.as_str()), (Some(0), ""), "{}", env.dump(&listed));
+    assert!(listed.err.starts_with("tf: 1 object in the bucket is not a lock"), "{}", env.dump(&listed));
+    for more in [&[][..], &["--json"], &["--prometheus"]] {
+        let end = with(&[&["audit", "--older-than", "1s"], more].concat());
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+        assert!(more.is_empty() || end.out.contains("tf_locks_unreadable 0") || end.out.contains("\"unreadable\":0"));
+    }
+    let mut command = env.command("sh");
+    let remove = listed.err.lines().last().unwrap().split_once("type: ").unwrap().1;
+    command.args(["-c", &format!("{remove} --yes")]);
+    let end = Run::start(command).wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let listed = with(&["list"]);
+    assert_eq!((listed.code(), listed.err.as_str()), (Some(0), ""), "{}", env.dump(&listed));
+    // Anything else at such a key is in the place of a lock.
+    cloud().s3("PUT", &format!("{path}.tflock"), b"tf locks doctor");
+    assert_eq!(with(&["list"]).code(), Some(2));
+    assert_eq!(with(&["audit", "--older-than", "1s"]).code(), Some(2));
+}
+
 fn url() -> String {
     format!("http://127.0.0.1:{}", cloud().port)
 }

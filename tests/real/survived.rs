@@ -905,6 +905,7 @@ fn without_a_place_for_the_journal_terraform_runs_silently_and_an_abnormal_end_s
     for (name, prepare) in [
         ("read-only", everywhere.to_owned()),
         ("a full disk", format!("{everywhere}; mount -t tmpfs -o size=4k,nr_inodes=2 none $0/home")),
+        ("a disk without room for a record", format!("{everywhere}; mount -t tmpfs -o size=4k none $0/home")),
         ("locks that may mean nothing", format!("{everywhere}; mount -t ramfs none $0/home")),
         ("no home", format!("{everywhere}; export HOME=/nowhere; mount -t tmpfs -o ro none /root")),
     ] {
@@ -923,6 +924,12 @@ fn without_a_place_for_the_journal_terraform_runs_silently_and_an_abnormal_end_s
         let end = run.wait();
         assert!(end.err.contains("released the lock"), "{name}: {}", env.dump(&end));
         assert!(end.err.contains("this run had no journal"), "{name}: {}", env.dump(&end));
+        let has_lease = std::env::var_os("TF_TEST_LEASE").is_some();
+        assert_eq!(end.err.contains("before its lease had lapsed"), has_lease, "{name}: {}", env.dump(&end));
+        // `doctor` finds the same before a run.
+        let end = start("tf locks doctor").wait();
+        assert_eq!(end.code(), Some(2), "{name}: {}", env.dump(&end));
+        assert!(end.out.contains("WRONG  journal: "), "{name}: {}", env.dump(&end));
         env.assert_unlocked();
     }
 }

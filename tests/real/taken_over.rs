@@ -80,10 +80,20 @@ fn a_lease_that_lapsed_just_now_is_watched_first(lock: Lock) {
 for_each_lock!(a_lease_that_lapsed_just_now_is_watched_first);
 
 fn a_fresh_lease_is_respected(lock: Lock) {
-    let env = leased(lock, "5m");
+    let mut env = leased(lock, "5m");
     env.lock_with_lease(&record(200, 300));
     let end = env.run(Subject::Tf, &PLAN);
     assert_not_taken(&env, &end);
+    assert!(end.err.contains("wait until that run is over"), "{}", env.dump(&end));
+    // The holder may work for 240 s.
+    env.lock_with_lease(&record(245, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+    assert!(end.err.contains("run it again in "), "{}", env.dump(&end));
+    env.set("TFW_RELEASE", "never");
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+    assert!(!end.err.contains("run it again"), "{}", env.dump(&end));
 }
 for_each_lock!(a_fresh_lease_is_respected);
 
@@ -93,7 +103,7 @@ fn without_a_promise_or_consent_nothing_is_taken(lock: Lock) {
     none["fence"] = "none".into();
     let mut elsewhere = record(LONG_AGO, 300);
     elsewhere["region"] = "eu-west-1".into();
-    for (record, said) in [(none, "cannot stop terraform"), (elsewhere, "another AWS region")] {
+    for (record, said) in [(none, "or its tf has kept the lock on purpose"), (elsewhere, "another AWS region")] {
         env.lock_with_lease(&record);
         let end = env.run(Subject::Tf, &PLAN);
         assert_not_taken(&env, &end);
@@ -123,6 +133,8 @@ fn a_hostile_record_never_leads_to_a_takeover(lock: Lock) {
         old("lease", 36_000.into()),
         old("renewed", i64::MAX.into()),
         old("renewed", i64::MIN.into()),
+        old("renewed", 0.into()),
+        old("renewed", (-5).into()),
         old("renewed", "0".into()),
         old("fence", "maybe".into()),
         old("taken", json!({ "by": "x", "at": i64::MAX, "number": 1 })),
