@@ -560,6 +560,9 @@ fn clamped(items: f64) -> i32 {
     items.clamp(1.0, 10_000.0) as i32
 }
 
+/// The index of an entry that was read again, and what takes its place.
+type Change = (usize, Vec<ListedEntry>);
+
 /// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
 /// read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored there any more, the
 /// entry is left out. Also returns how many locks were read again.
@@ -578,14 +581,14 @@ async fn judged(
         .enumerate()
         .filter_map(|(index, entry)| match entry {
             ListedEntry::Lock(lock) if lock.stale => {
-                let (store_key, stored) = lock.parts[0].clone();
-                Some((index, StoredPart { store_key, stored, lease: lock.lease.clone() }))
+                let (store_key, content) = lock.parts[0].clone();
+                Some((index, StoredPart { store_key, stored: content, lease: lock.lease.clone() }))
             }
             ListedEntry::Lock(_) | ListedEntry::UnreadableLock(_) => None,
         })
         .collect();
     let again = stale.len();
-    let changed: Vec<Result<Option<(usize, Vec<ListedEntry>)>, Failure>> = stream::iter(stale)
+    let changed: Vec<Result<Option<Change>, Failure>> = stream::iter(stale)
         .map(|(index, before)| async move {
             let Some(found) = stores.read_part(&before.store_key).await? else { return Ok(Some((index, Vec::new()))) };
             if before.is_same_as(&found) {

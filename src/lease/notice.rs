@@ -148,14 +148,23 @@ pub(crate) enum NoticeStep {
     SayOnly,
 }
 
-/// Decides what a run does about a notice. `is_interrupted`: terraform was interrupted before, for whatever reason.
-/// `is_being_asked`: a service manager has sent SIGTERM to `tf`, and it is not known yet whether terraform got it as well.
-/// Within a moment, terraform has got one interrupt, from the one or from the other. `is_stopped`: the kernel has stopped
-/// terraform because of its lease.
-pub(crate) fn notice_step(is_interrupted: bool, is_being_asked: bool, is_stopped: bool) -> NoticeStep {
-    if is_interrupted || is_being_asked {
+/// What a run sees when a notice arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoticeSight {
+    /// Whether terraform was interrupted before, for whatever reason.
+    pub(crate) is_interrupted: bool,
+    /// Whether a service manager has sent SIGTERM to `tf`, and it is not known yet whether terraform got it as well. Within
+    /// a moment, terraform has got one interrupt, from the one or from the other.
+    pub(crate) is_being_asked: bool,
+    /// Whether the kernel has stopped terraform because of its lease.
+    pub(crate) is_stopped: bool,
+}
+
+/// Decides what a run does about a notice.
+pub(crate) fn notice_step(sight: NoticeSight) -> NoticeStep {
+    if sight.is_interrupted || sight.is_being_asked {
         NoticeStep::SayOnly
-    } else if is_stopped {
+    } else if sight.is_stopped {
         NoticeStep::InterruptStopped
     } else {
         NoticeStep::Interrupt
@@ -214,7 +223,8 @@ mod tests {
                 (false, true) => NoticeStep::InterruptStopped,
                 (false, false) => NoticeStep::Interrupt,
             };
-            assert_eq!(notice_step(bit(0), bit(1), bit(2)), expected, "{bits:03b}");
+            let sight = NoticeSight { is_interrupted: bit(0), is_being_asked: bit(1), is_stopped: bit(2) };
+            assert_eq!(notice_step(sight), expected, "{sight:?}");
         }
     }
 

@@ -152,13 +152,10 @@ impl Questions {
     }
 
     async fn ask_azure(&mut self) -> Found {
-        let machine = match &self.machine {
-            Some(machine) => machine,
-            None => {
-                let machine = answer::machine(&self.requests.get(MACHINE, AZURE).await?)?;
-                self.machine.insert(machine)
-            }
-        };
+        if self.machine.is_none() {
+            self.machine = Some(answer::machine(&self.requests.get(MACHINE, AZURE).await?)?);
+        }
+        let machine = self.machine.as_deref().unwrap_or_default();
         answer::scheduled_events(&self.requests.get(EVENTS, AZURE).await?, machine)
     }
 

@@ -17,10 +17,19 @@ enum Step {
     Nothing,
 }
 
-/// Decides what to do. `is_wanted` is false with `TFW_AWAKE=off`. `was_tried` is whether the sleep was prevented, or
-/// could not be prevented, for the lock that is held.
-fn next_step(is_wanted: bool, holds_lock: bool, was_tried: bool) -> Step {
-    match (is_wanted && holds_lock, was_tried) {
+/// What is known before a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sight {
+    /// False with `TFW_AWAKE=off`.
+    is_wanted: bool,
+    holds_lock: bool,
+    /// Whether the sleep was prevented, or could not be prevented, for the lock that is held.
+    was_tried: bool,
+}
+
+/// Decides what to do.
+fn next_step(sight: Sight) -> Step {
+    match (sight.is_wanted && sight.holds_lock, sight.was_tried) {
         (true, false) => Step::Prevent,
         (false, true) => Step::Allow,
         (true, true) | (false, false) => Step::Nothing,
@@ -44,7 +53,7 @@ impl Awake {
     /// Follows `log`, which says whether `terraform` holds a lock. `tree` learns of the process that this starts.
     pub(crate) fn step(&mut self, log: &Log, terraform: Pid, tree: &Tree) {
         let holds_lock = log.unreleased().any(|lock| lock.progress.held.is_some());
-        match next_step(self.is_wanted, holds_lock, self.was_tried) {
+        match next_step(Sight { is_wanted: self.is_wanted, holds_lock, was_tried: self.was_tried }) {
             Step::Prevent => {
                 self.was_tried = true;
                 self.kept = NoIdleSleep::while_running(terraform);
@@ -76,7 +85,8 @@ mod tests {
                 () if must_be => Step::Prevent,
                 () => Step::Allow,
             };
-            assert_eq!(next_step(is_wanted, holds_lock, was_tried), expected, "{bits:b}");
+            let sight = Sight { is_wanted, holds_lock, was_tried };
+            assert_eq!(next_step(sight), expected, "{sight:?}");
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::recorder::Recorder;
-use crate::lease::notice::{Notice, NoticeStep, notice_step};
+use crate::lease::notice::{Notice, NoticeSight, NoticeStep, notice_step};
 use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
@@ -559,8 +559,11 @@ impl Supervision<'_> {
 
     /// Handles a notice that this host is about to end.
     fn host_ends(&mut self, notice: Notice) {
-        let is_interrupted = self.stop.was_interrupted() || self.stop.was_forced();
-        let step = notice_step(is_interrupted, self.is_being_asked(), self.is_stopped_for_lease());
+        let step = notice_step(NoticeSight {
+            is_interrupted: self.stop.was_interrupted() || self.stop.was_forced(),
+            is_being_asked: self.is_being_asked(),
+            is_stopped: self.is_stopped_for_lease(),
+        });
         console::say(&messages::host_ends(notice, step));
         if step != NoticeStep::SayOnly {
             self.asked(StopEvent::HostEnds);

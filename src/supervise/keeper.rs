@@ -741,10 +741,10 @@ impl Renewals {
             return Err((Answer::Refused, "the service does not say its time".to_owned()));
         };
         let first = *self.first.get_or_insert(last);
-        let stored = self.stored_time();
-        self.promised = keeper::fence(self.promised, first, last, stored);
+        let latest = self.stored_time();
+        self.promised = keeper::fence(self.promised, first, last, latest);
         let NextRenewal { renewal, deadline } =
-            next_renewal(self.terms, last, boot_clock::now(), self.promised, stored);
+            next_renewal(self.terms, last, boot_clock::now(), self.promised, latest);
         let has_fuse = before != BeforeRenewal::RenewForTheStopped;
         if self.promised == Promise::Stop && has_fuse && !self.is_armed {
             match self.arm_first(deadline).await {

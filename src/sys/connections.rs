@@ -157,7 +157,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let server = listener.accept().unwrap().0;
         client.set_nonblocking(true).unwrap();
-        while (&client).write(&[7; 1 << 16]).is_ok() {}
+        while (&client).write(&[7; 1 << 13]).is_ok() {}
         client.set_nonblocking(false).unwrap();
         (client, server)
     }
@@ -204,10 +204,11 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
+    #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
     fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         // The process of the tests has other connections. So the connection is one of a child's.
         const SENT: usize = 100_000_000;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let script = format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero");
         let stderr = std::process::Stdio::piped();

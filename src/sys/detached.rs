@@ -103,7 +103,7 @@ fn detach(name: &std::ffi::CStr, parent: Parent, keep: &[RawFd]) {
 /// are the arguments of terraform, including the values of `-var`, and the detached process does not need them. ps(1)
 /// reads the arguments from the memory of the process (proc_pid_cmdline(5)), so this function fills that memory with
 /// zeros. Linux reports the addresses of that memory (`arg_start` and `arg_end`, proc_pid_stat(5)). On macOS, the
-/// strings of argv are that memory (`_NSGetArgv`, crt_externs.h; [`crate::sys::macos::procargs`]).
+/// strings of argv are that memory (`_NSGetArgv`, crt_externs.h; `sys::macos::procargs`).
 fn hide_arguments() {
     #[cfg(target_os = "linux")]
     {

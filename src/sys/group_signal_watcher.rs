@@ -158,6 +158,7 @@ struct Source(libc::sigset_t);
 
 #[cfg(target_os = "linux")]
 impl Source {
+    #[expect(clippy::unnecessary_wraps, reason = "elsewhere it can fail")]
     fn new(_parent: Pid, _writer: i32) -> Option<Self> {
         // SAFETY: a zeroed set is valid memory for the calls.
         unsafe {

@@ -48,7 +48,10 @@ impl NoIdleSleep {
         #[cfg(any(target_os = "macos", test))]
         return i32::try_from(self.caffeinate.id()).ok().map(Pid::from_raw);
         #[cfg(not(any(target_os = "macos", test)))]
-        None
+        {
+            let Self { .. } = self;
+            None
+        }
     }
 }
 

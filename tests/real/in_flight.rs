@@ -192,7 +192,7 @@ fn a_write_that_the_kernel_of_a_dead_terraform_still_holds_arrives_before_the_re
     let mut env = TestEnv::new(Lock::Both, "true");
     with_large_state(&env);
     let relay = Relay::start(cloud().port);
-    env.set("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", relay.port));
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", relay.port));
     let run = env.start(Subject::Tf, &APPLY);
     relay.wait_until_stalled();
     run.kill_terraform();

@@ -377,7 +377,7 @@ fn a_write_that_was_sent_before_an_outage_does_not_arrive_after_another_run_has_
         with_large_state(&env);
         let (proxy, is_away) = network(&mut env);
         let relay = Relay::start(proxy.port);
-        env.set("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{}", relay.port));
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", relay.port));
         let run = start(&env);
         let terraform = terraform_below(run.pid());
         env.unblock();

@@ -302,13 +302,15 @@ fn costs_nothing(env: &TestEnv, metadata: &Metadata, first: &str) {
     wait_until_all_is_gone(env);
 }
 
+/// What a service of the metadata answers.
+type Rule = Box<dyn Fn(&Message) -> Reply + Send + Sync>;
+
 #[test]
 fn a_service_that_hangs_or_redirects_or_fails_costs_nothing_and_is_asked_ever_more_rarely() {
     let instance = Shared::<Instance>::default();
     instance.lock().unwrap().action = Some(spot("terminate", in_two_minutes()));
     let good = Arc::new(Metadata::start(imds(&instance)));
     let elsewhere = format!("http://127.0.0.1:{}", good.port);
-    type Rule = Box<dyn Fn(&Message) -> Reply + Send + Sync>;
     let rules: [Rule; 5] = [
         Box::new(|_| Reply::Hang),
         Box::new(move |request| {
@@ -453,7 +455,10 @@ fn google(machine: &Shared<Machine>) -> impl Fn(&Message) -> Reply + Send + Sync
             if is("preempted") { machine.preempted } else { machine.maintenance }
         };
         // The value is its own tag here.
-        let etag = || value().bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let etag = || {
+            let digits: Vec<_> = value().bytes().map(|byte| format!("{byte:02x}")).collect();
+            digits.concat()
+        };
         let waits = path.split(['?', '&']).any(|part| part == "wait_for_change=true");
         while waits && path.ends_with(&format!("&last_etag={}", etag())) {
             std::thread::sleep(Duration::from_millis(5));

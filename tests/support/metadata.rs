@@ -80,7 +80,11 @@ impl Metadata {
     /// Waits until `times` requests have arrived whose first line contains `text`.
     #[track_caller]
     pub fn wait_for(&self, text: &str, times: usize) -> Vec<Asked> {
-        let seen = || self.asked().iter().map(|asked| format!("{:?} {}\n", asked.at, asked.request.start)).collect();
+        let seen = || {
+            let asked = self.asked();
+            let lines: Vec<_> = asked.iter().map(|asked| format!("{:?} {}", asked.at, asked.request.start)).collect();
+            lines.join("\n")
+        };
         wait_for(text, || Some(self.asked_for(text)).filter(|asked| asked.len() >= times), seen)
     }
 }
@@ -102,7 +106,7 @@ fn serve(mut client: BufReader<TcpStream>, seen: &Mutex<Seen>, rule: &(impl Fn(&
             }
             Reply::Huge => {
                 let _ = client.get_mut().write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n");
-                while client.get_mut().write_all(&[b'x'; 1 << 16]).is_ok() {
+                while client.get_mut().write_all(&[b'x'; 1 << 13]).is_ok() {
                     seen.lock().unwrap().accepted += 1 << 16;
                 }
                 return;
