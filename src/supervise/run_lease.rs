@@ -115,7 +115,7 @@ pub(crate) struct RunLease {
     leader: Option<OwnedFd>,
     keepers: Keepers,
     stopped: Option<Stopped>,
-    /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
+    /// When the last renewal was reported after which terraform may work. `None` if there was none.
     renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
@@ -509,6 +509,9 @@ impl RunLease {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
                     stopped.is_renewed = fence == Promise::None || (stopped.is_rearmed && fuse == newest);
                     stopped.look = Look::Ours;
+                    if stopped.is_renewed {
+                        self.renewed = Some(Timestamp::now());
+                    }
                     return None;
                 }
                 self.renewed = Some(Timestamp::now());
@@ -750,6 +753,25 @@ fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
 mod tests {
     use super::*;
     use crate::terraform::log::tests::{ID, lock_line};
+
+    #[test]
+    fn a_terraform_that_went_on_after_a_stop_and_wrote_its_state_has_not_run_on() {
+        let mut lease = RunLease::new(Terms::new(Duration::from_mins(1)).unwrap(), Holder::default(), Promise::None);
+        let now = Timestamp::now();
+        lease.renewed = Some(now - SignedDuration::from_hours(1));
+        assert!(lease.has_run_on(Some(now)));
+        lease.stopped = Some(Stopped {
+            time: RunningTime::since(boot_clock::now()),
+            is_rearmed: false,
+            can_rearm: false,
+            is_renewed: false,
+            interrupts: 0,
+            look: Look::Unknown,
+        });
+        lease.heard(Report::Renewed { fence: Promise::None, fuse: None }, &mut |_| LockPhase::Held);
+        assert!(!lease.has_run_on(Some(now + SignedDuration::from_secs(1))));
+        assert!(lease.has_run_on(Some(now + SignedDuration::from_mins(1))));
+    }
 
     #[test]
     fn only_a_lock_that_is_held_beside_the_one_with_the_lease_has_none() {
