@@ -20,6 +20,7 @@ use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, FenceReason, Grade};
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
+use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
@@ -362,7 +363,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         conditional_put(findings, bucket, if_none_match);
         if table.is_none() && answer.is_ok() && wants_leases() {
             let lock = stores.object(bucket, &lock_key);
-            renewals(findings, bucket, stores.treatment_of_renewals(&lock).await);
+            let treatment = stores.treatment_of_renewals(&lock, SERVICE_TIMEOUT).await;
+            renewals(findings, bucket, treatment.unwrap_or(IfMatch::Unknown));
         }
         versions(findings, stores, bucket).await;
     }

@@ -724,9 +724,17 @@ impl Renewals {
         let Some((stores, key)) = &self.store else { return };
         for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             let parts = location.store_keys(stores);
-            if let [first, object] = parts.as_slice()
-                && first == key
-                && let Err(failure) = within(self.request_timeout(), Box::pin(stores.fill_info(object, record))).await
+            let [first, object] = parts.as_slice() else { continue };
+            if first != key {
+                continue;
+            }
+            self.is_testing.set(true);
+            // The next renewal waits for all of this: the test, the delete of its object, and the write.
+            let limit = self.request_timeout() / 4;
+            let treatment = stores.treatment_of_renewals(object, limit).await;
+            self.is_testing.set(false);
+            if treatment == Some(IfMatch::Obeyed)
+                && let Err(failure) = within(limit * 2, Box::pin(stores.fill_info(object, record))).await
             {
                 trace!("keeper: the lock's object does not mention the lease: {failure}");
             }
@@ -851,16 +859,21 @@ impl Renewals {
             // The item has the record if there is one.
             let Some(key) = location.store_keys(&stores).into_iter().next() else { continue };
             self.is_testing.set(true);
-            let treatment = tokio::time::timeout(MAX_REQUEST_TIMEOUT, stores.treatment_of_renewals(&key)).await;
+            let treatment = stores.treatment_of_renewals(&key, MAX_REQUEST_TIMEOUT).await;
             self.is_testing.set(false);
             match treatment {
-                Ok(IfMatch::Obeyed) => {}
+                Some(IfMatch::Obeyed) => {}
                 // A renewal could bring back a lock that was deleted meanwhile.
-                Ok(IfMatch::Ignored) => {
+                Some(IfMatch::Ignored) => {
                     reason = (Answer::Refused, "the service ignores the condition of a renewal (If-Match)".to_owned());
                     continue;
                 }
-                Ok(IfMatch::Unknown) | Err(_) => {
+                None => {
+                    let text = "the service has not answered whether it obeys the condition of a renewal (If-Match)";
+                    reason = (Answer::None, text.to_owned());
+                    continue;
+                }
+                Some(IfMatch::Unknown) => {
                     let text = "it is not known whether the service obeys the condition of a renewal (If-Match)";
                     reason = (Answer::Refused, text.to_owned());
                     continue;
