@@ -119,6 +119,8 @@ pub(crate) struct RunLease {
     renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
+    /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
+    is_lost_in_unlock: bool,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
     reason: Option<String>,
     /// The ID of the lock that has the lease, or had it. `None` if no lock had one.
@@ -152,6 +154,7 @@ impl RunLease {
             stopped: None,
             renewed: None,
             loss: None,
+            is_lost_in_unlock: false,
             reason: None,
             reported: None,
             leased: None,
@@ -187,6 +190,12 @@ impl RunLease {
     /// Returns how the lock was lost. `None` if it was not.
     pub(crate) fn loss(&self) -> Option<&Loss> {
         self.loss.as_ref()
+    }
+
+    /// Whether terraform was stopped within its unlock when the lock was found gone, so that it may have released the lock
+    /// itself.
+    pub(crate) fn is_lost_in_unlock(&self) -> bool {
+        self.is_lost_in_unlock
     }
 
     /// Returns what a keeper needs to know, if it has changed since the last call. `None` if it has not, or if no lock is
@@ -498,7 +507,15 @@ impl RunLease {
                 // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
                 // another run has taken meanwhile. So only one that is not stopped goes on.
                 LockPhase::Unlocking if self.stopped.is_none() => return None,
-                LockPhase::Unlocking | LockPhase::Held => {}
+                LockPhase::Unlocking => {
+                    let is_gone = |loss: &Loss| *loss == Loss::Gone;
+                    self.is_lost_in_unlock = match &report {
+                        Report::Lost(loss) => is_gone(loss),
+                        Report::Looked { loss, .. } => loss.as_ref().is_some_and(is_gone),
+                        _ => false,
+                    };
+                }
+                LockPhase::Held => {}
             }
         }
         match report {
@@ -754,12 +771,20 @@ mod tests {
     use super::*;
     use crate::terraform::log::tests::{ID, lock_line};
 
-    #[test]
-    fn a_terraform_that_went_on_after_a_stop_and_wrote_its_state_has_not_run_on() {
+    /// Returns the lease of a run whose terraform the kernel has stopped, and for which no new fuse can be made.
+    fn lease_of_a_stopped_run() -> RunLease {
         let mut lease = RunLease::new(Terms::new(Duration::from_mins(1)).unwrap(), Holder::default(), Promise::None);
-        let now = Timestamp::now();
-        lease.renewed = Some(now - SignedDuration::from_hours(1));
-        assert!(lease.has_run_on(Some(now)));
+        lease.orders = Some(Orders {
+            lock: ID.to_owned(),
+            places: Vec::new(),
+            length: Duration::from_mins(1),
+            fence: Promise::None,
+            holder: Holder::default(),
+            terraform: 1,
+            may_have_a_record: true,
+            withdraws: false,
+            directory: std::path::PathBuf::new(),
+        });
         lease.stopped = Some(Stopped {
             time: RunningTime::since(boot_clock::now()),
             is_rearmed: false,
@@ -768,9 +793,34 @@ mod tests {
             interrupts: 0,
             look: Look::Unknown,
         });
+        lease
+    }
+
+    #[test]
+    fn a_terraform_that_went_on_after_a_stop_and_wrote_its_state_has_not_run_on() {
+        let mut lease = lease_of_a_stopped_run();
+        let now = Timestamp::now();
+        lease.renewed = Some(now - SignedDuration::from_hours(1));
+        assert!(lease.has_run_on(Some(now)));
         lease.heard(Report::Renewed { fence: Promise::None, fuse: None }, &mut |_| LockPhase::Held);
         assert!(!lease.has_run_on(Some(now + SignedDuration::from_secs(1))));
         assert!(lease.has_run_on(Some(now + SignedDuration::from_mins(1))));
+    }
+
+    #[test]
+    fn only_a_lock_that_is_gone_after_a_stop_within_the_unlock_may_have_been_released_by_terraform_itself() {
+        let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
+        for (phase, loss, expected) in [
+            (LockPhase::Unlocking, Loss::Gone, true),
+            (LockPhase::Unlocking, another, false),
+            (LockPhase::Held, Loss::Gone, false),
+        ] {
+            let mut lease = lease_of_a_stopped_run();
+            let looked = Report::Looked { look: Look::Lost, loss: Some(loss.clone()), reason: String::new() };
+            lease.heard(looked, &mut |_| phase);
+            assert_eq!(lease.is_lost_in_unlock(), expected, "{phase:?} {loss:?}");
+            assert_eq!(lease.loss(), Some(&loss));
+        }
     }
 
     #[test]
