@@ -307,9 +307,7 @@ impl RunLease {
             trace!("the group does not contain the terraform that logs, so the lease promises nothing");
             self.take_down();
         }
-        if let Some(fence) = &self.fence
-            && let Err(error) = fence.arm(group)
-        {
+        if let Err(error) = self.arm(group, tree) {
             trace!("the fence cannot be armed: {error}");
             self.take_down();
         }
@@ -327,6 +325,25 @@ impl RunLease {
         });
         self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
         true
+    }
+
+    /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its place
+    /// first.
+    ///
+    /// # Errors
+    /// As [`Fence::arm`] and [`Fence::rearm`]. Nothing is armed then.
+    fn arm(&mut self, group: Pid, tree: &Tree) -> io::Result<()> {
+        let Some(fence) = &mut self.fence else { return Ok(()) };
+        match fence.arm(group) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            armed => return armed,
+        }
+        trace!("the fuse was killed before it was armed, and another one takes its place");
+        fence.rearm()?.into_iter().for_each(|pid| tree.exclude(pid));
+        fence.give_kill_pipe()?;
+        fence.arm(group)?;
+        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        Ok(())
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead. `leader` is a pidfd of the leader of the group. Only the

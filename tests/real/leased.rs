@@ -130,6 +130,26 @@ fn a_killed_fuse_stops_terraform_until_the_lock_was_looked_at_and_a_new_one_is_t
 }
 
 #[test]
+fn a_fuse_that_is_killed_before_the_lock_is_taken_is_replaced() {
+    let env = leased(Lock::Both, "10s");
+    env.lock_of_another();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=2m"]);
+    run.wait_for_out("Acquiring state lock");
+    let [fuse, spare] = ["tf-fuse", "tf-spare"].map(|name| named(&env, name));
+    kill(fuse, Signal::SIGKILL).unwrap();
+    wait_until_gone(&env, fuse);
+    env.delete_lock();
+    env.wait_for_began(&run);
+    let first = wait_for_renewal_after(&env, &Value::Null);
+    assert_eq!(first["fence"], "stop", "{first}\n{}", env.trace());
+    assert_eq!(named(&env, "tf-fuse"), spare, "{}", env.trace());
+    // The new one stops terraform, too.
+    kill(spare, Signal::SIGKILL).unwrap();
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    ends_well(&env, run);
+}
+
+#[test]
 fn a_killed_keeper_is_replaced_and_terraform_notices_nothing() {
     let env = leased(Lock::Both, "4s");
     let run = start(&env);
