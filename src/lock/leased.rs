@@ -11,6 +11,7 @@ use super::s3::{self, ObjectKey};
 use super::stores::{LOCK_FILE, Removed, StoreKey, StoredLock, Stores};
 use super::written::Written;
 use crate::aws::failure::Failure;
+use crate::crash_point;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
@@ -350,6 +351,7 @@ impl Stores {
         {
             return Ok(Removed::Refused);
         }
+        crash_point::reached("takeover: deleted the object");
         for _ in 0..ATTEMPTS {
             let key = ItemKey { table, path: key };
             let deleted = dynamodb::delete_claimed(&self.dynamodb, key, attributes).await?;

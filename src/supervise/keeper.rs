@@ -40,6 +40,7 @@ use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
+use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::keeper::{
@@ -318,11 +319,13 @@ pub(crate) fn keep(descriptors: &[OsString]) -> bool {
     let numbers: Option<Vec<RawFd>> = descriptors.iter().map(|number| number.to_str()?.parse().ok()).collect();
     let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else { return false };
     session::become_helper(c"tf-keeper");
+    crash_point::reached("keeper: begun");
     environment::unset_empty("AWS_");
     let mut orders = Vec::new();
     let _ = io::stdin().lock().take(MAX_ORDERS_BYTES).read_to_end(&mut orders);
     let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return false };
     working_directory::go(&orders.directory);
+    crash_point::reached("keeper: has its orders");
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let ended = panics::caught(|| runtime.block_on(KeeperProcess::run(orders, descriptors)));
     trace!("keeper: {ended:?}");
@@ -432,12 +435,16 @@ impl KeeperProcess {
         if process.renewals.orders.withdraws {
             // If this process were killed instead, a command that gives it credentials would leave processes behind.
             let withdrawn = tokio::time::timeout(LAST_RENEWAL_TIMEOUT, process.renewals.withdraw()).await;
+            crash_point::reached("keeper: has withdrawn");
             return Ok(withdrawn.unwrap_or(false));
         }
         // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform that
         // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
-        if process.renew().await == Ending::TerraformEnded && process.link.is_abandoned {
+        let ending = process.renew().await;
+        crash_point::reached("keeper: ends");
+        if ending == Ending::TerraformEnded && process.link.is_abandoned {
             process.renewals.end_fuse();
+            crash_point::reached("keeper: ended the fuse");
         }
         Ok(true)
     }
@@ -491,7 +498,9 @@ impl KeeperProcess {
             };
             due = tokio::time::Instant::now() + if hurries { Duration::ZERO } else { step.pause };
             if let Some(report) = step.report {
+                crash_point::reached("keeper: reports");
                 self.link.report(&report);
+                crash_point::reached("keeper: has reported");
                 if matches!(report, Report::NoLease(_)) {
                     return Ending::Left;
                 }
@@ -628,6 +637,7 @@ impl Renewals {
     async fn next_request(&mut self, before: BeforeRenewal) -> Result<Step, (Answer, String)> {
         if before == BeforeRenewal::Look {
             (self.last, self.is_armed, self.is_seen) = (None, false, false);
+            crash_point::reached("keeper: looks");
             let (look, loss, reason) = match self.read().await {
                 Ok(None) => (Look::Ours, None, String::new()),
                 Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
@@ -644,7 +654,9 @@ impl Renewals {
             return Ok(Step { report, pause: jittered(LOOK_INTERVAL, random()) });
         }
         if let Some(record) = self.unmentioned.take() {
+            crash_point::reached("keeper: between the two parts");
             self.mention(&record).await;
+            crash_point::reached("keeper: has written both parts");
             return Ok(Step { report: None, pause: self.until_next_renewal() });
         }
         let is_outdated = |last| keeper::is_outdated(self.terms, last, boot_clock::now());
@@ -663,8 +675,12 @@ impl Renewals {
             next_renewal(self.terms, last, boot_clock::now(), self.promised, stored);
         let has_fuse = before != BeforeRenewal::RenewForTheStopped;
         if self.promised == Promise::Stop && has_fuse && !self.is_armed {
+            crash_point::reached("keeper: arms the fuse");
             match self.arm_first(deadline).await {
-                Some(answer) if answer.deadline.is_some() => self.is_armed = true,
+                Some(answer) if answer.deadline.is_some() => {
+                    self.is_armed = true;
+                    crash_point::reached("keeper: armed the fuse");
+                }
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
                 Some(_) => self.promised = Promise::None,
                 // The fuse is gone. The next step looks at the lock.
@@ -677,11 +693,13 @@ impl Renewals {
         let mut record = Record::new(&self.orders.lock, self.terms, renewal, self.promised);
         (record.keeper, record.region, record.holder) =
             (self.number, stores.region().to_owned(), self.orders.holder.clone());
+        crash_point::reached("keeper: renews");
         let sent = boot_clock::now();
         // From here on a record may be stored, even if no response arrives.
         let had_record = std::mem::replace(&mut self.history.may_have_a_record, true);
         let renewed = within(self.request_timeout(), stores.renew(key, lock, &record)).await;
         let read = boot_clock::now();
+        crash_point::reached("keeper: has a response");
         let (seen, answer) = match renewed {
             Ok(Renewed::Yes(seen)) => (seen, Answer::Renewed),
             Ok(Renewed::Overtaken(seen)) if !self.is_confirmed_by(&record, &seen) => {
@@ -760,6 +778,7 @@ impl Renewals {
         self.confirmed = last.sent;
         self.history.has_interrupted = false;
         let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
+        crash_point::reached("keeper: told the deadline");
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };
         Step { report: Some(report), pause: self.until_next_renewal() }
@@ -814,6 +833,7 @@ impl Renewals {
     async fn read(&mut self) -> Result<Option<Loss>, (Answer, String)> {
         if self.store.is_none() {
             self.store = Some(self.find().await?);
+            crash_point::reached("keeper: is connected");
         }
         let Some((stores, key)) = &self.store else { return Err((Answer::None, "no place".to_owned())) };
         let sent = boot_clock::now();
@@ -830,6 +850,7 @@ impl Renewals {
             }
         };
         let read = boot_clock::now();
+        crash_point::reached("keeper: has read");
         self.last = seen.date.map(|date| Response { sent, read, date });
         if seen.lock.as_ref().is_some_and(|lock| lock.stored.info().is_none()) {
             return Err((Answer::None, "something that is not a lock is in its place".to_owned()));

@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::waiter::Waiter;
+use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
     EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, are_requests_aborted, is_reason_due, next_step,
@@ -311,6 +312,7 @@ impl RunLease {
             trace!("the fence cannot be armed: {error}");
             self.take_down();
         }
+        crash_point::reached("lease: armed the fence");
         self.leased = Some(lock.id.clone());
         self.orders = Some(Orders {
             lock: lock.id.clone(),
@@ -324,6 +326,7 @@ impl RunLease {
             directory: candidates.working_directory.clone(),
         });
         self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
+        crash_point::reached("lease: started the keeper");
         true
     }
 
@@ -356,7 +359,9 @@ impl RunLease {
         self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
         (self.orders, self.leader) = (orders, leader);
         self.keepers.let_go();
+        crash_point::reached("lease: the guardian takes over");
         self.start_keeper();
+        crash_point::reached("lease: the guardian started a keeper");
     }
 
     /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
@@ -372,7 +377,9 @@ impl RunLease {
             trace!("guardian: the keeper: {news:?}");
         }
         if self.keepers.is_restart_due() {
+            crash_point::reached("lease: the guardian replaces its keeper");
             self.start_keeper();
+            crash_point::reached("lease: the guardian replaced its keeper");
         }
     }
 
@@ -456,6 +463,7 @@ impl RunLease {
         }
         if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
             trace!("the fuse is gone, and terraform is stopped");
+            crash_point::reached("lease: knows of the stop");
             self.stopped = Some(Stopped {
                 time: RunningTime::since(boot_clock::now()),
                 is_rearmed: false,
@@ -483,7 +491,9 @@ impl RunLease {
             }
         }
         if self.keepers.is_restart_due() {
+            crash_point::reached("lease: replaces the keeper");
             effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
+            crash_point::reached("lease: replaced the keeper");
         }
         self.abort_requests_if_due();
         effects.extend(self.step_while_stopped(has_person));
@@ -556,6 +566,7 @@ impl RunLease {
                 None
             }
             Report::Looked { look, loss, reason } => {
+                crash_point::reached("lease: knows the look");
                 self.reason = (look == Look::Unknown).then_some(reason);
                 if let Some(stopped) = &mut self.stopped {
                     stopped.look = look;
@@ -633,6 +644,7 @@ impl RunLease {
                 (FenceStep::Rearm, Some(fence), Some(stopped)) => match fence.rearm() {
                     Ok(fuse) => {
                         trace!("a new fuse holds the stop pipe");
+                        crash_point::reached("lease: has a new fuse");
                         (stopped.is_rearmed, stopped.is_renewed) = (true, false);
                         effects.extend(fuse.map(LeaseEffect::NewHelper));
                         self.keepers.hurry();
@@ -665,11 +677,13 @@ impl RunLease {
         let Some(stopped) = self.stopped.take() else { return false };
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
+                crash_point::reached("lease: may continue");
                 if fence.give_kill_pipe().is_err() {
                     // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
                     self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
                     return false;
                 }
+                crash_point::reached("lease: sent the kill pipe");
                 self.continue_group();
             }
             _ => {
@@ -681,7 +695,9 @@ impl RunLease {
             }
         }
         trace!("the lease is renewed, and terraform goes on");
+        crash_point::reached("lease: has continued");
         self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        crash_point::reached("lease: has a new spare fuse");
         true
     }
 
@@ -739,14 +755,17 @@ impl RunLease {
     /// Ends the lease, because terraform has ended. The keeper has ended when this returns, so that no renewal comes between
     /// a read and a delete of the lock.
     pub(crate) fn end(&mut self) {
+        crash_point::reached("lease: ends");
         self.let_go();
         self.keepers.end();
+        crash_point::reached("lease: ended");
     }
 
     /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper, because the caller has
     /// to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
         self.keepers.let_go();
+        crash_point::reached("lease: told the keeper");
         (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
             fence.end(self.group);
@@ -767,7 +786,10 @@ impl RunLease {
         match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
             Ok(keeper) => {
                 trace!("the promise of the lease is being withdrawn");
-                keeper.withdrawn(waiter)
+                crash_point::reached("lease: withdraws");
+                let is_withdrawn = keeper.withdrawn(waiter);
+                crash_point::reached("lease: withdrawn");
+                is_withdrawn
             }
             Err(error) => {
                 trace!("no keeper: {error}");
