@@ -81,7 +81,7 @@ one: tools ## the tests whose name contains T, with their output: make one T=giv
 	cargo test --test real -- $(T) --nocapture
 
 .PHONY: crash
-crash: tools ## kill tf, its guardian and a recovery at every step, alone and in pairs
+crash: tools ## kill every process of tf at every step, alone and with others
 	cargo test --features crash-points --test real crash:: -- --nocapture
 
 .PHONY: elsewhere

@@ -10,14 +10,16 @@
 
 macro_rules! modules {
     ($($name:ident $path:literal)*) => {
-        $(#[allow(dead_code, unused_imports, clippy::allow_attributes)] #[path = $path] mod $name;)*
+        $(#[allow(dead_code, unused_imports, unused_macros, clippy::allow_attributes)] #[path = $path] mod $name;)*
     };
 }
 
 modules! {
+    crash_point "../src/crash_point.rs"
     fence "../src/supervise/fence.rs"
     fuse "../src/supervise/fuse.rs"
     sys "../src/sys/mod.rs"
+    trace "../src/trace.rs"
 }
 
 use std::collections::BTreeSet;

@@ -164,6 +164,16 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
     format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
 }
 
+/// Reports that terraform was killed because it was stopped within its unlock, and its lock was gone. It writes its state
+/// before its unlock.
+pub(crate) fn lost_in_unlock(program: &str) -> String {
+    format!(
+        "terraform was stopped while it released its lock, and the lock is gone\n\
+         terraform was killed, because it might have released the lock of another run instead of its own\n\
+         to compare the state with the real resources, type: {program} plan"
+    )
+}
+
 /// Reports that the record of a lock that stays still promises a fence.
 pub(crate) const LEASE_STANDS: &str = "the lease of the lock that stays could not be withdrawn, so another host releases \
      the lock when the lease has lapsed";

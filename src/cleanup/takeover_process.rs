@@ -18,6 +18,7 @@ use crate::cleanup::messages;
 use crate::cleanup::ordered_process;
 use crate::cleanup::working_directory;
 use crate::console;
+use crate::crash_point;
 use crate::holder::ci_job::CiJob;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
@@ -174,6 +175,7 @@ pub(crate) fn run() -> u8 {
     let Orders { location, length, is_awaited, directory } = orders;
     let (Some(location), Some(terms)) = (LockLocation::of_json(&location), Terms::new(length)) else { return FAILED };
     working_directory::go(&directory);
+    crash_point::reached("takeover: begun");
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
@@ -187,6 +189,7 @@ pub(crate) fn run() -> u8 {
     // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();
     trace!("takeover: {end:?}");
+    crash_point::reached("takeover: over");
     match end {
         Some(End::Over) => 0,
         Some(End::NoCredentials) => NO_CREDENTIALS,
@@ -207,5 +210,6 @@ fn note(progress: Progress<'_>) {
         let why = messages::lapsed_lease(lapsed);
         history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
     }
+    crash_point::reached("takeover: before the message");
     console::say(&messages::takeover(progress));
 }

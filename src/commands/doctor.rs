@@ -23,6 +23,7 @@ use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, Cloud, FenceReason, Grade};
 use crate::lease::notice::NoticeSetting;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
+use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
@@ -431,7 +432,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         conditional_put(findings, bucket, if_none_match);
         if table.is_none() && answer.is_ok() && wants_leases() {
             let lock = stores.object(bucket, &lock_key);
-            renewals(findings, bucket, stores.treatment_of_renewals(&lock).await);
+            let treatment = stores.treatment_of_renewals(&lock, SERVICE_TIMEOUT).await;
+            renewals(findings, bucket, treatment.unwrap_or(IfMatch::Unknown));
         }
         versions(findings, stores, bucket).await;
     }

@@ -1,5 +1,7 @@
 //! Reads, renews and takes over the lease of a stored lock. These requests are the only ones that write a lease record.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 use super::deleted::Deleted;
@@ -9,6 +11,7 @@ use super::s3::{self, ObjectKey};
 use super::stores::{LOCK_FILE, Removed, StoreKey, StoredLock, Stores};
 use super::written::Written;
 use crate::aws::failure::Failure;
+use crate::crash_point;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::AfterClaim;
@@ -189,14 +192,16 @@ impl Stores {
     /// Tests how the service at `store_key` treats the condition of a renewal. Only [`IfMatch::Obeyed`] permits a lease:
     /// on another service, a renewal could bring a released lock back or replace another run's lock. DynamoDB and AWS's
     /// own S3 obey it, so there is no request to them. On another S3 service, an object beside the lock is put and
-    /// deleted.
-    pub(crate) async fn treatment_of_renewals(&self, store_key: &StoreKey) -> IfMatch {
+    /// deleted. The caller must not drop this before it is ready, because the object would stay then.
+    ///
+    /// Returns `None` if the service has not answered within `limit`, so that another test may have another result.
+    pub(crate) async fn treatment_of_renewals(&self, store_key: &StoreKey, limit: Duration) -> Option<IfMatch> {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
                 let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
-                probe::replace_object(&self.s3, bucket, &key).await
+                probe::replace_object(&self.s3, bucket, &key, limit).await
             }
-            StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => IfMatch::Obeyed,
+            StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => Some(IfMatch::Obeyed),
         }
     }
 
@@ -254,8 +259,8 @@ impl Stores {
 
     /// Says in the object of a lock with two parts that the lock has the lease `record` ([`crate::lease::info_field`]):
     /// terraform shows the object to everybody whom the lock refuses. Changes nothing if the object is not a part of
-    /// that lock, or if the service may ignore the condition of the write, which could then bring the object back after
-    /// it was deleted.
+    /// that lock. Call this only if [`Stores::treatment_of_renewals`] is [`IfMatch::Obeyed`]: otherwise the write could
+    /// bring the object back after it was deleted.
     ///
     /// # Errors
     /// Returns a [`Failure`] if a request fails for a reason other than its condition. The object may have been written
@@ -264,7 +269,7 @@ impl Stores {
         let StoreKey::S3 { bucket, key, .. } = object else { return Ok(()) };
         let Some(read) = s3::read(&self.s3, bucket, key).await? else { return Ok(()) };
         let is_part = LockInfo::parse(&read.body).is_some_and(|info| info.id == record.lock);
-        if is_part && self.treatment_of_renewals(object).await == IfMatch::Obeyed {
+        if is_part {
             s3::fill_info(&self.s3, &self.write_settings, ObjectKey { bucket, key }, &read, record).await?;
         }
         Ok(())
@@ -344,6 +349,7 @@ impl Stores {
         {
             return Ok(Removed::Refused);
         }
+        crash_point::reached("takeover: deleted the object");
         for _ in 0..ATTEMPTS {
             let key = ItemKey { table, path: key };
             let deleted = dynamodb::delete_claimed(&self.dynamodb, key, attributes).await?;

@@ -1,14 +1,17 @@
 //! Tests whether a release would be permitted, with requests that change no lock and no state. An IAM policy alone does
 //! not show that, because an organisation, a permissions boundary, a session or an endpoint can restrict the policy.
 
+use std::time::Duration;
+
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use jiff::Timestamp;
+use tokio::time::timeout;
 
 use super::stores::{LOCK_FILE, StoreKey, StoredLock};
 use super::{dynamodb, s3, service_time};
-use crate::aws::failure::Failure;
+use crate::aws::failure::{Cause, Failure};
 use crate::terraform::lock_info::{is_lock_id, new_id};
 
 /// A text that no lock has. It is the condition of a delete that must not delete anything.
@@ -149,31 +152,51 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
 
 /// Tests how the bucket treats `If-Match` on a put, by which a lease in a `.tflock` object is renewed: first where there
 /// is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal would
-/// bring a released lock back. `key` must not be in use. The test object is deleted again.
-pub(crate) async fn replace_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> IfMatch {
-    let body = || ByteStream::from_static(TEST_BODY.as_bytes());
-    let put = || client.put_object().bucket(bucket).key(key).body(body());
-    let mut results = Vec::new();
-    for is_there in [false, true] {
-        if is_there && put().if_none_match("*").send().await.is_err() {
-            results.push(IfMatch::Unknown);
-            break;
+/// bring a released lock back. `key` must not be in use.
+///
+/// Returns `None` if the service has not answered within `limit`, or has no capacity now. The test object is deleted
+/// again in any case. So the caller must not drop this before it is ready.
+pub(crate) async fn replace_object(
+    client: &aws_sdk_s3::Client,
+    bucket: &str,
+    key: &str,
+    limit: Duration,
+) -> Option<IfMatch> {
+    let put = || client.put_object().bucket(bucket).key(key).body(ByteStream::from_static(TEST_BODY.as_bytes()));
+    let test = async {
+        let mut treatment = None;
+        for is_there in [false, true] {
+            if is_there && let Err(error) = put().if_none_match("*").send().await {
+                return (may_answer_later(&s3::failure("s3:PutObject", &error)), true);
+            }
+            treatment = match put().if_match(ANOTHERS).send().await {
+                Ok(_) => Some(IfMatch::Ignored),
+                Err(error) => match (error.raw_response().map(|response| response.status().as_u16()), error.code()) {
+                    (Some(412), _) | (Some(404), Some("NoSuchKey")) => Some(IfMatch::Obeyed),
+                    _ => may_answer_later(&s3::failure("s3:PutObject", &error)),
+                },
+            };
+            if treatment != Some(IfMatch::Obeyed) {
+                // A service that has refused the first put has stored nothing.
+                return (treatment, is_there || treatment != Some(IfMatch::Unknown));
+            }
         }
-        results.push(match put().if_match(ANOTHERS).send().await {
-            Ok(_) => IfMatch::Ignored,
-            Err(error) => match (error.raw_response().map(|response| response.status().as_u16()), error.code()) {
-                (Some(412), _) | (Some(404), Some("NoSuchKey")) => IfMatch::Obeyed,
-                _ => IfMatch::Unknown,
-            },
-        });
-        if results.last() != Some(&IfMatch::Obeyed) {
-            break;
-        }
+        (treatment, true)
+    };
+    let (treatment, may_be_there) = timeout(limit, test).await.unwrap_or((None, true));
+    if may_be_there {
+        let _ = timeout(limit, client.delete_object().bucket(bucket).key(key).send()).await;
     }
-    if results != [IfMatch::Unknown] {
-        let _ = client.delete_object().bucket(bucket).key(key).send().await;
+    treatment
+}
+
+/// Returns what the failure of a test says about the service. `None` if another test may have another result.
+fn may_answer_later(failure: &Failure) -> Option<IfMatch> {
+    if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing | Cause::Busy) {
+        None
+    } else {
+        Some(IfMatch::Unknown)
     }
-    results.last().copied().unwrap_or(IfMatch::Unknown)
 }
 
 /// Whether versioning is enabled, so that the bucket keeps old versions of its objects. False if the bucket reports no

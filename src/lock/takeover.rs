@@ -546,7 +546,7 @@ async fn claim_and_delete(
     lock: &LeasedLock,
     claim: &Claim,
 ) -> Result<Taken, Failure> {
-    crash_point::reached("takeover: begun");
+    crash_point::reached("takeover: before the claim");
     for _ in 0..ATTEMPTS {
         let (after, read) = stores.claim(item, lock, claim).await?;
         match (after.next(), &read.lock) {
@@ -590,9 +590,10 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
                       release this lock: tf locks release";
         return Err(Failure::refusal(object.service(), reason));
     }
-    crash_point::reached("takeover: begun");
+    crash_point::reached("takeover: before the delete");
     for attempt in 0..ATTEMPTS {
         let deleted = stores.delete(object, &lock.stored).await?.of_attempt(attempt);
+        crash_point::reached("takeover: deleted");
         let mut now = stores.read_lease(object).await?.lock;
         if now.is_none() {
             // A single response proves nothing.

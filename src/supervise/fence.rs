@@ -37,6 +37,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use super::fuse::{self, Fuse, Role};
+use crate::crash_point;
 use crate::sys::detached::{self, Parent};
 use crate::sys::hangup_pipe::HangupPipe;
 use crate::sys::packet_socket::PacketSocket;
@@ -173,9 +174,11 @@ impl Fence {
     pub(crate) fn fork_fuse(&mut self, parent: Parent) -> io::Result<[Option<Pid>; 2]> {
         // In this order, no process has a write end that it must not have, not even for a moment.
         let spare = self.fork_spare(parent)?;
+        crash_point::reached("lease: forked the spare fuse");
         let stop_write_end = self.stop.reopen_write_end()?;
         let kill_write_end = self.kill.reopen_write_end()?;
         let its_copy = kill_write_end.try_clone()?;
+        crash_point::reached("lease: opened the write ends");
         self.fuse = self.fork(parent, Role::InUse(stop_write_end), Some(its_copy))?;
         self.kill_write_end = Some(kill_write_end);
         self.number = self.last_number;
@@ -289,7 +292,9 @@ impl Fence {
 
     fn use_spare(&mut self, spare: &Spare) -> io::Result<()> {
         let stop_write_end = self.stop.reopen_write_end()?;
+        crash_point::reached("lease: reopened the stop pipe");
         fuse::send_stop_pipe(&spare.socket, &stop_write_end)?;
+        crash_point::reached("lease: sent the stop pipe");
         (self.fuse, self.number) = (spare.pid, spare.number);
         Ok(())
     }
@@ -310,7 +315,9 @@ impl Fence {
             return killpg(group, Signal::SIGCONT).is_ok();
         }
         let can_gate = self.stop.set_signal(Signal::SIGKILL).is_ok();
+        crash_point::reached("fence: kills at a hang-up");
         let is_continued = can_gate && !self.stop.has_hung_up() && killpg(group, Signal::SIGCONT).is_ok();
+        crash_point::reached("fence: continued the group");
         let _ = self.stop.set_signal(Signal::SIGSTOP);
         if is_continued {
             self.is_stopped.set(false);
@@ -328,10 +335,13 @@ impl Fence {
     pub(crate) fn end(&mut self, group: Option<Pid>) {
         let was_armed = self.stop.is_armed();
         let _ = self.stop.disarm();
+        crash_point::reached("fence: disarmed the stop pipe");
         let _ = self.kill.disarm();
+        crash_point::reached("fence: disarmed both pipes");
         // A hang-up after the pipe was disarmed stopped nobody, and to continue a running group changes nothing.
         let has_stopped = self.is_stopped.get() || (was_armed && self.stop.has_hung_up());
         let _ = fuse::send_over(&self.keeper_end);
+        crash_point::reached("fence: told the fuse");
         if let Some(group) = group.filter(|_| has_stopped) {
             let _ = killpg(group, Signal::SIGCONT);
             self.is_stopped.set(false);

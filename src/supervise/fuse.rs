@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use nix::poll::PollFlags;
 
+use crate::crash_point;
 use crate::sys::boot_clock::KillTimer;
 use crate::sys::hangup_pipe::HangupPipe;
 use crate::sys::packet_socket::{Packet, PacketSocket};
@@ -266,32 +267,48 @@ impl Fuse {
     pub(crate) fn run(mut self) {
         let timer = KillTimer::new().ok();
         if let Role::Spare(socket) = &self.role {
-            let Some(write_end) = receive_stop_pipe(socket) else { return };
+            crash_point::reached("spare: begun");
+            let Some(write_end) = receive_stop_pipe(socket) else {
+                crash_point::reached("spare: told over");
+                return;
+            };
             self.role = Role::InUse(write_end);
             session::name_this_process(c"tf-fuse");
+            crash_point::reached("fuse: in use");
+        } else {
+            crash_point::reached("fuse: begun");
         }
         let mut state = State { has_timer: timer.is_some(), deadline: None };
         loop {
             let (event, descriptor) = self.next_event();
             match decide(state, event) {
                 Step::SetTimer(deadline) => {
+                    crash_point::reached("fuse: has a deadline");
                     if timer.as_ref().is_some_and(|timer| timer.set(deadline).is_ok()) {
                         state.deadline = Some(deadline);
+                        crash_point::reached("fuse: armed");
                         self.answer(state.deadline);
+                        crash_point::reached("fuse: has answered");
                     } else {
                         self.answer(None);
                     }
                 }
                 Step::Answer => self.answer(state.deadline),
-                Step::KeepDescriptor => self.kill_write_end = descriptor.or(self.kill_write_end.take()),
+                Step::KeepDescriptor => {
+                    self.kill_write_end = descriptor.or(self.kill_write_end.take());
+                    crash_point::reached("fuse: has the kill pipe");
+                }
                 Step::StopListening => break,
                 Step::End => {
+                    crash_point::reached("fuse: told over");
                     let _ = self.stop.disarm();
                     let _ = self.kill.disarm();
+                    crash_point::reached("fuse: has disarmed");
                     return;
                 }
             }
         }
+        crash_point::reached("fuse: alone");
         // The write ends stay open until the timer kills this process.
         loop {
             poll::wait(&[], None);

@@ -45,6 +45,7 @@ use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory;
+use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::keeper::{
@@ -340,11 +341,13 @@ pub(crate) fn keep(descriptors: &[OsString]) -> bool {
     let numbers: Option<Vec<RawFd>> = descriptors.iter().map(|number| number.to_str()?.parse().ok()).collect();
     let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else { return false };
     session::become_helper(c"tf-keeper");
+    crash_point::reached("keeper: begun");
     environment::unset_empty("AWS_");
     let mut orders = Vec::new();
     let _ = io::stdin().lock().take(MAX_ORDERS_BYTES).read_to_end(&mut orders);
     let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return false };
     working_directory::go(&orders.directory);
+    crash_point::reached("keeper: has its orders");
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
     let ended = panics::caught(|| runtime.block_on(KeeperProcess::run(orders, descriptors)));
     trace!("keeper: {ended:?}");
@@ -492,12 +495,16 @@ impl KeeperProcess {
         if process.renewals.orders.withdraws {
             // If this process were killed instead, a command that gives it credentials would leave processes behind.
             let withdrawn = tokio::time::timeout(LAST_RENEWAL_TIMEOUT, process.renewals.withdraw()).await;
+            crash_point::reached("keeper: has withdrawn");
             return Ok(withdrawn.unwrap_or(false));
         }
         // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform that
         // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
-        if process.renew().await == Ending::TerraformEnded && process.link.is_abandoned {
+        let ending = process.renew().await;
+        crash_point::reached("keeper: ends");
+        if ending == Ending::TerraformEnded && process.link.is_abandoned {
             process.renewals.end_fuse();
+            crash_point::reached("keeper: ended the fuse");
         }
         Ok(true)
     }
@@ -551,7 +558,9 @@ impl KeeperProcess {
             };
             due = tokio::time::Instant::now() + if hurries { Duration::ZERO } else { step.pause };
             if let Some(report) = step.report {
+                crash_point::reached("keeper: reports");
                 self.link.report(&report);
+                crash_point::reached("keeper: has reported");
                 self.link.report_notice();
                 if matches!(report, Report::NoLease(_)) {
                     return Ending::Left;
@@ -706,26 +715,30 @@ impl Renewals {
         }
     }
 
+    /// Reads the lock of a stopped terraform.
+    async fn look(&mut self) -> Step {
+        (self.last, self.is_armed, self.is_seen) = (None, false, false);
+        crash_point::reached("keeper: looks");
+        let (look, loss, reason) = match self.read().await {
+            Ok(None) => (Look::Ours, None, String::new()),
+            Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
+            Err((answer, reason)) => {
+                let pause = self.retry_pause(answer).min(MAX_CREDENTIALS_PAUSE_WHILE_STOPPED);
+                return Step { report: Some(Report::Looked { look: Look::Unknown, loss: None, reason }), pause };
+            }
+        };
+        self.is_seen = look == Look::Ours;
+        Step { report: Some(Report::Looked { look, loss, reason }), pause: jittered(LOOK_INTERVAL, random()) }
+    }
+
     async fn next_request(&mut self, before: BeforeRenewal) -> Result<Step, (Answer, String)> {
         if before == BeforeRenewal::Look {
-            (self.last, self.is_armed, self.is_seen) = (None, false, false);
-            let (look, loss, reason) = match self.read().await {
-                Ok(None) => (Look::Ours, None, String::new()),
-                Ok(Some(loss)) => (Look::Lost, Some(loss), String::new()),
-                Err((answer, reason)) => {
-                    let pause = self.retry_pause(answer).min(MAX_CREDENTIALS_PAUSE_WHILE_STOPPED);
-                    return Ok(Step {
-                        report: Some(Report::Looked { look: Look::Unknown, loss: None, reason }),
-                        pause,
-                    });
-                }
-            };
-            self.is_seen = look == Look::Ours;
-            let report = Some(Report::Looked { look, loss, reason });
-            return Ok(Step { report, pause: jittered(LOOK_INTERVAL, random()) });
+            return Ok(self.look().await);
         }
         if let Some(record) = self.unmentioned.take() {
+            crash_point::reached("keeper: between the two parts");
             self.mention(&record).await;
+            crash_point::reached("keeper: has written both parts");
             // This step may have been the one that should have recorded an interrupt.
             let is_recorded = self.recorded == self.interrupted.get();
             let pause = if is_recorded { self.until_next_renewal() } else { Duration::ZERO };
@@ -747,8 +760,12 @@ impl Renewals {
             next_renewal(self.terms, last, boot_clock::now(), self.promised, latest);
         let has_fuse = before != BeforeRenewal::RenewForTheStopped;
         if self.promised == Promise::Stop && has_fuse && !self.is_armed {
+            crash_point::reached("keeper: arms the fuse");
             match self.arm_first(deadline).await {
-                Some(answer) if answer.deadline.is_some() => self.is_armed = true,
+                Some(answer) if answer.deadline.is_some() => {
+                    self.is_armed = true;
+                    crash_point::reached("keeper: armed the fuse");
+                }
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
                 Some(_) => self.promised = Promise::None,
                 // The fuse is gone. The next step looks at the lock.
@@ -763,11 +780,13 @@ impl Renewals {
             (self.number, stores.region().to_owned(), self.orders.holder.clone());
         let interrupted = self.interrupted.get();
         record.interrupted = interrupted.map(Interruption::from);
+        crash_point::reached("keeper: renews");
         let sent = boot_clock::now();
         // From here on a record may be stored, even if no response arrives.
         let had_record = std::mem::replace(&mut self.history.may_have_a_record, true);
         let renewed = within(self.request_timeout(), stores.renew(key, lock, &record)).await;
         let read = boot_clock::now();
+        crash_point::reached("keeper: has a response");
         let (seen, answer) = match renewed {
             Ok(Renewed::Yes(seen)) => {
                 self.recorded = interrupted;
@@ -813,9 +832,17 @@ impl Renewals {
         let Some((stores, key)) = &self.store else { return };
         for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             let parts = location.store_keys(stores);
-            if let [first, object] = parts.as_slice()
-                && first == key
-                && let Err(failure) = within(self.request_timeout(), Box::pin(stores.fill_info(object, record))).await
+            let [first, object] = parts.as_slice() else { continue };
+            if first != key {
+                continue;
+            }
+            self.is_testing.set(true);
+            // The next renewal waits for all of this: the test, the delete of its object, and the write.
+            let limit = self.request_timeout() / 4;
+            let treatment = stores.treatment_of_renewals(object, limit).await;
+            self.is_testing.set(false);
+            if treatment == Some(IfMatch::Obeyed)
+                && let Err(failure) = within(limit * 2, Box::pin(stores.fill_info(object, record))).await
             {
                 trace!("keeper: the lock's object does not mention the lease: {failure}");
             }
@@ -841,6 +868,7 @@ impl Renewals {
         self.confirmed = last.sent;
         self.history.has_interrupted = false;
         let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
+        crash_point::reached("keeper: told the deadline");
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };
         Step { report: Some(report), pause: self.until_next_renewal() }
@@ -895,6 +923,7 @@ impl Renewals {
     async fn read(&mut self) -> Result<Option<Loss>, (Answer, String)> {
         if self.store.is_none() {
             self.store = Some(self.find().await?);
+            crash_point::reached("keeper: is connected");
         }
         let Some((stores, key)) = &self.store else { return Err((Answer::None, "no place".to_owned())) };
         let sent = boot_clock::now();
@@ -911,6 +940,7 @@ impl Renewals {
             }
         };
         let read = boot_clock::now();
+        crash_point::reached("keeper: has read");
         self.last = seen.date.map(|date| Response { sent, read, date });
         if seen.lock.as_ref().is_some_and(|lock| lock.stored.info().is_none()) {
             return Err((Answer::None, "something that is not a lock is in its place".to_owned()));
@@ -940,16 +970,21 @@ impl Renewals {
             // The item has the record if there is one.
             let Some(key) = location.store_keys(&stores).into_iter().next() else { continue };
             self.is_testing.set(true);
-            let treatment = tokio::time::timeout(MAX_REQUEST_TIMEOUT, stores.treatment_of_renewals(&key)).await;
+            let treatment = stores.treatment_of_renewals(&key, MAX_REQUEST_TIMEOUT).await;
             self.is_testing.set(false);
             match treatment {
-                Ok(IfMatch::Obeyed) => {}
+                Some(IfMatch::Obeyed) => {}
                 // A renewal could bring back a lock that was deleted meanwhile.
-                Ok(IfMatch::Ignored) => {
+                Some(IfMatch::Ignored) => {
                     reason = (Answer::Refused, "the service ignores the condition of a renewal (If-Match)".to_owned());
                     continue;
                 }
-                Ok(IfMatch::Unknown) | Err(_) => {
+                None => {
+                    let text = "the service has not answered whether it obeys the condition of a renewal (If-Match)";
+                    reason = (Answer::None, text.to_owned());
+                    continue;
+                }
+                Some(IfMatch::Unknown) => {
                     let text = "it is not known whether the service obeys the condition of a renewal (If-Match)";
                     reason = (Answer::Refused, text.to_owned());
                     continue;

@@ -365,7 +365,11 @@ impl<'a> Prepared<'a> {
             let has_run_on =
                 matches!(ended, Ended::Exited(_)) || lease.is_some_and(|lease| lease.has_run_on(log.written));
             let program = self.context.invocation.name.to_string_lossy();
-            console::say(&messages::lock_lost(lease.and_then(RunLease::loss), has_run_on, &program));
+            if lease.is_some_and(RunLease::is_lost_in_unlock) {
+                console::say(&messages::lost_in_unlock(&program));
+            } else {
+                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), has_run_on, &program));
+            }
         }
         if self.stop.killed() == Some(Why::LeaseUnknown)
             && let Some(reason) = self.lease.as_ref().and_then(RunLease::reason)

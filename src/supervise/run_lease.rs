@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::waiter::Waiter;
+use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
     EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, are_requests_aborted, is_reason_due, next_step,
@@ -120,10 +121,12 @@ pub(crate) struct RunLease {
     leader: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
-    /// When the last renewal was reported while terraform was not stopped. `None` if there was none.
+    /// When the last renewal was reported after which terraform may work. `None` if there was none.
     renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
+    /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
+    is_lost_in_unlock: bool,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
     reason: Option<String>,
     /// The ID of the lock that has the lease, or had it. `None` if no lock had one.
@@ -158,6 +161,7 @@ impl RunLease {
             stopped: None,
             renewed: None,
             loss: None,
+            is_lost_in_unlock: false,
             reason: None,
             reported: None,
             leased: None,
@@ -193,6 +197,12 @@ impl RunLease {
     /// Returns how the lock was lost. `None` if it was not.
     pub(crate) fn loss(&self) -> Option<&Loss> {
         self.loss.as_ref()
+    }
+
+    /// Whether terraform was stopped within its unlock when the lock was found gone, so that it may have released the lock
+    /// itself.
+    pub(crate) fn is_lost_in_unlock(&self) -> bool {
+        self.is_lost_in_unlock
     }
 
     /// Returns what a keeper needs to know, if it has changed since the last call. `None` if it has not, or if no lock is
@@ -304,12 +314,11 @@ impl RunLease {
             trace!("the group does not contain the terraform that logs, so the lease promises nothing");
             self.take_down();
         }
-        if let Some(fence) = &self.fence
-            && let Err(error) = fence.arm(group)
-        {
+        if let Err(error) = self.arm(group, tree) {
             trace!("the fence cannot be armed: {error}");
             self.take_down();
         }
+        crash_point::reached("lease: armed the fence");
         self.leased = Some(lock.id.clone());
         self.orders = Some(Orders {
             lock: lock.id.clone(),
@@ -325,7 +334,27 @@ impl RunLease {
             directory: candidates.working_directory.clone(),
         });
         self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
+        crash_point::reached("lease: started the keeper");
         true
+    }
+
+    /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its place
+    /// first.
+    ///
+    /// # Errors
+    /// As [`Fence::arm`] and [`Fence::rearm`]. Nothing is armed then.
+    fn arm(&mut self, group: Pid, tree: &Tree) -> io::Result<()> {
+        let Some(fence) = &mut self.fence else { return Ok(()) };
+        match fence.arm(group) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            armed => return armed,
+        }
+        trace!("the fuse was killed before it was armed, and another one takes its place");
+        fence.rearm()?.into_iter().for_each(|pid| tree.exclude(pid));
+        fence.give_kill_pipe()?;
+        fence.arm(group)?;
+        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        Ok(())
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead. `leader` is a pidfd of the leader of the group. Only the
@@ -338,7 +367,9 @@ impl RunLease {
         self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
         (self.orders, self.leader) = (orders, leader);
         self.keepers.let_go();
+        crash_point::reached("lease: the guardian takes over");
         self.start_keeper();
+        crash_point::reached("lease: the guardian started a keeper");
     }
 
     /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
@@ -357,7 +388,9 @@ impl RunLease {
             }
         }
         if self.keepers.is_restart_due() {
+            crash_point::reached("lease: the guardian replaces its keeper");
             self.start_keeper();
+            crash_point::reached("lease: the guardian replaced its keeper");
         }
     }
 
@@ -441,6 +474,7 @@ impl RunLease {
         }
         if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
             trace!("the fuse is gone, and terraform is stopped");
+            crash_point::reached("lease: knows of the stop");
             self.stopped = Some(Stopped {
                 time: RunningTime::since(boot_clock::now()),
                 is_rearmed: false,
@@ -468,7 +502,9 @@ impl RunLease {
             }
         }
         if self.keepers.is_restart_due() {
+            crash_point::reached("lease: replaces the keeper");
             effects.extend(self.start_keeper().map(LeaseEffect::NewHelper));
+            crash_point::reached("lease: replaced the keeper");
         }
         self.abort_requests_if_due();
         effects.extend(self.step_while_stopped(has_person));
@@ -509,7 +545,15 @@ impl RunLease {
                 // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
                 // another run has taken meanwhile. So only one that is not stopped goes on.
                 LockPhase::Unlocking if self.stopped.is_none() => return None,
-                LockPhase::Unlocking | LockPhase::Held => {}
+                LockPhase::Unlocking => {
+                    let is_gone = |loss: &Loss| *loss == Loss::Gone;
+                    self.is_lost_in_unlock = match &report {
+                        Report::Lost(loss) => is_gone(loss),
+                        Report::Looked { loss, .. } => loss.as_ref().is_some_and(is_gone),
+                        _ => false,
+                    };
+                }
+                LockPhase::Held => {}
             }
         }
         match report {
@@ -520,6 +564,9 @@ impl RunLease {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
                     stopped.is_renewed = fence == Promise::None || (stopped.is_rearmed && fuse == newest);
                     stopped.look = Look::Ours;
+                    if stopped.is_renewed {
+                        self.renewed = Some(Timestamp::now());
+                    }
                     return None;
                 }
                 self.renewed = Some(Timestamp::now());
@@ -530,6 +577,7 @@ impl RunLease {
                 None
             }
             Report::Looked { look, loss, reason } => {
+                crash_point::reached("lease: knows the look");
                 self.reason = (look == Look::Unknown).then_some(reason);
                 if let Some(stopped) = &mut self.stopped {
                     stopped.look = look;
@@ -621,6 +669,7 @@ impl RunLease {
                 (FenceStep::Rearm, Some(fence), Some(stopped)) => match fence.rearm() {
                     Ok(fuse) => {
                         trace!("a new fuse holds the stop pipe");
+                        crash_point::reached("lease: has a new fuse");
                         (stopped.is_rearmed, stopped.is_renewed) = (true, false);
                         effects.extend(fuse.map(LeaseEffect::NewHelper));
                         self.keepers.hurry();
@@ -653,11 +702,13 @@ impl RunLease {
         let Some(stopped) = self.stopped.take() else { return false };
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
+                crash_point::reached("lease: may continue");
                 if fence.give_kill_pipe().is_err() {
                     // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
                     self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
                     return false;
                 }
+                crash_point::reached("lease: sent the kill pipe");
                 self.continue_group();
             }
             _ => {
@@ -669,7 +720,9 @@ impl RunLease {
             }
         }
         trace!("the lease is renewed, and terraform goes on");
+        crash_point::reached("lease: has continued");
         self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
+        crash_point::reached("lease: has a new spare fuse");
         true
     }
 
@@ -727,14 +780,17 @@ impl RunLease {
     /// Ends the lease, because terraform has ended. The keeper has ended when this returns, so that no renewal comes between
     /// a read and a delete of the lock.
     pub(crate) fn end(&mut self) {
+        crash_point::reached("lease: ends");
         self.let_go();
         self.keepers.end();
+        crash_point::reached("lease: ended");
     }
 
     /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper, because the caller has
     /// to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
         self.keepers.let_go();
+        crash_point::reached("lease: told the keeper");
         (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
             fence.end(self.group);
@@ -755,7 +811,10 @@ impl RunLease {
         match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
             Ok(keeper) => {
                 trace!("the promise of the lease is being withdrawn");
-                keeper.withdrawn(waiter)
+                crash_point::reached("lease: withdraws");
+                let is_withdrawn = keeper.withdrawn(waiter);
+                crash_point::reached("lease: withdrawn");
+                is_withdrawn
             }
             Err(error) => {
                 trace!("no keeper: {error}");
@@ -775,6 +834,62 @@ fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
 mod tests {
     use super::*;
     use crate::terraform::log::tests::{ID, lock_line};
+
+    /// Returns the lease of a run whose terraform the kernel has stopped, and for which no new fuse can be made.
+    fn lease_of_a_stopped_run() -> RunLease {
+        let terms = Terms::new(Duration::from_mins(1)).unwrap();
+        let mut lease = RunLease::new(terms, Holder::default(), Promise::None, None);
+        lease.orders = Some(Orders {
+            lock: ID.to_owned(),
+            places: Vec::new(),
+            length: Duration::from_mins(1),
+            fence: Promise::None,
+            holder: Holder::default(),
+            terraform: 1,
+            may_have_a_record: true,
+            withdraws: false,
+            asks: None,
+            interrupted: None,
+            directory: std::path::PathBuf::new(),
+        });
+        lease.stopped = Some(Stopped {
+            time: RunningTime::since(boot_clock::now()),
+            is_rearmed: false,
+            can_rearm: false,
+            is_renewed: false,
+            interrupts: 0,
+            look: Look::Unknown,
+            is_cut: false,
+        });
+        lease
+    }
+
+    #[test]
+    fn a_terraform_that_went_on_after_a_stop_and_wrote_its_state_has_not_run_on() {
+        let mut lease = lease_of_a_stopped_run();
+        let now = Timestamp::now();
+        lease.renewed = Some(now - SignedDuration::from_hours(1));
+        assert!(lease.has_run_on(Some(now)));
+        lease.heard(Report::Renewed { fence: Promise::None, fuse: None }, &mut |_| LockPhase::Held);
+        assert!(!lease.has_run_on(Some(now + SignedDuration::from_secs(1))));
+        assert!(lease.has_run_on(Some(now + SignedDuration::from_mins(1))));
+    }
+
+    #[test]
+    fn only_a_lock_that_is_gone_after_a_stop_within_the_unlock_may_have_been_released_by_terraform_itself() {
+        let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
+        for (phase, loss, expected) in [
+            (LockPhase::Unlocking, Loss::Gone, true),
+            (LockPhase::Unlocking, another, false),
+            (LockPhase::Held, Loss::Gone, false),
+        ] {
+            let mut lease = lease_of_a_stopped_run();
+            let looked = Report::Looked { look: Look::Lost, loss: Some(loss.clone()), reason: String::new() };
+            lease.heard(looked, &mut |_| phase);
+            assert_eq!(lease.is_lost_in_unlock(), expected, "{phase:?} {loss:?}");
+            assert_eq!(lease.loss(), Some(&loss));
+        }
+    }
 
     #[test]
     fn only_a_lock_that_is_held_beside_the_one_with_the_lease_has_none() {

@@ -399,7 +399,10 @@ for_each_lock!(tf_releases_its_lock_with_a_lease);
 #[test]
 fn a_service_that_ignores_the_condition_of_a_renewal_gets_no_lease() {
     let fixture = Fixture::new(Lock::File);
-    let ask = |stores: &Stores, place: &StoreKey| fixture.runtime.block_on(stores.treatment_of_renewals(place));
+    let limit = Duration::from_secs(60);
+    let ask = |stores: &Stores, place: &StoreKey| {
+        fixture.runtime.block_on(stores.treatment_of_renewals(place, limit)).expect("an answer in time")
+    };
     assert_eq!(ask(&fixture.stores, &fixture.place), IfMatch::Obeyed);
     for absent_only in [false, true] {
         // The proxy takes the condition out of a put: out of each, or only where there is no object.

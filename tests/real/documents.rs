@@ -278,7 +278,7 @@ fn every_promise_has_a_test_that_is_there() {
             let path = match place.strip_prefix("elsewhere::") {
                 Some(module) => format!("tests/elsewhere/{module}.rs"),
                 None if place.starts_with("src/") => place.to_owned(),
-                None => format!("tests/real/{place}.rs"),
+                None => format!("tests/real/{}.rs", place.replace("::", "/")),
             };
             assert!(has(path, function), "{promise}: there is no test {holder}");
         }

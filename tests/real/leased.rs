@@ -130,6 +130,26 @@ fn a_killed_fuse_stops_terraform_until_the_lock_was_looked_at_and_a_new_one_is_t
 }
 
 #[test]
+fn a_fuse_that_is_killed_before_the_lock_is_taken_is_replaced() {
+    let env = leased(Lock::Both, "10s");
+    env.lock_of_another();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=2m"]);
+    run.wait_for_out("Acquiring state lock");
+    let [fuse, spare] = ["tf-fuse", "tf-spare"].map(|name| named(&env, name));
+    kill(fuse, Signal::SIGKILL).unwrap();
+    wait_until_gone(&env, fuse);
+    env.delete_lock();
+    env.wait_for_began(&run);
+    let first = wait_for_renewal_after(&env, &Value::Null);
+    assert_eq!(first["fence"], "stop", "{first}\n{}", env.trace());
+    assert_eq!(named(&env, "tf-fuse"), spare, "{}", env.trace());
+    // The new one stops terraform, too.
+    kill(spare, Signal::SIGKILL).unwrap();
+    run.wait_for_err("the lease was renewed, and terraform goes on");
+    ends_well(&env, run);
+}
+
+#[test]
 fn a_killed_keeper_is_replaced_and_terraform_notices_nothing() {
     let env = leased(Lock::Both, "4s");
     let run = start(&env);
@@ -1031,7 +1051,13 @@ fn a_command_that_is_too_slow_to_withdraw_a_promise_is_killed_with_all_that_it_s
 /// The test of the service puts an object and deletes it again. Without the delete, the object would stay for ever.
 #[test]
 fn a_keeper_that_is_told_to_end_while_it_tests_the_service_leaves_no_object() {
-    let mut env = leased(Lock::File, "1m");
+    for lock in [Lock::File, Lock::Both] {
+        told_to_end_while_it_tests(lock);
+    }
+}
+
+fn told_to_end_while_it_tests(lock: Lock) {
+    let mut env = leased(lock, "1m");
     // `tf` ends the keeper at the latest when terraform has ended.
     env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\nwhile ! test -e end; do sleep 0.02; done\n");
     let is_there = AtomicBool::new(false);
@@ -1057,6 +1083,51 @@ fn a_keeper_that_is_told_to_end_while_it_tests_the_service_leaves_no_object() {
     let end = run.wait();
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     wait_until_all_is_gone(&env);
+}
+
+/// Returns the lock objects in the bucket, and the test objects beside them.
+fn lock_objects(env: &TestEnv) -> Vec<String> {
+    let listed = cloud().s3("GET", &format!("{}?list-type=2", env.bucket), b"").text();
+    let keys = listed.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+    keys.filter(|key| key.ends_with(".tflock")).map(ToOwned::to_owned).collect()
+}
+
+/// The service does not answer in the first moments of the run only. The objects of its test are deleted.
+#[test]
+fn a_service_that_is_slow_when_it_is_tested_has_a_lease_later() {
+    for lock in [Lock::File, Lock::Both] {
+        let mut env = leased(lock, "10s");
+        let is_slow = Arc::new(AtomicBool::new(true));
+        let slow = is_slow.clone();
+        let proxy = through(&mut env, move |request| {
+            let is_put = request.is_ours() && request.start.starts_with("PUT ");
+            if !is_put || request.start.contains("tfstate.tflock") || !slow.load(Ordering::SeqCst) {
+                return ProxyAction::Pass;
+            }
+            // A request that is held is sent again after some seconds, and a lock with two parts is tested for a shorter time.
+            if lock == Lock::File { ProxyAction::Close } else { ProxyAction::Hold }
+        });
+        let run = env.start_apply(Subject::Tf);
+        if lock == Lock::File {
+            env.wait_for_trace("the service has not answered whether it obeys");
+        } else {
+            proxy.wait_until_held();
+            wait_for_renewal_after(&env, &record(&env).unwrap_or_default());
+        }
+        is_slow.store(false, Ordering::SeqCst);
+        proxy.let_go();
+        let mut last = wait_for_renewal_after(&env, &Value::Null);
+        for _ in 0..2 {
+            last = wait_for_renewal_after(&env, &last);
+        }
+        assert_eq!(run.err(), "", "{}", env.trace());
+        wait_for(
+            "no test object",
+            || (lock_objects(&env).len() == 1).then_some(()),
+            || format!("{:?}", lock_objects(&env)),
+        );
+        ends_well(&env, run);
+    }
 }
 
 /// A second terraform of a wrapper must get the interrupt, too.

@@ -188,33 +188,6 @@ fn a_claim_that_has_lapsed_is_taken_over() {
     }
 }
 
-#[cfg(feature = "crash-points")]
-#[test]
-fn a_taker_that_dies_leaves_a_claim_that_lapses() {
-    for lock in Lock::ALL {
-        for point in ["takeover: begun", "takeover: claimed", "takeover: deleted"] {
-            let env = leased(lock, "5m");
-            env.lock_with_lease(&record(LONG_AGO, 300));
-            let mut plan = env.command(env.bin().join("tf"));
-            plan.args(PLAN).env("TFW_CRASH", point);
-            let end = Run::start(plan).wait();
-            let is_claimed = point == "takeover: claimed" && lock != Lock::File;
-            let is_deleted = point == "takeover: deleted" || (lock == Lock::File && point != "takeover: begun");
-            assert_eq!(end.code() == Some(0), is_deleted, "{point}: {}", env.dump(&end));
-            if is_claimed {
-                let key = json!({ "TableName": env.table, "Key": { "LockID": { "S": env.path() } } });
-                let mut item = cloud().dynamodb("GetItem", &key)["Item"].clone();
-                let at = item["tf"]["M"]["taken"]["M"]["at"]["N"].as_str().unwrap().parse::<i64>().unwrap();
-                item["tf"]["M"]["taken"]["M"]["at"]["N"] = (at - 100).to_string().into();
-                cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
-            }
-            let end = env.run(Subject::Tf, &PLAN);
-            assert_eq!(end.code(), Some(0), "{lock:?} {point}: {}", env.dump(&end));
-            env.assert_unlocked();
-        }
-    }
-}
-
 /// The holder was not gone: it renews its lease while the lock is watched.
 fn a_holder_that_renews_in_between_keeps_its_lock(lock: Lock) {
     let env = leased(lock, "30s");
