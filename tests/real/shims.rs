@@ -264,7 +264,9 @@ fn the_tests_that_the_recipes_name_are_there() {
     let text = fs::read_to_string(root.join("docs/wrappers.md")).unwrap();
     let sources: String = fs::read_dir(root.join("tests/real"))
         .unwrap()
-        .map(|file| fs::read_to_string(file.unwrap().path()).unwrap())
+        .map(|file| file.unwrap().path())
+        .filter(|path| path.is_file())
+        .map(|path| fs::read_to_string(path).unwrap())
         .collect();
     let named: Vec<&str> =
         text.split('`').filter(|word| word.matches('_').count() > 3 && !word.contains(' ')).collect();
