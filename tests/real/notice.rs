@@ -333,7 +333,7 @@ fn a_service_that_hangs_or_redirects_or_fails_costs_nothing_and_is_asked_ever_mo
         costs_nothing(&env, &metadata, "PUT ");
         assert_eq!(metadata.asked_for("GET ").len(), 0);
         // What the kernel has buffered counts too. A whole answer would be 1 GB.
-        let (accepted, answers) = (metadata.accepted(), metadata.asked().len());
+        let (accepted, answers) = (metadata.accepted(), metadata.asked().len() as u64);
         assert!(accepted < answers << 24, "{accepted} bytes of {answers} answers");
     }
     assert_eq!(good.asked().len(), 0);
