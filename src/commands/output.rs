@@ -110,7 +110,7 @@ impl Output {
         console::stdout_is_open()?;
         let terminal = Term::stdout();
         if json {
-            let out = BufWriter::new(io::stdout());
+            let out = BufWriter::with_capacity(1 << 16, io::stdout());
             Ok(Self::Json(Json { out, later: tempfile::tempfile()?, locks: 0, unreadable: 0, target: None }))
         } else if terminal.is_term() {
             Ok(Self::Table(Table::new(usize::from(terminal.size().1), widths)))
@@ -139,14 +139,21 @@ impl Output {
     /// # Errors
     /// Fails if the text cannot be written, for example because the reader of stdout has exited.
     pub(super) fn put(&mut self, shown: &Shown) -> io::Result<()> {
-        match self {
-            Self::Table(table) => {
-                let head = table.head();
-                write(&(head + &shown.text))
-            }
-            Self::Lines(_) => write(&shown.text),
-            Self::Json(json) => json.put(shown),
-        }
+        self.put_all(std::slice::from_ref(shown))
+    }
+
+    /// Writes several entries. A table and lines are written at once, because a write takes longer than an entry.
+    ///
+    /// # Errors
+    /// The same as [`Self::put`].
+    pub(super) fn put_all(&mut self, shown: &[Shown]) -> io::Result<()> {
+        let head = match self {
+            Self::Json(json) => return shown.iter().try_for_each(|shown| json.put(shown)),
+            Self::Table(table) if !shown.is_empty() => table.head(),
+            Self::Table(_) | Self::Lines(_) => String::new(),
+        };
+        let rows = shown.iter().map(|shown| shown.text.as_str());
+        write(&std::iter::once(head.as_str()).chain(rows).collect::<String>())
     }
 
     /// Begins the next of several targets. JSON says for each entry in which target it is.

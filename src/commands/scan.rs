@@ -48,6 +48,9 @@ const WAITING: usize = 1;
 /// The maximum number of reads of single locks in flight, for each segment.
 const AT_ONCE: usize = 8;
 
+/// The maximum number of waiting entries that are written at a time.
+const AT_A_TIME: usize = 256;
+
 /// How long to wait for a page before checking for signals such as ^C.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -295,7 +298,7 @@ impl Order {
     /// segment's file. `last` says whether this page is the segment's last one.
     fn take(&mut self, segment: usize, shown: &[Shown], last: bool, output: &mut Output) -> io::Result<()> {
         if segment == self.current {
-            shown.iter().try_for_each(|shown| output.put(shown))?;
+            output.put_all(shown)?;
         } else {
             let mut buffer = Vec::new();
             shown.iter().try_for_each(|shown| shown.store(&mut buffer))?;
@@ -318,8 +321,13 @@ impl Order {
         let Some((file, _)) = self.waiting.get_mut(segment) else { return Ok(()) };
         file.rewind()?;
         let mut reader = BufReader::new(&mut *file);
-        while let Some(shown) = Shown::fetch(&mut reader)? {
-            output.put(&shown)?;
+        loop {
+            let shown = (0..AT_A_TIME).map_while(|_| Shown::fetch(&mut reader).transpose());
+            let shown = shown.collect::<io::Result<Vec<_>>>()?;
+            if shown.is_empty() {
+                break;
+            }
+            output.put_all(&shown)?;
         }
         file.set_len(0)?;
         file.rewind()
@@ -489,36 +497,47 @@ async fn judged(
     }
     staleness.judge(&mut entries, &HostView::look());
     staleness.ask_witness(&mut entries).await;
-    let mut again = 0;
-    let checked: Vec<Result<Vec<ListedEntry>, Failure>> = stream::iter(entries)
-        .map(|entry| {
-            let stale = matches!(&entry, ListedEntry::Lock(lock) if lock.stale);
-            again += usize::from(stale);
-            async move {
-                let ListedEntry::Lock(lock) = &entry else { return Ok(vec![entry]) };
-                if !stale {
-                    return Ok(vec![entry]);
-                }
-                let (store_key, read) = lock.parts[0].clone();
-                let before = StoredPart { store_key, stored: read, lease: lock.lease.clone() };
-                let Some(found) = stores.read_part(&before.store_key).await? else { return Ok(Vec::new()) };
-                if before.is_same_as(&found) {
-                    return Ok(vec![entry]);
-                }
-                let mut changed = pair(Wanted::default(), vec![found], None);
-                staleness.judge(&mut changed, &HostView::look());
-                staleness.ask_witness(&mut changed).await;
-                Ok(changed)
+    let stale: Vec<(usize, StoredPart)> = entries
+        .iter()
+        .enumerate()
+        .filter_map(|(index, entry)| match entry {
+            ListedEntry::Lock(lock) if lock.stale => {
+                let (store_key, stored) = lock.parts[0].clone();
+                Some((index, StoredPart { store_key, stored, lease: lock.lease.clone() }))
             }
+            ListedEntry::Lock(_) | ListedEntry::UnreadableLock(_) => None,
+        })
+        .collect();
+    let again = stale.len();
+    let changed: Vec<Result<Option<(usize, Vec<ListedEntry>)>, Failure>> = stream::iter(stale)
+        .map(|(index, before)| async move {
+            let Some(found) = stores.read_part(&before.store_key).await? else { return Ok(Some((index, Vec::new()))) };
+            if before.is_same_as(&found) {
+                return Ok(None);
+            }
+            let mut changed = pair(Wanted::default(), vec![found], None);
+            staleness.judge(&mut changed, &HostView::look());
+            staleness.ask_witness(&mut changed).await;
+            Ok(Some((index, changed)))
         })
         .buffered(AT_ONCE)
         .collect()
         .await;
-    let entries: Result<Vec<Vec<ListedEntry>>, Failure> = checked.into_iter().collect();
-    let entries = entries
-        .map(|entries| entries.into_iter().flatten().collect())
-        .map_err(|failure| Trouble::failed(failure, "the table or bucket", stores));
-    (entries, again)
+    let changed: Result<Vec<_>, Failure> = changed.into_iter().filter_map(Result::transpose).collect();
+    match changed {
+        Ok(changed) => (Ok(replaced(entries, changed)), again),
+        Err(failure) => (Err(Trouble::failed(failure, "the table or bucket", stores)), again),
+    }
+}
+
+/// Returns `entries` with others in the place of some of them. `changed` has the indexes of these in ascending order,
+/// each with what takes its place.
+fn replaced<T>(mut entries: Vec<T>, changed: Vec<(usize, Vec<T>)>) -> Vec<T> {
+    // From the end, so that the other indexes stay valid.
+    for (index, now) in changed.into_iter().rev() {
+        entries.splice(index..=index, now);
+    }
+    entries
 }
 
 #[cfg(test)]
@@ -547,6 +566,18 @@ mod tests {
             (Some(7.5), None, 1, Some(7.5)),
         ] {
             assert_eq!(ScanPlan::new(asked, description.as_ref()), ScanPlan { segments, rate });
+        }
+    }
+
+    /// Each of three entries is unchanged, gone, replaced by one, or replaced by two.
+    #[test]
+    fn an_entry_that_was_read_again_is_replaced_in_its_place() {
+        for kinds in 0..64_usize {
+            let kind = |index: usize| kinds >> (2 * index) & 3;
+            let now = |index: usize| (0..kind(index) - 1).map(|part| 10 * index + part + 100).collect::<Vec<_>>();
+            let changed = (0..3).filter(|index| kind(*index) > 0).map(|index| (index, now(index))).collect();
+            let expected = (0..3).flat_map(|index| if kind(index) == 0 { vec![index] } else { now(index) });
+            assert_eq!(replaced(vec![0, 1, 2], changed), expected.collect::<Vec<_>>());
         }
     }
 
