@@ -291,7 +291,7 @@ impl Audit {
             })
             .await?;
         count.scanned = scanned.items;
-        Ok(scanned.stopped)
+        scanned.failed.map_or(Ok(scanned.stopped), Err)
     }
 
     async fn several(&self, fleet: &Fleet) -> Result<Finding, Trouble> {

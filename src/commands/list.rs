@@ -101,8 +101,11 @@ impl List {
         let mut output = Output::new(self.json, Widths::USUAL)?;
         let mut tally = Tally::default();
         let scanned = scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut tally).await?;
-        let complete = scanned.stopped.is_none() && tally.unread == 0;
+        let complete = scanned.stopped.is_none() && scanned.failed.is_none() && tally.unread == 0;
         output.end(&End { complete, scanned: scanned.items, fleet: None })?;
+        if let Some(trouble) = scanned.failed {
+            return Err(trouble);
+        }
         if tally.unread > 0 {
             console::say(&not_whole(tally.unread));
         }
@@ -129,7 +132,10 @@ impl List {
                 Ok(Ok(connection)) => scan(connection, target.speed, &mut signals, &mut output, &mut tally).await,
             };
             let (scanned, error) = match listed {
-                Ok(scanned) => (scanned, None),
+                Ok(mut scanned) => {
+                    let failed = scanned.failed.take().map(|trouble| trouble.to_string());
+                    (scanned, failed)
+                }
                 Err(Trouble::ReaderGone) => return Err(Trouble::ReaderGone),
                 Err(trouble) => (Scanned::default(), Some(trouble.to_string())),
             };

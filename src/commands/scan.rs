@@ -65,12 +65,14 @@ pub(super) struct Scan {
 }
 
 /// The result of a scan.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Scanned {
     /// The number of items or objects that were checked.
     pub(super) items: u64,
     /// The signal that stopped the scan early; `None` if it was completed.
     pub(super) stopped: Option<Signal>,
+    /// Why a request for a page failed, which ended the scan early; `None` if none failed.
+    pub(super) failed: Option<Trouble>,
     /// How long the table must not be read now, because the scan has used its capacity. `None` if the capacity is not
     /// limited.
     pub(super) owed: Option<Duration>,
@@ -118,7 +120,8 @@ impl Scan {
     /// the entries arrive, and returns whether to show it.
     ///
     /// # Errors
-    /// Fails if a request fails or if the output cannot be written. Some entries may have been shown by then.
+    /// Fails if the target cannot be scanned at all or if the output cannot be written. If a request for a page fails,
+    /// the entries of the earlier pages are shown, and the result says why it failed.
     pub(super) async fn run(
         &self,
         signals: &mut Signals,
@@ -160,7 +163,13 @@ impl Scan {
                 }
             };
             let Some((segment, page)) = page else { break };
-            let ListedPage { entries, scanned: more, is_last, owed } = page?;
+            let ListedPage { entries, scanned: more, is_last, owed } = match page {
+                Ok(page) => page,
+                Err(trouble) => {
+                    scanned.failed = Some(trouble);
+                    break;
+                }
+            };
             scanned.items += more;
             scanned.owed = scanned.owed.max(owed);
             let mut shown = Vec::new();
@@ -179,9 +188,14 @@ impl Scan {
         }
         progress.finish_and_clear();
         order.rest(output)?;
-        if scanned.stopped.is_some() {
+        let how = match &scanned {
+            Scanned { stopped: Some(_), .. } => Some("stopped"),
+            Scanned { failed: Some(_), .. } if scanned.items > 0 && !self.is_silent => Some("failed"),
+            _ => None,
+        };
+        if let Some(how) = how {
             let of = total.map_or_else(String::new, |total| format!(" of about {total}"));
-            console::say(&format!("stopped after {}{of} items, so the list is incomplete", scanned.items));
+            console::say(&format!("{how} after {}{of} items, so the list is incomplete", scanned.items));
         }
         Ok(scanned)
     }

@@ -147,6 +147,9 @@ async fn round(
     if let Some(signal) = scanned.stopped {
         return Err(Interrupted::Signal(signal));
     }
+    if let Some(trouble) = scanned.failed {
+        return Err(trouble.into());
+    }
     entries.sort_by_key(key);
     Ok(Round { entries, note: None, owed: scanned.owed })
 }
