@@ -467,49 +467,6 @@ fn a_lock_of_a_workspace_without_a_state_is_seen_in_the_table_and_where_it_is_se
     assert_eq!(parsed(&env, &locks(&env, &["list", "--json"]))["locks"][0]["id"], json!(A));
 }
 
-/// A table that is a hundred times larger takes no more memory.
-#[test]
-fn a_table_is_listed_in_the_same_memory_however_large_it_is() {
-    let peak = |pages: usize| {
-        let mut env = TestEnv::new(Lock::DynamoDb, "true");
-        let mut info: Value = serde_json::from_str(&of_anna(A, "a")).unwrap();
-        info["Info"] = "x".repeat(30_000).into();
-        let item = json!({ "LockID": { "S": "a" }, "Info": { "S": info.to_string() } });
-        let asked = Arc::new(Mutex::new(0_usize));
-        let name = env.table.clone();
-        let _proxy = through(&mut env, move |request| {
-            if is_dynamodb(request, ".DescribeTable") {
-                let key = json!([{ "AttributeName": "LockID", "KeyType": "HASH" }]);
-                let described = json!({ "Table": { "TableName": name, "KeySchema": key,
-                    "ProvisionedThroughput": { "ReadCapacityUnits": 0, "WriteCapacityUnits": 0 } } });
-                return ProxyAction::Answer(Message::answer("200 OK", &described.to_string()));
-            }
-            if !is_dynamodb(request, ".Scan") {
-                return ProxyAction::Pass;
-            }
-            let scan: Value = serde_json::from_slice(&request.body).unwrap();
-            let mut page = json!({ "Count": 0, "ScannedCount": 0, "Items": [] });
-            let mut asked = asked.lock().unwrap();
-            if scan["Segment"] == 0 && *asked < pages {
-                *asked += 1;
-                page = json!({ "Count": 4, "ScannedCount": 4, "Items": [item, item, item, item],
-                    "LastEvaluatedKey": { "LockID": { "S": "a" } } });
-            }
-            ProxyAction::Answer(Message::answer("200 OK", &page.to_string()))
-        });
-        let script = "import subprocess, sys, resource\n\
-                      subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n\
-                      print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)";
-        let mut python = env.command(tool("python3"));
-        python.args(["-c", script, "tf", "locks"]).args(table(&env, &["--json"]));
-        let end = Run::start(python).wait();
-        end.out.trim().parse::<u64>().unwrap_or_else(|_| panic!("{}", env.dump(&end)))
-    };
-    // 12 MB of locks against 1.2 MB. The peaks are in KiB.
-    let (small, large) = (peak(10), peak(200));
-    assert!(large < small + 10_000, "{small} KiB, {large} KiB");
-}
-
 /// Returns a lease record of the lock `id` that was renewed `age` seconds ago, for a lock of CI.
 fn lease_record(id: &str, age: i64) -> Value {
     json!({

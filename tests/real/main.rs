@@ -31,6 +31,7 @@ mod go_rules;
 mod in_flight;
 mod interrupted_once;
 mod invisible;
+mod large_tables;
 mod leased;
 mod least_requests;
 mod left_behind;
