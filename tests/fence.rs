@@ -26,7 +26,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ use nix::unistd::Pid;
 use fence::Fence;
 use sys::detached::{self, Parent};
 use sys::group_signal_watcher::GroupSignalWatcher;
-use sys::process::{Process, open_pidfd};
+use sys::process::{Process, ProcessHandle};
 use sys::spawn::{Image, Setup, spawn};
 use sys::wait::Ended;
 use sys::{boot_clock, poll, process};
@@ -228,7 +228,7 @@ fn guard(fence: &mut Fence, link: &UnixStream, leash: &UnixStream) {
         return;
     }
     let terraform = Pid::from_raw(i32::from_ne_bytes(pid));
-    let process = open_pidfd(terraform).unwrap();
+    let process = ProcessHandle::open(terraform).unwrap();
     if link.read(&mut [0]).unwrap_or(0) > 0 {
         return;
     }
@@ -241,7 +241,7 @@ fn guard(fence: &mut Fence, link: &UnixStream, leash: &UnixStream) {
 /// The keeper: sends a deadline at each beat as long as the stop pipe has not hung up. It ends when it is told so, or
 /// when terraform has ended and nobody is left to tell it.
 fn renew(fence: &Fence, leash: &UnixStream, terraform: Pid) {
-    let process = open_pidfd(terraform).unwrap();
+    let process = ProcessHandle::open(terraform).unwrap();
     let mut leash = leash;
     leash.write_all(b"b").unwrap();
     let mut is_alone = false;
@@ -269,17 +269,17 @@ fn renew(fence: &Fence, leash: &UnixStream, terraform: Pid) {
 /// A process that a test watches and may kill. No other process is meant, whatever becomes of its pid.
 struct Watched {
     pid: Pid,
-    process: OwnedFd,
+    process: ProcessHandle,
 }
 
 impl Watched {
     fn new(pid: &str) -> Self {
         let pid = Pid::from_raw(pid.trim().parse().unwrap());
-        Self { pid, process: open_pidfd(pid).unwrap() }
+        Self { pid, process: ProcessHandle::open(pid).unwrap() }
     }
 
     fn kill(&self) {
-        let _ = process::signal(&self.process, Signal::SIGKILL);
+        let _ = self.process.signal(Signal::SIGKILL);
     }
 
     fn is_dead(&self) -> bool {
@@ -293,7 +293,7 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        let _ = process::signal(&self.process, Signal::SIGKILL);
+        let _ = self.process.signal(Signal::SIGKILL);
     }
 }
 
@@ -408,7 +408,7 @@ impl Run {
     /// Waits until terraform is dead. It must have been killed.
     fn wait_until_killed(&self) {
         wait_for("terraform to be dead", || self.terraform.is_dead());
-        let end = process::end_of(self.terraform.pid, &self.terraform.process);
+        let end = self.terraform.process.end_of(self.terraform.pid);
         assert!(matches!(end, None | Some(Ended::Killed(Signal::SIGKILL))), "{end:?}");
     }
 
@@ -552,7 +552,7 @@ fn after_give() {
         run.set_deadline(600_000);
         // The fuse has not received the packet when `tf` dies, if it is stopped.
         if round % 2 == 0 {
-            process::signal(&run.fuse.process, Signal::SIGSTOP).unwrap();
+            run.fuse.process.signal(Signal::SIGSTOP).unwrap();
         }
         assert_eq!(run.tell("give"), "ok");
         assert_eq!(run.tell("continue"), "true");
