@@ -327,7 +327,7 @@ fn interrupt_group(terraform: &ProcessHandle, group: Pid) -> io::Result<()> {
         let Ok(held) = ProcessHandle::open(member.pid) else { continue };
         let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
         // As long as terraform has not exited, no other group can have the number of its group.
-        if is_same && !poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+        if is_same && !terraform.has_exited() {
             let _ = held.signal(Signal::SIGINT);
         }
     }
@@ -437,7 +437,7 @@ impl Terraform {
 
     fn has_ended(&self, tree: &Tree) -> bool {
         match &self.process {
-            Some(process) => poll::ready_now(process.as_fd(), PollFlags::POLLIN),
+            Some(process) => process.has_exited(),
             None => tree.lifeline_is_closed() || kill(self.pid, None).is_err(),
         }
     }
@@ -535,9 +535,7 @@ impl<'a> Watch<'a> {
             // When the run is over, earlier messages do not matter any more. A run may be over before its guardian has
             // read the first message, and `tf` waits for the guardian's exit.
             if messages.iter().any(|(kind, _)| *kind == OVER) {
-                if let Some(lease) = self.context.lease.as_mut().filter(|_| self.has_lease) {
-                    lease.hand_back();
-                }
+                self.hand_lease_back();
                 return ParentExit::Clean;
             }
             for (kind, payload) in messages {
@@ -557,22 +555,26 @@ impl<'a> Watch<'a> {
     /// While `tf` is suspended, nobody replaces its keeper, and a keeper is easily killed or stopped together with it. So
     /// the guardian has one of its own meanwhile. The service orders the renewals of the two.
     fn step_lease_while_still(&mut self) {
-        let Some(lease) = &mut self.context.lease else { return };
         if !self.still {
-            if std::mem::take(&mut self.has_lease) {
-                trace!("guardian: tf goes on, and renews the lease");
-                lease.hand_back();
-            }
+            self.hand_lease_back();
             return;
         }
+        let Some(lease) = &mut self.context.lease else { return };
         lease.stop_again_as_guardian();
-        if let (false, Some(orders), Some(terraform)) = (self.has_lease, &self.orders, &self.terraform) {
+        if let (false, Some(orders), Some(_)) = (self.has_lease, &self.orders, &self.terraform) {
             trace!("guardian: tf is suspended, and the guardian renews the lease, too");
             self.has_lease = true;
-            let leader = terraform.process.as_ref().and_then(|process| process.try_clone().ok());
-            lease.take_over(Some(orders.clone()), leader, self.context.tree);
+            lease.take_over(Some(orders.clone()), self.context.tree);
         }
         lease.step_as_guardian();
+    }
+
+    /// Ends the guardian's own keeper, if it has one.
+    fn hand_lease_back(&mut self) {
+        if let Some(lease) = self.context.lease.as_mut().filter(|_| std::mem::take(&mut self.has_lease)) {
+            trace!("guardian: tf goes on, and renews the lease");
+            lease.hand_back();
+        }
     }
 
     /// Continues `tf` if it is stopped. Terraform has exited in the meantime, so `tf` may have to release a lock. No
@@ -717,7 +719,7 @@ impl<'a> Watch<'a> {
     /// Returns how terraform ended. `None` if that is unknown, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
-        self.take_over_lease(&terraform);
+        self.take_over_lease();
         let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
@@ -789,10 +791,9 @@ impl<'a> Watch<'a> {
     }
 
     /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease lasts.
-    fn take_over_lease(&mut self, terraform: &Terraform) {
+    fn take_over_lease(&mut self) {
         let Some(lease) = &mut self.context.lease else { return };
-        let pidfd = terraform.process.as_ref().and_then(|process| process.try_clone().ok());
-        lease.take_over(self.orders.take(), pidfd, self.context.tree);
+        lease.take_over(self.orders.take(), self.context.tree);
     }
 
     /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.

@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -38,7 +37,6 @@ use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
 use crate::sys::connections;
 use crate::sys::detached::Parent;
-use crate::sys::poll;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::terraform::log::{Log, RecordedLock};
 use crate::time::saturating_add;
@@ -115,9 +113,9 @@ pub(crate) struct RunLease {
     group: Option<Pid>,
     /// `None` until the log shows a lock that is held.
     orders: Option<Orders>,
-    /// A pidfd of the terraform that holds the lock.
+    /// The terraform that holds the lock.
     terraform: Option<ProcessHandle>,
-    /// A pidfd of the leader of `group`, which is a child of `tf`. It is terraform, or a shim that has started it.
+    /// The leader of `group`, which is a child of `tf`. It is terraform, or a shim that has started it.
     leader: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
@@ -357,15 +355,14 @@ impl RunLease {
         Ok(())
     }
 
-    /// Starts a keeper with the orders of `tf`, which is dead. `leader` is a pidfd of the leader of the group. Only the
-    /// guardian calls this.
-    pub(crate) fn take_over(&mut self, orders: Option<Orders>, leader: Option<ProcessHandle>, tree: &Tree) {
+    /// Starts a keeper with the orders of `tf`, which is dead or suspended. Only the guardian calls this.
+    pub(crate) fn take_over(&mut self, orders: Option<Orders>, tree: &Tree) {
         // A pid alone could be that of a later process.
         let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
         let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
         let terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
-        self.terraform = terraform.or_else(|| leader.as_ref()?.try_clone().ok());
-        (self.orders, self.leader) = (orders, leader);
+        self.terraform = terraform.or_else(|| self.leader.as_ref()?.try_clone().ok());
+        self.orders = orders;
         self.keepers.let_go();
         crash_point::reached("lease: the guardian takes over");
         self.start_keeper();
@@ -431,13 +428,12 @@ impl RunLease {
     /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes on.
     /// The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the shim.
     fn watch_shim(&mut self) {
-        let has_ended = |process: &ProcessHandle| poll::ready_now(process.as_fd(), PollFlags::POLLIN);
         let (Some(orders), Some(terraform), Some(leader), Some(group)) =
             (&mut self.orders, &self.terraform, &self.leader, self.group)
         else {
             return;
         };
-        if orders.terraform != group.as_raw() && has_ended(terraform) && !has_ended(leader) {
+        if orders.terraform != group.as_raw() && terraform.has_exited() && !leader.has_exited() {
             trace!("the terraform with the lock has ended, and its shim goes on");
             self.terraform = leader.try_clone().ok();
             (orders.terraform, self.has_new_orders) = (group.as_raw(), true);
@@ -448,7 +444,7 @@ impl RunLease {
     fn start_keeper(&mut self) -> Option<Pid> {
         self.watch_shim();
         let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return None };
-        if poll::ready_now(terraform.as_fd(), PollFlags::POLLIN) {
+        if terraform.has_exited() {
             // A keeper would end at once.
             self.keepers.end();
             return None;

@@ -5,11 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
+use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::{Process, ProcessList, Variable};
 use crate::sys::file_id::FileId;
+use crate::sys::poll;
 use crate::sys::wait::{self, Ended};
 
 /// Makes this process, instead of init, the new parent of its orphaned descendants (`PR_SET_CHILD_SUBREAPER`, Linux
@@ -48,6 +50,11 @@ impl ProcessHandle {
     /// The error of fcntl(2) if no descriptor is free.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self(self.0.try_clone()?))
+    }
+
+    /// Whether the process has exited. It may be a zombie.
+    pub(crate) fn has_exited(&self) -> bool {
+        poll::ready_now(self.0.as_fd(), PollFlags::POLLIN)
     }
 
     /// Sends `signal` to the process group of the process. A later group with the same number never receives the signal

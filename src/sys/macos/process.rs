@@ -73,7 +73,8 @@ impl ProcessHandle {
         if self.has_exited() { Err(io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(clone) }
     }
 
-    fn has_exited(&self) -> bool {
+    /// Whether the process has exited. It may be a zombie.
+    pub(crate) fn has_exited(&self) -> bool {
         poll::ready_now(self.exit.as_fd(), PollFlags::POLLIN)
     }
 
