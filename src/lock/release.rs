@@ -761,8 +761,8 @@ async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
 
 /// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`], and the kernel
 /// of this host has delivered or given up what ended processes had sent. Returns whether the state changed during the
-/// wait. `None` if the lock disappears during the wait: then there is no lock to
-/// release, and nothing is known about a write.
+/// wait. `None` if the lock disappears during the wait: then there is no lock to release, and nothing is known about a
+/// write.
 ///
 /// # Errors
 /// Returns a [`Failure`] if a service does not respond for [`SERVICE_TIMEOUT`], or if something still changes
@@ -787,9 +787,11 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             return Err(Failure::refusal("S3", "the state keeps changing: something writes it without locking it"));
         }
         sleep(POLL_INTERVAL).await;
-        sending = sending.still();
         if !sending.is_empty() {
+            // The last bytes may arrive until this look at the connections, so the wait begins with the read after it.
+            sending = sending.still();
             delivered = Instant::now();
+            wait.miss();
         }
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
@@ -802,7 +804,7 @@ async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &
             Err(failure) => return Err(failure),
         };
         seen = Instant::now();
-        match wait.see(now, begun.elapsed(), !sending.is_empty()) {
+        match wait.see(now, begun.elapsed()) {
             QuietStep::Wait => {}
             QuietStep::Changed => trace!("it landed"),
             QuietStep::Gone => {

@@ -245,7 +245,7 @@ pub(crate) struct QuietWait {
     last: Look,
     /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
-    /// When the last read was completed. `None` if a read has failed since then, or the kernel was still sending.
+    /// When the last read was completed. `None` if the wait begins anew with the next one.
     read: Option<Duration>,
     write: Write,
 }
@@ -269,22 +269,21 @@ impl QuietWait {
         Self { last: first, since: Duration::ZERO, read: Some(Duration::ZERO), write: Write::Quiet }
     }
 
-    /// Takes note of a read that failed.
+    /// Takes note that the wait begins anew with the next read: one has failed, or this host's kernel was still sending what
+    /// a dead process had handed to it.
     pub(crate) fn miss(&mut self) {
         self.read = None;
     }
 
-    /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait. `is_sending`: this host's
-    /// kernel was still sending what a dead process had handed to it, just before the read.
-    pub(crate) fn see(&mut self, now: Look, elapsed: Duration, is_sending: bool) -> QuietStep {
+    /// Takes one more read, `now`, which was completed `elapsed` after the begin of the wait.
+    pub(crate) fn see(&mut self, now: Look, elapsed: Duration) -> QuietStep {
         if !now.holds && !self.last.holds {
             return QuietStep::Gone;
         }
-        if is_sending || self.read.is_none_or(|read| elapsed.saturating_sub(read) > MAX_READ_GAP) {
+        if self.read.is_none_or(|read| elapsed.saturating_sub(read) > MAX_READ_GAP) {
             self.since = elapsed;
         }
-        // What it was sending arrives before the next read, which begins the window.
-        self.read = (!is_sending).then_some(elapsed);
+        self.read = Some(elapsed);
         if now == self.last {
             let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
             return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };
@@ -378,10 +377,10 @@ mod tests {
     fn see_until(wait: &mut QuietWait, same: &Look, from: Duration, to: Duration) -> QuietStep {
         let mut at = from + Duration::from_secs(1);
         while at < to {
-            assert_eq!(wait.see(same.clone(), at, false), QuietStep::Wait, "{at:?}");
+            assert_eq!(wait.see(same.clone(), at), QuietStep::Wait, "{at:?}");
             at += Duration::from_secs(1);
         }
-        wait.see(same.clone(), to, false)
+        wait.see(same.clone(), to)
     }
 
     #[test]
@@ -390,7 +389,7 @@ mod tests {
         let mut wait = QuietWait::begin(same.clone());
         let just_before = QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same, QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
+        assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
     }
 
     /// While the network is away, the kernel holds back what the dead terraform has sent.
@@ -404,10 +403,10 @@ mod tests {
             if fails {
                 wait.miss();
             }
-            assert_eq!(wait.see(same.clone(), next, false), QuietStep::Wait);
+            assert_eq!(wait.see(same.clone(), next), QuietStep::Wait);
             let just_before = next + QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, next, just_before), QuietStep::Wait, "{fails} {next:?}");
-            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
+            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
         }
     }
 
@@ -417,13 +416,16 @@ mod tests {
         let same = look("s", "l", true);
         let mut wait = QuietWait::begin(same.clone());
         for second in 1..200 {
-            assert_eq!(wait.see(same.clone(), Duration::from_secs(second), true), QuietStep::Wait);
+            wait.miss();
+            assert_eq!(wait.see(same.clone(), Duration::from_secs(second)), QuietStep::Wait);
         }
+        // Just before this read, it was seen to have arrived.
+        wait.miss();
         let at = Duration::from_secs(200);
-        assert_eq!(wait.see(same.clone(), at, false), QuietStep::Wait);
+        assert_eq!(wait.see(same.clone(), at), QuietStep::Wait);
         let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, at, just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same, at + QUIET_WINDOW, false), QuietStep::Quiet(Write::Quiet));
+        assert_eq!(wait.see(same, at + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
     }
 
     #[test]
@@ -433,21 +435,21 @@ mod tests {
             let mut wait = QuietWait::begin(same.clone());
             let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at.saturating_sub(MILLISECOND)), QuietStep::Wait);
-            assert_eq!(wait.see(changed.clone(), at, false), QuietStep::Changed);
+            assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
             let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &changed, at, just_before), QuietStep::Wait);
-            assert_eq!(wait.see(changed, at + QUIET_WINDOW, false), QuietStep::Quiet(write));
+            assert_eq!(wait.see(changed, at + QUIET_WINDOW), QuietStep::Quiet(write));
         }
     }
 
     #[test]
     fn the_wait_ends_at_once_where_two_reads_in_a_row_do_not_find_the_lock() {
         let mut wait = QuietWait::begin(look("s", "l", true));
-        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO, false), QuietStep::Changed);
-        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO, false), QuietStep::Gone);
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
+        assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
         let mut wait = QuietWait::begin(look("s", "-", false));
         let there = look("s", "l", true);
-        assert_eq!(wait.see(there.clone(), MILLISECOND, false), QuietStep::Changed, "it is there again");
+        assert_eq!(wait.see(there.clone(), MILLISECOND), QuietStep::Changed, "it is there again");
         let step = see_until(&mut wait, &there, MILLISECOND, QUIET_WINDOW + MILLISECOND);
         assert_eq!(step, QuietStep::Quiet(Write::Quiet));
     }

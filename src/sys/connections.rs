@@ -34,9 +34,6 @@ impl UnconfirmedBytes {
 
     /// Reads again. Returns those of these connections that still hold unconfirmed bytes.
     pub(crate) fn still(&self) -> Self {
-        if self.is_empty() {
-            return Self::default();
-        }
         Self(self.0.intersection(&Self::read().0).cloned().collect())
     }
 

@@ -892,7 +892,7 @@ impl Protocol {
         let mut wait = QuietWait::begin(look(last_store, last_writes));
         // The service is read more often than the network could have been away.
         let times = [QUIET_WINDOW / 3, QUIET_WINDOW * 2 / 3, QUIET_WINDOW];
-        let mut seen = times.into_iter().map(|elapsed| wait.see(now.clone(), elapsed, false));
+        let mut seen = times.into_iter().map(|elapsed| wait.see(now.clone(), elapsed));
         match seen.find(|step| *step != QuietStep::Wait).unwrap_or(QuietStep::Wait) {
             QuietStep::Wait | QuietStep::Changed => release.at = At::Quiet(store, writes),
             step => {
