@@ -21,6 +21,9 @@ use crate::terraform::backend::CachedBackend;
 
 const ID: &str = "0f0e0d0c-1111-2222-3333-444455556666";
 
+/// When the service has the first renewal, in seconds since 1970. A record before 2020 is not believed.
+const BEGIN: i64 = 1_790_000_000;
+
 /// A lock without a lease, and clients for its services.
 struct Fixture {
     env: TestEnv,
@@ -108,7 +111,7 @@ fn record(id: &str, renewed: i64, beat: u64, keeper: u64) -> Record {
 }
 
 fn claim(number: u64) -> Claim {
-    Claim { by: "other@host".into(), at: 1_790_001_000, number }
+    Claim { by: "other@host".into(), at: BEGIN + 1000, number }
 }
 
 fn stored(renewed: &Renewed) -> &LeasedLock {
@@ -132,7 +135,7 @@ fn a_renewal_changes_nothing_but_the_record(lock: Lock) {
     let mut item = fixture.raw_item();
     let mut last = read;
     for beat in 1..=3 {
-        let record = record(ID, 1_790_000_000, beat, 7);
+        let record = record(ID, BEGIN, beat, 7);
         let renewed = fixture.renew(&last, &record);
         let Renewed::Yes(LeaseRead { date, .. }) = &renewed else { panic!("{renewed:?}") };
         assert!(date.is_some(), "{renewed:?}");
@@ -167,15 +170,17 @@ for_each_lock!(a_renewal_changes_nothing_but_the_record);
 fn a_late_renewal_replaces_no_newer_one(lock: Lock) {
     let fixture = Fixture::new(lock);
     let first = fixture.lock();
-    let newest = record(ID, 100, 7, 1);
+    let newest = record(ID, BEGIN, 7, 1);
     let read = stored(&fixture.renew(&first, &newest)).clone();
     for (late, is_confirmed) in [
-        (record(ID, 100, 7, 1), true),
-        (record(ID, 100, 6, 1), true),
-        (record(ID, 99, 9, 1), true),
-        (record(ID, 100, 7, 2), false),
-        (record(ID, 100, 6, 2), false),
-        (record(ID, 99, 9, 2), false),
+        (record(ID, BEGIN, 7, 1), true),
+        (record(ID, BEGIN, 6, 1), true),
+        (record(ID, BEGIN - 1, 7, 1), true),
+        // Made after the newest one, with an earlier time: the service's time was set back in between.
+        (record(ID, BEGIN - 1, 9, 1), false),
+        (record(ID, BEGIN, 7, 2), false),
+        (record(ID, BEGIN, 6, 2), false),
+        (record(ID, BEGIN - 1, 9, 2), false),
     ] {
         for read in [&first, &read] {
             match (fixture.renew(read, &late), is_confirmed) {
@@ -188,7 +193,7 @@ fn a_late_renewal_replaces_no_newer_one(lock: Lock) {
         }
     }
     // Another keeper of the same run continues, even if it does not know the last record.
-    let next = record(ID, 100, 8, 2);
+    let next = record(ID, BEGIN, 8, 2);
     assert_eq!(stored(&fixture.renew(&first, &next)).record, Some(Ok(next.clone())));
 }
 
@@ -197,16 +202,16 @@ for_each_lock!(a_late_renewal_replaces_no_newer_one);
 fn a_renewal_brings_no_lock_back_and_touches_no_other(lock: Lock) {
     let fixture = Fixture::new(lock);
     let first = fixture.lock();
-    let read = stored(&fixture.renew(&first, &record(ID, 100, 1, 1))).clone();
+    let read = stored(&fixture.renew(&first, &record(ID, BEGIN, 1, 1))).clone();
     fixture.env.delete_lock();
     for read in [&first, &read] {
-        let lost = fixture.renew(read, &record(ID, 100, 2, 1));
+        let lost = fixture.renew(read, &record(ID, BEGIN, 2, 1));
         assert!(matches!(&lost, Renewed::Lost(LeaseRead { lock: None, .. })), "{lost:?}");
         fixture.env.assert_unlocked();
     }
     let others = fixture.env.lock_of_another();
     for read in [&first, &read] {
-        assert!(matches!(fixture.renew(read, &record(ID, 100, 3, 1)), Renewed::Lost(_)));
+        assert!(matches!(fixture.renew(read, &record(ID, BEGIN, 3, 1)), Renewed::Lost(_)));
         assert_eq!(fixture.lock().stored.text(), others);
         assert_eq!(fixture.lock().record, None);
     }
@@ -216,9 +221,9 @@ for_each_lock!(a_renewal_brings_no_lock_back_and_touches_no_other);
 
 fn a_claim_replaces_only_what_was_read_and_ends_the_renewals(lock: Lock) {
     let fixture = Fixture::new(lock);
-    let read = stored(&fixture.renew(&fixture.lock(), &record(ID, 100, 1, 1))).clone();
+    let read = stored(&fixture.renew(&fixture.lock(), &record(ID, BEGIN, 1, 1))).clone();
     // The holder wakes up and renews after the taker has read.
-    let woken = stored(&fixture.renew(&read, &record(ID, 101, 2, 1))).clone();
+    let woken = stored(&fixture.renew(&read, &record(ID, BEGIN + 1, 2, 1))).clone();
     let (after, now) = fixture.claim(&read, &claim(1));
     assert_eq!((after, now.lock.as_ref()), (AfterClaim::Changed, Some(&woken)));
     let (after, now) = fixture.claim(&woken, &claim(1));
@@ -228,7 +233,7 @@ fn a_claim_replaces_only_what_was_read_and_ends_the_renewals(lock: Lock) {
     assert_eq!(fixture.claim(&woken, &claim(1)).0, AfterClaim::Ours);
     assert_eq!(fixture.claim(&woken, &claim(2)).0, AfterClaim::Changed);
     for read in [&woken, &claimed] {
-        let lost = fixture.renew(read, &record(ID, 102, 3, 1));
+        let lost = fixture.renew(read, &record(ID, BEGIN + 2, 3, 1));
         assert!(matches!(&lost, Renewed::Lost(LeaseRead { lock: Some(_), .. })), "{lost:?}");
     }
     assert_eq!(fixture.lock(), claimed);
@@ -256,7 +261,7 @@ fn a_claim_of_both_parts() {
 #[test]
 fn the_object_of_another_lock_is_left_when_a_claimed_lock_is_deleted() {
     let fixture = Fixture::new(Lock::Both);
-    fixture.renew(&fixture.lock(), &record(ID, 100, 1, 1));
+    fixture.renew(&fixture.lock(), &record(ID, BEGIN, 1, 1));
     let (_, now) = fixture.claim(&fixture.lock(), &claim(1));
     let others = lock_json("11111111-2222-3333-4444-555555555555", &fixture.env.path());
     cloud().s3("PUT", &format!("{}.tflock", fixture.env.path()), others.as_bytes());
@@ -267,8 +272,8 @@ fn the_object_of_another_lock_is_left_when_a_claimed_lock_is_deleted() {
 #[test]
 fn an_object_with_a_lapsed_lease_is_deleted_only_as_it_was_read() {
     let fixture = Fixture::new(Lock::File);
-    let read = stored(&fixture.renew(&fixture.lock(), &record(ID, 100, 1, 1))).clone();
-    let woken = stored(&fixture.renew(&read, &record(ID, 101, 2, 1))).clone();
+    let read = stored(&fixture.renew(&fixture.lock(), &record(ID, BEGIN, 1, 1))).clone();
+    let woken = stored(&fixture.renew(&read, &record(ID, BEGIN + 1, 2, 1))).clone();
     let remove = |lock: &LeasedLock| fixture.runtime.block_on(fixture.stores.remove(&fixture.place, &lock.stored));
     assert_eq!(remove(&read), Ok(Removed::Anothers));
     assert_eq!(fixture.lock(), woken);
@@ -285,7 +290,7 @@ fn a_renewal_whose_response_is_lost_counts(lock: Lock) {
     });
     let fixture = Fixture::new(lock);
     let fixture = Fixture::of(fixture.env, fixture.text, proxy.port);
-    let record = record(ID, 100, 1, 1);
+    let record = record(ID, BEGIN, 1, 1);
     match fixture.renew(&fixture.lock(), &record) {
         Renewed::Before(now) => assert!(now.date.is_some() && now.lock.unwrap().record == Some(Ok(record))),
         other => panic!("{other:?}"),
@@ -309,7 +314,7 @@ fn a_lock_with_something_else_in_the_place_of_the_record_gets_none() {
         }
         let read = fixture.lock();
         assert!(read.record.as_ref().unwrap().is_err(), "{read:?}");
-        let renewed = fixture.runtime.block_on(fixture.stores.renew(&fixture.place, &read, &record(ID, 100, 1, 1)));
+        let renewed = fixture.runtime.block_on(fixture.stores.renew(&fixture.place, &read, &record(ID, BEGIN, 1, 1)));
         assert!(renewed.is_err_and(|failure| failure.is_final()));
         assert_eq!(fixture.lock(), read);
         let removed = fixture.runtime.block_on(fixture.stores.remove(&fixture.place, &read.stored));
@@ -334,7 +339,7 @@ fn an_object_keeps_what_the_backend_says_about_it() {
             ProxyAction::Pass
         });
         let stores = fixture.runtime.block_on(connect(&fixture.env, proxy.port, &more));
-        let record = record(ID, 100, if checksum { 1 } else { 2 }, 1);
+        let record = record(ID, BEGIN, if checksum { 1 } else { 2 }, 1);
         let renewed = fixture.runtime.block_on(stores.renew(&fixture.place, &fixture.lock(), &record)).unwrap();
         assert_eq!(stored(&renewed).record, Some(Ok(record)));
         let request = seen.lock().unwrap().last().unwrap().clone();
@@ -356,7 +361,7 @@ fn terraform_releases_a_lock_with_a_lease(lock: Lock) {
         let text = env.locks()[0].clone();
         let id = id_of(&text);
         let fixture = Fixture::of(env, text, cloud().port);
-        let mut record = record(&id, 1_790_000_000, 1, 7);
+        let mut record = record(&id, BEGIN, 1, 7);
         record.holder.job = "https://ci.example.org/".repeat(40);
         let leased = stored(&fixture.renew(&fixture.lock(), &record)).clone();
         assert_eq!(leased.record.as_ref().unwrap().as_ref().unwrap().holder.job, "");
@@ -387,7 +392,7 @@ fn tf_releases_its_lock_with_a_lease(lock: Lock) {
     let run = env.start_apply(Subject::Tf);
     let text = env.locks()[0].clone();
     let fixture = Fixture::of(env, text, cloud().port);
-    fixture.renew(&fixture.lock(), &record(&id_of(&fixture.text), 1_790_000_000, 1, 7));
+    fixture.renew(&fixture.lock(), &record(&id_of(&fixture.text), BEGIN, 1, 7));
     run.kill_terraform();
     let end = run.wait();
     assert!(end.err.contains("released"), "{}", fixture.env.dump(&end));
@@ -421,7 +426,8 @@ fn a_service_that_ignores_the_condition_of_a_renewal_gets_no_lease() {
         assert_eq!(ask(&stores, &fixture.place), IfMatch::Ignored, "{absent_only}");
     }
     let refusing = Proxy::start(cloud().port, |request: &Message| {
-        if request.start.starts_with("PUT ") { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+        let denied = Message::answer("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>no</Message></Error>");
+        if request.start.starts_with("PUT ") { ProxyAction::Answer(denied) } else { ProxyAction::Pass }
     });
     let stores = fixture.runtime.block_on(connect(&fixture.env, refusing.port, &json!({})));
     assert_eq!(ask(&stores, &fixture.place), IfMatch::Unknown);

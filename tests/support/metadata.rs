@@ -106,8 +106,9 @@ fn serve(mut client: BufReader<TcpStream>, seen: &Mutex<Seen>, rule: &(impl Fn(&
             }
             Reply::Huge => {
                 let _ = client.get_mut().write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n");
-                while client.get_mut().write_all(&[b'x'; 1 << 13]).is_ok() {
-                    seen.lock().unwrap().accepted += 1 << 16;
+                let part = [b'x'; 1 << 13];
+                while client.get_mut().write_all(&part).is_ok() {
+                    seen.lock().unwrap().accepted += part.len() as u64;
                 }
                 return;
             }
