@@ -136,9 +136,14 @@ bench-lease: release tools ## renew 200 leases in one table with 5 write units a
 	@$(TOOLS)/bin/python3 bench/lease_scale.py
 
 .PHONY: bench-scan
-bench-scan: release tools ## measure a scan of a table with 100,000 items, and compare it with aws dynamodb scan
-	@$(TOOLS)/bin/python3 -m pip install --quiet --disable-pip-version-check awscli==1.46.3
+bench-scan: release tools $(TOOLS)/scan/.made ## measure a scan of tables with up to 1,000,000 items beside other programs
 	@$(TOOLS)/bin/python3 bench/scan.py
+
+# The AWS CLI needs another botocore than the services of the tests.
+$(TOOLS)/scan/.made:
+	$(PYTHON) -m venv $(TOOLS)/scan
+	$(TOOLS)/scan/bin/python3 -m pip install --quiet --disable-pip-version-check awscli==1.46.3 boto3==1.44.8 orjson==3.13.0
+	touch $@
 
 SEED ?= 1
 .PHONY: chaos

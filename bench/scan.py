@@ -1,12 +1,15 @@
-"""What `tf locks list --table` costs: beside a plain `aws dynamodb scan` of the same table, and in memory.
+"""The time and the memory of `tf locks list --table`, beside other programs that read the same table.
 
-Tables of 10,000 and of 100,000 items, a tenth of them locks and the rest digests, on the loopback DynamoDB. The service
-and the scanner share this machine, so the times compare the two, and say nothing of AWS.
+Tables of 10,000 and of 100,000 items on the loopback DynamoDB, and one of 1,000,000 items on `scan_server`, which costs
+the machine little. A tenth of the items are locks and the rest are digests. The service and the scanner share this
+machine, so the times compare programs, and say nothing about AWS. At 1,000,000 items the programs run in turn, and each
+value is the median of its runs.
 """
 
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -38,38 +41,73 @@ def fill(cloud, table, items):
 
 
 def measured(command, environment):
-    """Seconds, the most memory it had in MiB, and its exit code."""
+    """Returns the seconds, the seconds of processor time, and the most memory in MiB. Ends if the command fails."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    size = 0
-    while piece := process.stdout.read(1 << 16):
-        size += len(piece)
+    while process.stdout.read(1 << 16):
+        pass
     _, status, used = os.wait4(process.pid, 0)
-    return time.perf_counter() - begun, used.ru_maxrss / 1024, os.waitstatus_to_exitcode(status), size
+    seconds = time.perf_counter() - begun
+    # A list that contains a stale lock may end with 2.
+    if os.waitstatus_to_exitcode(status) not in (0, 2):
+        sys.exit(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def environment_of(port):
+    environment = dict(
+        os.environ, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test", AWS_REGION="us-east-1", AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+    environment.pop("AWS_CA_BUNDLE", None)
+    return environment
+
+
+def programs(table):
+    tf = [str(HERE / "target/release/tf"), "locks", "list", "--table", table]
+    tools = HERE / "target/tools/scan/bin"
+    python = [str(tools / "python3"), str(HERE / "bench/scan_rivals.py")]
+    aws = [str(tools / "aws"), "dynamodb", "scan", "--table-name", table, "--output", "json"]
+    return {
+        "tf locks list": tf, "tf locks list --json": [*tf, "--json"], "http and orjson": [*python, "http", table],
+        "boto3": [*python, "boto3", table], "aws dynamodb scan": aws,
+    }
+
+
+def show(items, name, seconds, processor, memory):
+    print(f"{items:8}  {name:22}  {seconds:8.2f}  {processor:9.2f}  {memory:6.1f}", flush=True)
 
 
 def main():
+    print(f"{'items':>8}  {'':22}  {'seconds':>8}  {'processor':>9}  {'MiB':>6}")
     cloud = Cloud()
     try:
-        environment = dict(
-            os.environ, AWS_ENDPOINT_URL=f"http://127.0.0.1:{cloud.port}", AWS_ACCESS_KEY_ID="test",
-            AWS_SECRET_ACCESS_KEY="test", AWS_REGION="us-east-1", AWS_DEFAULT_REGION="us-east-1",
-            AWS_EC2_METADATA_DISABLED="true",
-        )
-        environment.pop("AWS_CA_BUNDLE", None)
-        print(f"{'items':>8}  {'':28}  {'seconds':>8}  {'items/s':>8}  {'MiB':>6}")
         for items in (10_000, 100_000):
             table = f"locks-{items}"
             fill(cloud, table, items)
-            tf = [str(HERE / "target/release/tf"), "locks", "list", "--table", table]
-            aws = [str(HERE / "target/tools/bin/aws"), "dynamodb", "scan", "--table-name", table, "--output", "json"]
-            for name, command in (("tf locks list", tf), ("tf locks list --json", [*tf, "--json"]), ("aws dynamodb scan", aws)):
-                seconds, memory, code, _ = measured(command, environment)
-                print(f"{items:8}  {name:28}  {seconds:8.2f}  {items / seconds:8.0f}  {memory:6.1f}", flush=True)
-                if code not in (0, 2):
-                    sys.exit(f"{name} ended with {code}")
+            for name, command in programs(table).items():
+                show(items, name, *measured(command, environment_of(cloud.port)))
     finally:
         cloud.stop()
+    items, runs = 1_000_000, {}
+    # In a process of its own: a program that this process starts would be counted with the memory of its pages.
+    server = subprocess.Popen([sys.executable, str(HERE / "bench/scan_server.py"), str(items)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = environment_of(int(server.stdout.readline()))
+    commands = programs("locks")
+    # It needs 1.5 GB for a million items.
+    del commands["aws dynamodb scan"]
+    for turn in range(6):
+        for name, command in commands.items():
+            values = measured(command, environment)
+            # The first time, the server makes its pages.
+            if turn > 0:
+                runs.setdefault(name, []).append(values)
+    for name, values in runs.items():
+        show(items, name, *map(statistics.median, zip(*values)))
+    server.stdin.close()
+    server.wait()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""A DynamoDB service with one on-demand table, whose pages were made before. It answers Scan and DescribeTable.
+
+What it costs the machine is small beside what a scanner costs, so a scan of 1,000,000 items measures the scanner. A page
+has items of 1 MB, as DynamoDB's have, and the header with its checksum. A tenth of the items are locks and the rest are
+digests.
+"""
+
+import json
+import socket
+import sys
+import threading
+import zlib
+
+# DynamoDB ends a page after 1 MB of items. An item's size is the length of its names and values.
+PAGE = 1 << 20
+
+
+def item(number):
+    path = f"bucket/env/{number:07}/prod.tfstate"
+    if number % 10:
+        return {"LockID": {"S": path + "-md5"}, "Digest": {"S": f"{number:032x}"}}
+    info = {"ID": f"{number:08x}-0000-0000-0000-000000000000", "Operation": "OperationTypeApply", "Info": "",
+            "Who": "anna@elsewhere", "Version": "1.11.4", "Created": "2026-11-24T10:00:00Z", "Path": path}
+    return {"LockID": {"S": path}, "Info": {"S": json.dumps(info, separators=(",", ":"))}}
+
+
+def pages(items):
+    """The items of each page, as the inner part of a JSON array, and their number."""
+    made, texts, size = [], [], 0
+    for number in range(items):
+        one = item(number)
+        size += sum(len(name) + len(value["S"]) for name, value in one.items())
+        texts.append(json.dumps(one, separators=(",", ":")))
+        if size >= PAGE or number == items - 1:
+            made.append((",".join(texts), len(texts)))
+            texts, size = [], 0
+    return made
+
+
+def response(body):
+    head = (f"HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.0\r\n"
+            f"x-amz-crc32: {zlib.crc32(body)}\r\nContent-Length: {len(body)}\r\n\r\n")
+    return head.encode() + body
+
+
+class ScanServer:
+    """Serves one table, whatever its name, at `port` of 127.0.0.1."""
+
+    def __init__(self, items):
+        self.items, self.pages = items, pages(items)
+        self.answers = {}
+        self.lock = threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def prepare(self, segments):
+        """Makes the answers of a scan with this number of segments: page N belongs to segment N % segments."""
+        with self.lock:
+            if segments in self.answers:
+                return
+            answers = []
+            for number, (text, count) in enumerate(self.pages):
+                last = {"LastEvaluatedKey": {"LockID": {"S": f"page-{number + segments}"}}}
+                end = "," + json.dumps(last)[1:] if number + segments < len(self.pages) else "}"
+                body = f'{{"Count":{count},"Items":[{text}],"ScannedCount":{count}{end}'.encode()
+                answers.append(response(body))
+            self.answers[segments] = answers
+
+    def accept(self):
+        while True:
+            client, _ = self.listener.accept()
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def serve(self, client):
+        file = client.makefile("rb")
+        try:
+            while file.readline():
+                headers = {}
+                while line := file.readline().strip():
+                    name, value = line.split(b":", 1)
+                    headers[name.lower()] = value.strip()
+                request = json.loads(file.read(int(headers[b"content-length"])))
+                asks_for = headers[b"x-amz-target"].decode().split(".")[1]
+                client.sendall({"Scan": self.scan, "DescribeTable": self.describe}[asks_for](request))
+        except ConnectionError:
+            pass
+        finally:
+            client.close()
+
+    def describe(self, request):
+        table = {"TableName": request["TableName"], "TableStatus": "ACTIVE", "ItemCount": self.items,
+                 "KeySchema": [{"AttributeName": "LockID", "KeyType": "HASH"}],
+                 "BillingModeSummary": {"BillingMode": "PAY_PER_REQUEST"}}
+        return response(json.dumps({"Table": table}).encode())
+
+    def scan(self, request):
+        segments, segment = request.get("TotalSegments", 1), request.get("Segment", 0)
+        self.prepare(segments)
+        key = request.get("ExclusiveStartKey")
+        number = int(key["LockID"]["S"].removeprefix("page-")) if key else segment
+        if number < len(self.pages):
+            return self.answers[segments][number]
+        return response(b'{"Count":0,"Items":[],"ScannedCount":0}')
+
+
+if __name__ == "__main__":
+    print(ScanServer(int(sys.argv[1])).port, flush=True)
+    # Until whoever started it closes this pipe.
+    sys.stdin.read()
