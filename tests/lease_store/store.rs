@@ -21,7 +21,7 @@ use crate::terraform::backend::CachedBackend;
 
 const ID: &str = "0f0e0d0c-1111-2222-3333-444455556666";
 
-/// When the service has the first renewal, in seconds since 1970. A record before 2020 is not believed.
+/// The service's time at the first renewal, in seconds since 1970. A record before 2020 is not believed.
 const BEGIN: i64 = 1_790_000_000;
 
 /// A lock without a lease, and clients for its services.
@@ -426,8 +426,7 @@ fn a_service_that_ignores_the_condition_of_a_renewal_gets_no_lease() {
         assert_eq!(ask(&stores, &fixture.place), IfMatch::Ignored, "{absent_only}");
     }
     let refusing = Proxy::start(cloud().port, |request: &Message| {
-        let denied = Message::answer("403 Forbidden", "<Error><Code>AccessDenied</Code><Message>no</Message></Error>");
-        if request.start.starts_with("PUT ") { ProxyAction::Answer(denied) } else { ProxyAction::Pass }
+        if request.start.starts_with("PUT ") { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
     });
     let stores = fixture.runtime.block_on(connect(&fixture.env, refusing.port, &json!({})));
     assert_eq!(ask(&stores, &fixture.place), IfMatch::Unknown);

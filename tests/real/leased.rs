@@ -1022,7 +1022,7 @@ fn the_lease_of_a_lock_that_could_not_be_released_is_left_to_lapse() {
         let mut env = leased(lock, "1m");
         let _proxy = through(&mut env, |request| {
             let is_delete = request.asks_for("DeleteItem") || request.start.starts_with("DELETE ");
-            if request.is_ours() && is_delete { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+            if request.is_ours() && is_delete { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
         });
         let run = start(&env);
         run.kill_terraform();

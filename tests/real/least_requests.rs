@@ -35,11 +35,6 @@ fn record(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Syn
     (proxy, asked)
 }
 
-fn s3_denied() -> ProxyAction {
-    let body = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>not you</Message></Error>";
-    ProxyAction::Answer(Message::answer("403 Forbidden", body))
-}
-
 fn a_run_that_ends_well_sends_no_request_of_ours(lock: Lock) {
     let mut env = TestEnv::new(lock, "true");
     let (_proxy, asked) = record(&mut env, |_| ProxyAction::Pass);
@@ -170,8 +165,9 @@ fn without_permission_to_list_the_bucket_the_default_and_the_selected_workspace_
         let info = lock_json(&format!("{id}-3333-4444-5555-666666666666"), &path);
         cloud().s3("PUT", &format!("{path}.tflock"), info.as_bytes());
     }
-    let (_proxy, _) =
-        record(&mut env, |request| if request.start.contains("list-type=2") { s3_denied() } else { ProxyAction::Pass });
+    let (_proxy, _) = record(&mut env, |request| {
+        if request.start.contains("list-type=2") { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+    });
     env.set("TF_WORKSPACE", "green");
     let end = locks(&env, &["list", "--json"]);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
@@ -187,7 +183,7 @@ fn without_permission_to_list_the_bucket_the_default_and_the_selected_workspace_
 fn without_permission_to_describe_the_table_a_release_takes_it_for_one_of_one_region() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let (_proxy, _) = record(&mut env, |request| {
-        if request.asks_for("DescribeTable") { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+        if request.asks_for("DescribeTable") { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
     });
     let run = env.start_apply(Subject::Tf);
     run.kill_terraform();
@@ -206,7 +202,7 @@ fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stay
         let is_state = request.start.split(' ').nth(1).is_some_and(|target| target.split('?').next() == Some(&state));
         match (request.is_ours(), is_state) {
             (false, true) if request.start.starts_with("PUT ") => ProxyAction::Hold,
-            (true, true) => s3_denied(),
+            (true, true) => ProxyAction::Answer(request.denied()),
             _ => ProxyAction::Pass,
         }
     });

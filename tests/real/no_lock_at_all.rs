@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::locks_release::locks;
 use crate::support::cloud::cloud;
-use crate::support::http::Message;
 use crate::support::process::Ended;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
@@ -51,7 +50,7 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
         let denying = Proxy::start(cloud().port, move |request| {
             let asked = request.header("x-amz-target").unwrap_or_default();
             if name == "denied" && (asked.ends_with(".PutItem") || asked.ends_with(".GetItem")) {
-                return ProxyAction::Answer(Message::denied());
+                return ProxyAction::Answer(request.denied());
             }
             ProxyAction::Pass
         });
@@ -298,7 +297,7 @@ fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
             return ProxyAction::Hold;
         }
         if flag.load(Ordering::SeqCst) && request.is_ours() && request.asks_for("DeleteItem") {
-            return ProxyAction::Answer(Message::denied());
+            return ProxyAction::Answer(request.denied());
         }
         ProxyAction::Pass
     });
@@ -384,7 +383,7 @@ fn where_the_policy_forbids_the_delete_the_advice_is_for_somebody_who_may() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let denying = Proxy::start(cloud().port, |request| {
         if request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem")) {
-            return ProxyAction::Answer(Message::denied());
+            return ProxyAction::Answer(request.denied());
         }
         ProxyAction::Pass
     });

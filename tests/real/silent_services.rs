@@ -128,7 +128,7 @@ fn a_run_that_waits_tries_a_dead_holder_again() {
     let _proxy = through(&mut env, move |request| {
         let is_delete = request.asks_for("DeleteItem");
         if flag.load(Ordering::SeqCst) && request.is_ours() && is_delete {
-            ProxyAction::Answer(Message::denied())
+            ProxyAction::Answer(request.denied())
         } else {
             ProxyAction::Pass
         }
@@ -155,7 +155,7 @@ fn what_keeps_a_dead_run_is_said_once_in_a_run_that_it_refuses() {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
     let _proxy = through(&mut env, |request| {
         let is_delete = request.asks_for("DeleteItem");
-        if request.is_ours() && is_delete { ProxyAction::Answer(Message::denied()) } else { ProxyAction::Pass }
+        if request.is_ours() && is_delete { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
     });
     kill_whole(&env);
     for _ in 0..2 {

@@ -40,12 +40,16 @@ impl Message {
             .is_some_and(|(_, asked)| asked == operation)
     }
 
-    /// Returns DynamoDB's response to a caller that lacks the permission.
-    pub fn denied() -> Self {
-        Self::answer(
-            "400 Bad Request",
-            r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#,
-        )
+    /// Returns the response of the service of this request, DynamoDB or S3, to a caller that lacks the permission. If one
+    /// service answered in the other's form, `tf` would take that for the response of a proxy.
+    pub fn denied(&self) -> Self {
+        if self.header("x-amz-target").is_some() {
+            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;
+            Self::answer("400 Bad Request", body)
+        } else {
+            let body = r#"<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>not you</Message></Error>"#;
+            Self::answer("403 Forbidden", body)
+        }
     }
 
     /// Returns a response with a JSON body.
