@@ -6,7 +6,6 @@ machine, so the times compare programs, and say nothing about AWS. At 1,000,000 
 value is the median of its runs.
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -17,6 +16,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
 from cloud import Cloud
+from scan_server import item
 
 
 def fill(cloud, table, items):
@@ -26,16 +26,7 @@ def fill(cloud, table, items):
         "KeySchema": [{"AttributeName": "LockID", "KeyType": "HASH"}],
     })
     for start in range(0, items, 25):
-        puts = []
-        for number in range(start, start + 25):
-            path = f"bucket/env/{number:07}/prod.tfstate"
-            if number % 10:
-                item = {"LockID": {"S": path + "-md5"}, "Digest": {"S": f"{number:032x}"}}
-            else:
-                info = {"ID": f"{number:08x}-0000-0000-0000-000000000000", "Operation": "OperationTypeApply", "Info": "",
-                        "Who": "anna@elsewhere", "Version": "1.11.4", "Created": "2026-11-24T10:00:00Z", "Path": path}
-                item = {"LockID": {"S": path}, "Info": {"S": json.dumps(info)}}
-            puts.append({"PutRequest": {"Item": item}})
+        puts = [{"PutRequest": {"Item": item(number)}} for number in range(start, start + 25)]
         left = cloud.dynamodb("BatchWriteItem", {"RequestItems": {table: puts}}).get("UnprocessedItems")
         assert not left, left
 
@@ -91,17 +82,17 @@ def main():
     finally:
         cloud.stop()
     items, runs = 1_000_000, {}
-    # In a process of its own: a program that this process starts would be counted with the memory of its pages.
+    # The pages must not be in this process: the kernel counts its memory as that of each program that it starts.
     server = subprocess.Popen([sys.executable, str(HERE / "bench/scan_server.py"), str(items)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     environment = environment_of(int(server.stdout.readline()))
     commands = programs("locks")
-    # It needs 1.5 GB for a million items.
+    # It keeps the whole table in memory.
     del commands["aws dynamodb scan"]
     for turn in range(6):
         for name, command in commands.items():
             values = measured(command, environment)
-            # The first time, the server makes its pages.
+            # During the first turn, the server makes its responses.
             if turn > 0:
                 runs.setdefault(name, []).append(values)
     for name, values in runs.items():

@@ -107,5 +107,5 @@ class ScanServer:
 
 if __name__ == "__main__":
     print(ScanServer(int(sys.argv[1])).port, flush=True)
-    # Until whoever started it closes this pipe.
+    # The process that started the server keeps this pipe open while it needs the server.
     sys.stdin.read()
