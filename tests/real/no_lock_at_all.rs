@@ -87,6 +87,8 @@ fn a_lock_that_was_refused_for_good_leaves_no_record_and_no_advice() {
 fn a_lock_whose_table_the_run_has_destroyed_is_gone() {
     let env = TestEnv::new(Lock::DynamoDb, WAITS);
     let run = env.start_apply(Subject::Tf);
+    // A run that gets no lease says so.
+    env.wait_for_lease();
     cloud().dynamodb("DeleteTable", &json!({ "TableName": env.table }));
     env.unblock();
     let end = run.wait();
