@@ -465,6 +465,8 @@ pub(crate) struct Protocol {
     /// The log at each [`Logged`], as the program reads it: without and with the record of a terraform that leaves its
     /// operation.
     logs: Vec<Log>,
+    /// The facts about the run with each of these logs.
+    runs: Vec<Run>,
     infos: [LockInfo; 2],
 }
 
@@ -492,6 +494,9 @@ impl Protocol {
                 log
             })
         });
+        let logs: Vec<Log> = logs.collect();
+        let run = |log| Run::recorded("root@vm", "2026-11-23T01:46:07Z".parse().unwrap(), log);
+        let runs = logs.iter().map(run).collect();
         let info = |id: &str, who: &str| LockInfo {
             id: id.to_owned(),
             operation: "OperationTypeApply".to_owned(),
@@ -500,11 +505,15 @@ impl Protocol {
             created: "2026-11-23T01:46:07.59Z".to_owned(),
             path: "bkt/dir/prod.tfstate".to_owned(),
         };
-        Self { logs: logs.collect(), infos: [info(ID, "root@vm"), info(CONTENDER_ID, "ci@other")], setup }
+        Self { logs, runs, infos: [info(ID, "root@vm"), info(CONTENDER_ID, "ci@other")], setup }
+    }
+
+    fn log_index(state: &State) -> usize {
+        state.logged as usize * 2 + usize::from(state.is_canceled)
     }
 
     fn log(&self, state: &State) -> &Log {
-        &self.logs[state.logged as usize * 2 + usize::from(state.is_canceled)]
+        &self.logs[Self::log_index(state)]
     }
 
     /// The run's lock, as the log records it. A cleanup asks for it only if the log has it.
@@ -516,8 +525,8 @@ impl Protocol {
         &self.infos[owner as usize]
     }
 
-    fn run(&self, state: &State) -> Run {
-        Run::recorded("root@vm", "2026-11-23T01:46:07Z".parse().unwrap(), self.log(state))
+    fn run(&self, state: &State) -> &Run {
+        &self.runs[Self::log_index(state)]
     }
 
     fn ended(exit: Exit) -> Ended {
@@ -756,7 +765,7 @@ impl Protocol {
                     None => PartStep::Settled(Judged::of_no_part(release.asked_to_go[part])),
                     Some(info) => PartRead {
                         info,
-                        verdict: judge(&recorded, info, &run),
+                        verdict: judge(&recorded, info, run),
                         needs_consent: None,
                         needs_quiet: !release.is_quiet && must_wait,
                     }
