@@ -61,7 +61,7 @@ $(TOOLS)/coverage/.made:
 
 .PHONY: model
 model: ## check the protocol in every interleaving of its processes: minutes (docs/protocol.md)
-	cargo test --test model
+	tests/optimized model
 
 .PHONY: fence
 fence: ## check the fence of a lease with real processes: a minute
