@@ -15,6 +15,7 @@ import statistics
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -176,16 +177,28 @@ def main():
     global is_busy
     is_busy = options.busy
     few = 5 if options.quick else 1
-    tf = pathlib.Path(options.tf).resolve()
     cloud = Cloud()
     try:
         title()
-        if not options.lease:
-            measure(cloud, tf, few)
-            print()
-        lease(cloud, tf, pathlib.Path(options.before).resolve() if options.before else None, few)
+        with tempfile.TemporaryDirectory() as copies:
+            tf, before = (copied(program, copies, name) for name, program in
+                          [("tf", options.tf), ("before", options.before)])
+            if not options.lease:
+                measure(cloud, tf, few)
+                print()
+            lease(cloud, tf, before, few)
     finally:
         cloud.stop()
+
+
+def copied(program, directory, name):
+    """Copies a program to `directory`, and returns the copy; `None` for `None`.
+
+    How a file lies in the page cache depends on how it was written, and the time to map its pages depends on that: of two
+    files with the same content, one took 0.3 ms more to start and 1.7 ms more to supervise. Copies are all written in the
+    same way.
+    """
+    return program and pathlib.Path(shutil.copy(program, pathlib.Path(directory) / name))
 
 
 def title():
