@@ -1,6 +1,7 @@
 """Other programs that read a whole lock table, to compare `tf locks list` with.
 
-Each prints the locks of the table as JSON, one a line. That is the least that a list of the locks needs.
+Each prints the locks of the table as JSON, one a line. That is the least that a list of the locks needs. Like `tf`, each
+asks the service to leave out the digests.
 
     python3 scan_rivals.py boto3|http TABLE
 """
@@ -8,16 +9,17 @@ Each prints the locks of the table as JSON, one a line. That is the least that a
 import os
 import sys
 
+LOCKS = {"FilterExpression": "attribute_exists(#info)", "ExpressionAttributeNames": {"#info": "Info"}}
+
 
 def with_boto3(table):
     """With AWS's own library, as most scripts are written."""
     import boto3
 
-    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName=table, ConsistentRead=True)
+    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName=table, **LOCKS)
     for page in pages:
         for item in page["Items"]:
-            if "Info" in item:
-                print(item["Info"]["S"])
+            print(item["Info"]["S"])
 
 
 def with_http(table):
@@ -29,13 +31,12 @@ def with_http(table):
 
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc)
     headers = {"Content-Type": "application/x-amz-json-1.0", "X-Amz-Target": "DynamoDB_20120810.Scan"}
-    request = {"TableName": table, "ConsistentRead": True}
+    request = {"TableName": table, **LOCKS}
     while True:
         connection.request("POST", "/", orjson.dumps(request), headers)
         page = orjson.loads(connection.getresponse().read())
         for item in page["Items"]:
-            if "Info" in item:
-                print(item["Info"]["S"])
+            print(item["Info"]["S"])
         if "LastEvaluatedKey" not in page:
             return
         request["ExclusiveStartKey"] = page["LastEvaluatedKey"]
