@@ -3,6 +3,7 @@
 //! A stderr that is closed, hung up or full must neither stop a release nor end the program. So no function here fails
 //! or waits for long. `println!` and `eprintln!` can panic, so they are forbidden everywhere (clippy.toml).
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
@@ -111,21 +112,31 @@ pub(crate) fn ellipsis() -> &'static str {
 /// Truncates untrusted text to 200 characters and makes it safe for a terminal. Control, escape and bidi characters are
 /// escaped. In a locale without UTF-8, all characters that are not ASCII are escaped too.
 pub(crate) fn visible(text: &str) -> String {
+    visible_in_place(text).into_owned()
+}
+
+/// Does the same as [`visible`], but makes no copy of a text that needs no change. Almost every text needs none.
+pub(crate) fn visible_in_place(text: &str) -> Cow<'_, str> {
     const MAX_SHOWN_CHARACTERS: usize = 200;
-    if text.len() <= MAX_SHOWN_CHARACTERS {
-        return visible_whole(text);
+    if text.len() <= MAX_SHOWN_CHARACTERS && is_plain(text) {
+        return Cow::Borrowed(text);
     }
-    match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
+    Cow::Owned(match text.char_indices().nth(MAX_SHOWN_CHARACTERS) {
         Some((end, _)) => visible_whole(&text[..end]) + ellipsis(),
         None => visible_whole(text),
-    }
+    })
+}
+
+/// Whether each character of `text` is a printable ASCII character. Then a terminal shows the text as it is, and one
+/// column for each byte.
+pub(crate) fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// Makes untrusted text safe for a terminal as [`visible`] does, but does not truncate it, because a person must be
 /// able to type the whole text.
 pub(crate) fn visible_whole(text: &str) -> String {
-    // Almost every text is of this kind.
-    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+    if is_plain(text) {
         return text.to_owned();
     }
     let ascii_only = !locale::is_utf8();

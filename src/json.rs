@@ -11,7 +11,8 @@ struct Ascii;
 impl Formatter for Ascii {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
         let mut rest = fragment;
-        while let Some(index) = rest.find(|character: char| !character.is_ascii() || character == '\u{7f}') {
+        // An index of a byte that is not ASCII, or is DEL, is one at which a character begins.
+        while let Some(index) = rest.bytes().position(|byte| byte >= 0x7f) {
             let (plain, from) = rest.split_at(index);
             writer.write_all(plain.as_bytes())?;
             let mut characters = from.chars();
@@ -29,9 +30,9 @@ impl Formatter for Ascii {
 /// # Errors
 /// Fails in the same cases as [`serde_json::to_string`].
 pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(1024);
     value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    String::from_utf8(bytes).map_err(serde::ser::Error::custom)
 }
 
 #[cfg(test)]

@@ -122,19 +122,23 @@ impl FoundLock {
     /// Returns how long the lock has been held, by this host's clock. `None` if `Created` is not a time, or is ahead of
     /// this host's clock by more than [`CLOCK_SLACK_WINDOW`] (1 min); if it is ahead by less, the age is zero.
     pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
-        let created = self.info.created()?;
-        if created > now && created <= saturating_add(now, CLOCK_SLACK_WINDOW) {
-            return Some(std::time::Duration::ZERO);
-        }
-        now.duration_since(created).try_into().ok()
+        age_at(self.info.created()?, now)
     }
+}
+
+/// Returns the age of a lock that was created at `created`, as [`FoundLock::age`].
+pub(super) fn age_at(created: Timestamp, now: Timestamp) -> Option<std::time::Duration> {
+    if created > now && created <= saturating_add(now, CLOCK_SLACK_WINDOW) {
+        return Some(std::time::Duration::ZERO);
+    }
+    now.duration_since(created).try_into().ok()
 }
 
 /// Combines the parts that were read at the locations of one state's lock. Parts with the same ID become one lock, and
 /// parts with different IDs become different locks. An entry that is not a lock becomes an [`UnreadableLock`]. If
 /// `workspace` is `None`, the workspace is derived from the key where possible. The holders are not judged yet.
 pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&str>) -> Vec<ListedEntry> {
-    let mut locks: Vec<FoundLock> = Vec::new();
+    let mut locks: Vec<Box<FoundLock>> = Vec::new();
     let mut unreadable: Vec<UnreadableLock> = Vec::new();
     for StoredPart { store_key, stored, lease } in parts {
         let Some(info) = stored.info() else {
@@ -148,7 +152,7 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
             lock.lease = lock.lease.take().or(lease);
             continue;
         }
-        locks.push(FoundLock {
+        locks.push(Box::new(FoundLock {
             notes: Vec::new(),
             rival: None,
             workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&store_key.path())),
@@ -162,11 +166,15 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
                 is_settled: false,
             },
             stale: false,
-        });
+        }));
     }
-    let ids: Vec<String> = locks.iter().map(|lock| lock.info.id.clone()).collect();
+    if locks.len() > 1 {
+        let ids: Vec<String> = locks.iter().map(|lock| lock.info.id.clone()).collect();
+        for lock in &mut locks {
+            lock.rival = ids.iter().find(|id| **id != lock.info.id).cloned();
+        }
+    }
     for lock in &mut locks {
-        lock.rival = ids.iter().find(|id| **id != lock.info.id).cloned();
         let has = |dynamodb: bool| {
             lock.parts.iter().any(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }) == dynamodb)
         };
@@ -191,7 +199,7 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
             lock.notes.push("the lock's Path is not the place where it is stored".to_owned());
         }
     }
-    let locks = locks.into_iter().map(|lock| ListedEntry::Lock(Box::new(lock)));
+    let locks = locks.into_iter().map(ListedEntry::Lock);
     locks.chain(unreadable.into_iter().map(ListedEntry::UnreadableLock)).collect()
 }
 

@@ -2,17 +2,18 @@
 //! one, so that a million locks need no more memory than ten.
 
 use crate::console;
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek, Write};
+use std::io::{self, BufRead, BufWriter, Read, Seek, Write};
 
 use ::console::{Style, Term};
 use jiff::Timestamp;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use super::found::{FoundLock, ListedEntry, UnreadableLock};
+use super::found::{FoundLock, ListedEntry, UnreadableLock, age_at};
 use super::targets::{BadLine, TargetName};
-use crate::console::{ellipsis, length_of_time, visible};
+use crate::console::{ellipsis, is_plain, length_of_time, visible, visible_in_place};
 use crate::holder::evidence::Verdict;
 use crate::holder::lease_text;
 use crate::json;
@@ -181,8 +182,9 @@ impl Shown {
     /// # Errors
     /// Fails if the file cannot be written, for example because its disk is full.
     pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
-        file.write_all(&[u8::from(self.is_lock)])?;
-        file.write_all(&(self.text.len() as u64).to_le_bytes())?;
+        let mut head = [u8::from(self.is_lock); STORED_HEAD];
+        head[1..].copy_from_slice(&(self.text.len() as u64).to_le_bytes());
+        file.write_all(&head)?;
         file.write_all(self.text.as_bytes())
     }
 
@@ -190,18 +192,23 @@ impl Shown {
     ///
     /// # Errors
     /// Fails if the file cannot be read, or if it does not have the format that [`Self::store`] writes.
-    pub(super) fn fetch(file: &mut impl Read) -> io::Result<Option<Self>> {
-        let mut is_lock = [0];
-        if file.read(&mut is_lock)? == 0 {
+    pub(super) fn fetch(file: &mut impl BufRead) -> io::Result<Option<Self>> {
+        if file.fill_buf()?.is_empty() {
             return Ok(None);
         }
-        let mut length = [0; 8];
-        file.read_exact(&mut length)?;
-        let mut text = String::new();
-        file.by_ref().take(u64::from_le_bytes(length)).read_to_string(&mut text)?;
-        Ok(Some(Self { is_lock: is_lock == [1], text }))
+        let mut head = [0; STORED_HEAD];
+        file.read_exact(&mut head)?;
+        let [is_lock, length @ ..] = head;
+        let length = usize::try_from(u64::from_le_bytes(length)).map_err(io::Error::other)?;
+        let mut text = vec![0; length];
+        file.read_exact(&mut text)?;
+        let text = String::from_utf8(text).map_err(io::Error::other)?;
+        Ok(Some(Self { is_lock: is_lock == 1, text }))
     }
 }
+
+/// The bytes before the text of a stored entry: whether it is a lock, and the length of the text.
+const STORED_HEAD: usize = 9;
 
 fn write(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -235,27 +242,34 @@ pub(super) fn parts(lock: &FoundLock) -> String {
 /// Returns the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
 /// than 200 characters is truncated ([`visible`]).
 fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
-    let age = lock.age(now).map_or_else(|| "-".to_owned(), length_of_time);
-    let created = lock.info.created().map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
-    let mut reason = lock.judgement.reason.clone();
+    let created = lock.info.created();
+    let age = created.and_then(|created| age_at(created, now)).map_or_else(|| "-".to_owned(), length_of_time);
+    let since = created.map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
+    let path = lock.path();
+    let mut line = String::with_capacity(256);
+    for (text, width) in [
+        (Cow::Borrowed(lock.verdict().word()), 11),
+        (column(&path), widths.path),
+        (column(lock.workspace.as_deref().unwrap_or_default()), widths.workspace),
+        (column(operation(lock)).to_lowercase().into(), widths.operation),
+        (column(&lock.info.who), widths.who),
+        (column(&since), 20),
+        (age.into(), 12),
+        (visible_in_place(&lock.info.id), 36),
+        (parts(lock).into(), 11),
+    ] {
+        push_padded(&mut line, &text, width);
+        line.push_str("  ");
+    }
+    line.push_str(&lock.judgement.reason);
     if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
-        reason = format!("{reason}; {lease}");
+        line.extend(["; ", &lease]);
     }
     for note in &lock.notes {
-        reason = format!("{reason}; {note}");
+        line.extend(["; ", note]);
     }
-    format!(
-        "{}  {}  {}  {}  {}  {}  {}  {}  {}  {reason}\n",
-        padded(lock.verdict().word(), 11),
-        padded(&column(&lock.path()), widths.path),
-        padded(&column(lock.workspace.as_deref().unwrap_or_default()), widths.workspace),
-        padded(&column(operation(lock)).to_lowercase(), widths.operation),
-        padded(&column(&lock.info.who), widths.who),
-        padded(&column(&created), 20),
-        padded(&age, 12),
-        padded(&visible(&lock.info.id), 36),
-        padded(&parts(lock), 11),
-    )
+    line.push('\n');
+    line
 }
 
 fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
@@ -279,14 +293,23 @@ pub(super) fn table_of(width: usize, entries: &[&ListedEntry], now: Timestamp) -
 }
 
 /// Returns the text of a column of a plain line. A blank text becomes `-`, because tools find a column by its position.
-fn column(text: &str) -> String {
-    let shown = visible(text);
-    if shown.trim().is_empty() { "-".to_owned() } else { shown }
+fn column(text: &str) -> Cow<'_, str> {
+    let shown = visible_in_place(text);
+    if shown.trim().is_empty() { "-".into() } else { shown }
 }
 
 /// Pads `text` with spaces to `width`. Longer text is not truncated.
 fn padded(text: &str, width: usize) -> String {
-    format!("{text}{}", " ".repeat(width.saturating_sub(text.width())))
+    let mut padded = String::new();
+    push_padded(&mut padded, text, width);
+    padded
+}
+
+/// Appends `text`, padded as by [`padded`].
+fn push_padded(line: &mut String, text: &str, width: usize) {
+    let own = if is_plain(text) { text.len() } else { text.width() };
+    line.push_str(text);
+    line.extend(std::iter::repeat_n(' ', width.saturating_sub(own)));
 }
 
 /// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its end, where
@@ -300,7 +323,7 @@ fn cut(text: &str, width: usize, mark: &str) -> String {
 fn cut_front(text: &str, width: usize, mark: &str) -> String {
     let mut kept: &str = text;
     // Almost every path is plain, and a long one is not measured again for each of its characters.
-    if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) && text.len() > width {
+    if text.len() > width && is_plain(text) {
         kept = &text[text.len() - width.saturating_sub(mark.width())..];
     }
     while kept.width() + if kept.len() < text.len() { mark.width() } else { 0 } > width {
