@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use super::attempts::Attempts;
 use super::deleted::Deleted;
+use super::scan_response::{ItemReader, ScannedAttributes};
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
@@ -536,17 +537,17 @@ pub(crate) struct ScannedItem {
 }
 
 impl ScannedItem {
-    fn of(mut attributes: HashMap<String, AttributeValue>) -> Self {
-        let key = match attributes.remove("LockID") {
+    fn of(ScannedAttributes { lock_id, info, record }: ScannedAttributes) -> Self {
+        let key = match lock_id {
             Some(AttributeValue::S(text)) => text,
             _ => String::new(),
         };
-        let info = InfoAttribute::of(attributes.remove("Info"));
-        let item = Item(attributes);
+        let info = InfoAttribute::of(info);
         // Most locks have no record, and then the text need not be parsed here.
-        let has_record = item.0.contains_key(FIELD);
-        let lock = if has_record { LockInfo::parse(info.text()) } else { None };
-        let record = lock.and_then(|lock| item.record(&lock.id));
+        let record = record.and_then(|record| {
+            let lock = LockInfo::parse(info.text())?;
+            Item([(FIELD.to_owned(), record)].into()).record(&lock.id)
+        });
         Self { key, info, record }
     }
 }
@@ -580,7 +581,8 @@ pub(crate) async fn scan(
     from: Option<HashMap<String, AttributeValue>>,
 ) -> Result<TablePage, Failure> {
     let time = ServiceTime::default();
-    let answer = client
+    let reader = client.config().http_client().map(ItemReader::new);
+    let mut request = client
         .scan()
         .table_name(table)
         .segment(segment.number)
@@ -595,12 +597,15 @@ pub(crate) async fn scan(
         .expression_attribute_names("#tf", FIELD)
         .return_consumed_capacity(aws_sdk_dynamodb::types::ReturnConsumedCapacity::Total)
         .customize()
-        .interceptor(time.clone())
-        .send()
-        .await
-        .map_err(|error| failure("dynamodb:Scan", &error))?;
+        .interceptor(time.clone());
+    if let Some(reader) = reader.clone() {
+        request = request.config_override(aws_sdk_dynamodb::Config::builder().http_client(reader));
+    }
+    let answer = request.send().await.map_err(|error| failure("dynamodb:Scan", &error))?;
+    let read = reader.map(|reader| reader.take()).unwrap_or_default().into_iter();
+    let by_sdk = answer.items.unwrap_or_default().into_iter().map(ScannedAttributes::from);
     Ok(TablePage {
-        items: answer.items.unwrap_or_default().into_iter().map(ScannedItem::of).collect(),
+        items: read.chain(by_sdk).map(ScannedItem::of).collect(),
         date: time.get(),
         scanned: answer.scanned_count.try_into().unwrap_or(0),
         consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
@@ -751,7 +756,7 @@ mod tests {
     #[test]
     fn a_scanned_item_has_a_record_of_at_most_2_kib_and_only_if_it_is_a_lock() {
         let lock = r#"{"ID":"id","Path":"b/k"}"#;
-        let scanned = |item: Item| ScannedItem::of(item.0);
+        let scanned = |item: Item| ScannedItem::of(item.0.into());
         let with = scanned(item(lock).with(&record()));
         assert_eq!((with.key.as_str(), with.info.text()), ("bucket/key", lock));
         assert!(with.record.is_some_and(|record| record.is_ok()));

@@ -16,6 +16,7 @@ pub(crate) mod reached;
 pub(crate) mod release;
 pub(crate) mod release_step;
 pub(crate) mod s3;
+mod scan_response;
 pub(crate) mod service_time;
 pub(crate) mod stores;
 pub(crate) mod takeover;
