@@ -75,7 +75,7 @@ const SERVICE: &str = "DynamoDB";
 
 /// Whether `body` can be the body of a successful response: a JSON object in which the name of every member begins with
 /// a capital letter, as in all responses (`Item`, `Attributes`, `ConsumedCapacity`; DynamoDB API reference). The values
-/// are not stored: the body of a scan has 1 MB, and the SDK has stored them once.
+/// are not stored, because the SDK has stored them once.
 fn is_an_answer(body: &[u8]) -> bool {
     serde_json::from_slice::<MemberNames>(body).is_ok_and(|MemberNames(names)| {
         names.iter().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase()))
@@ -602,6 +602,7 @@ pub(crate) async fn scan(
         request = request.config_override(aws_sdk_dynamodb::Config::builder().http_client(reader));
     }
     let answer = request.send().await.map_err(|error| failure("dynamodb:Scan", &error))?;
+    // One of the two is empty: the SDK gets no items that the reader has taken out of the response.
     let read = reader.map(|reader| reader.take()).unwrap_or_default().into_iter();
     let by_sdk = answer.items.unwrap_or_default().into_iter().map(ScannedAttributes::from);
     Ok(TablePage {

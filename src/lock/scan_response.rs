@@ -2,9 +2,14 @@
 //!
 //! The SDK makes a map of each item, with a key and a value that it copies. A page has thousands of items, and that took
 //! a quarter of the time of a whole scan. So the attributes that a scan needs are read from the text of the response, and
-//! the SDK reads the rest of it. It also reads every error, and every response that is not as expected.
+//! the SDK reads the rest of it. It also reads every error, and every response whose items are not as expected. The other
+//! attributes of an item are not looked at.
+//!
+//! The body is read before the SDK sees the response. So its protection against a stalled body does not apply. The timeout
+//! of an attempt does, and an attempt whose body ends early is repeated.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -16,7 +21,8 @@ use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::byte_stream::ByteStream;
-use serde::Deserialize;
+use serde::de::{Error, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::lease::record::FIELD;
@@ -84,7 +90,13 @@ impl HttpConnector for ItemConnector {
             let body = ByteStream::new(body).collect().await;
             let body = body.map_err(|error| ConnectorError::io(error.into()))?.into_bytes();
             let (found, rest) = match parse(&body) {
-                Some((found, rest)) => (found, SdkBody::from(rest)),
+                Some((found, rest)) => {
+                    // These describe the whole body.
+                    for name in ["content-length", "x-amz-crc32"] {
+                        response.headers_mut().remove(name);
+                    }
+                    (found, SdkBody::from(rest))
+                }
                 None => (Vec::new(), SdkBody::from(body)),
             };
             *items.lock().unwrap_or_else(PoisonError::into_inner) = found;
@@ -114,14 +126,60 @@ struct Response {
     rest: serde_json::Map<String, Value>,
 }
 
+/// The name of an attribute.
 #[derive(Deserialize)]
-struct Item {
+enum Name {
     #[serde(rename = "LockID")]
-    lock_id: Option<Attribute>,
-    #[serde(rename = "Info")]
-    info: Option<Attribute>,
+    LockId,
+    Info,
+    /// [`FIELD`].
     #[serde(rename = "tf")]
+    Record,
+    #[serde(other)]
+    Other,
+}
+
+/// An item. A derived `Deserialize` would also accept an array, and `null` for an attribute.
+#[derive(Default)]
+struct Item {
+    lock_id: Option<Attribute>,
+    info: Option<Attribute>,
     record: Option<Attribute>,
+}
+
+impl<'de> Deserialize<'de> for Item {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+
+        impl<'de> Visitor<'de> for Members {
+            type Value = Item;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an item")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Item, M::Error> {
+                let mut item = Item::default();
+                while let Some(name) = map.next_key()? {
+                    let attribute = match name {
+                        Name::LockId => &mut item.lock_id,
+                        Name::Info => &mut item.info,
+                        Name::Record => &mut item.record,
+                        Name::Other => {
+                            map.next_value::<IgnoredAny>()?;
+                            continue;
+                        }
+                    };
+                    if attribute.replace(map.next_value()?).is_some() {
+                        return Err(M::Error::custom("an attribute twice"));
+                    }
+                }
+                Ok(item)
+            }
+        }
+
+        deserializer.deserialize_map(Members)
+    }
 }
 
 /// An attribute value (DynamoDB API reference, AttributeValue). Neither terraform nor `tf` writes binary values, so they
@@ -216,6 +274,11 @@ mod tests {
             with(r#"{"S":"x","N":"7"}"#),
             with(r#"{"S":7}"#),
             with(r#""x""#),
+            with("null"),
+            with(r#"{"S":"x"},"Info":{"S":"x"}"#),
+            response("null"),
+            response(r#"[{"S":"b/k"},{"S":"x"},{"S":"x"}]"#),
+            r#"{"Items":[],"Items":[]}"#.to_owned(),
             with(&format!("{}{}", r#"{"L":["#.repeat(200), "]}".repeat(200))),
         ] {
             assert!(parse(text.as_bytes()).is_none(), "{text}");
