@@ -110,18 +110,14 @@ impl HttpConnector for ItemConnector {
 /// attribute has a type that the SDK must read.
 fn parse(body: &[u8]) -> Option<(Vec<ScannedAttributes>, Vec<u8>)> {
     let Response { items, rest } = serde_json::from_slice(body).ok()?;
-    let items = items.into_iter().map(|Item { lock_id, info, record }| {
-        let value = |attribute: Option<Attribute>| attribute.map(AttributeValue::from);
-        ScannedAttributes { lock_id: value(lock_id), info: value(info), record: value(record) }
-    });
-    Some((items.collect(), serde_json::to_vec(&rest).ok()?))
+    Some((items, serde_json::to_vec(&rest).ok()?))
 }
 
 /// The response to a scan (DynamoDB API reference, Scan).
 #[derive(Deserialize)]
 struct Response {
     #[serde(rename = "Items")]
-    items: Vec<Item>,
+    items: Vec<ScannedAttributes>,
     #[serde(flatten)]
     rest: serde_json::Map<String, Value>,
 }
@@ -139,27 +135,20 @@ enum Name {
     Other,
 }
 
-/// An item. A derived `Deserialize` would also accept an array, and `null` for an attribute.
-#[derive(Default)]
-struct Item {
-    lock_id: Option<Attribute>,
-    info: Option<Attribute>,
-    record: Option<Attribute>,
-}
-
-impl<'de> Deserialize<'de> for Item {
+/// A derived `Deserialize` would also accept an array for an item, and `null` for an attribute.
+impl<'de> Deserialize<'de> for ScannedAttributes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Members;
 
         impl<'de> Visitor<'de> for Members {
-            type Value = Item;
+            type Value = ScannedAttributes;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
                 formatter.write_str("an item")
             }
 
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Item, M::Error> {
-                let mut item = Item::default();
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<ScannedAttributes, M::Error> {
+                let mut item = ScannedAttributes::default();
                 while let Some(name) = map.next_key()? {
                     let attribute = match name {
                         Name::LockId => &mut item.lock_id,
@@ -170,7 +159,7 @@ impl<'de> Deserialize<'de> for Item {
                             continue;
                         }
                     };
-                    if attribute.replace(map.next_value()?).is_some() {
+                    if attribute.replace(map.next_value::<Attribute>()?.into()).is_some() {
                         return Err(M::Error::custom("an attribute twice"));
                     }
                 }
