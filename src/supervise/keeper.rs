@@ -841,10 +841,13 @@ impl Renewals {
             let limit = self.request_timeout() / 4;
             let treatment = stores.treatment_of_renewals(object, limit).await;
             self.is_testing.set(false);
-            if treatment == Some(IfMatch::Obeyed)
-                && let Err(failure) = within(limit * 2, Box::pin(stores.fill_info(object, record))).await
-            {
-                trace!("keeper: the lock's object does not mention the lease: {failure}");
+            if treatment != Some(IfMatch::Obeyed) {
+                trace!("keeper: the lock's object cannot mention the lease: {treatment:?}");
+                continue;
+            }
+            match within(limit * 2, Box::pin(stores.fill_info(object, record))).await {
+                Ok(()) => trace!("keeper: the lock's object mentions the lease"),
+                Err(failure) => trace!("keeper: the lock's object does not mention the lease: {failure}"),
             }
         }
     }

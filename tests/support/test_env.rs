@@ -275,12 +275,16 @@ impl TestEnv {
         );
     }
 
-    /// If runs have a lease here, waits until the first renewal of one was confirmed. Otherwise returns at once.
+    /// If runs have a lease here, waits until the first renewal of one was confirmed, and until the keeper has done with
+    /// the lock's other part, if there is one. Otherwise returns at once.
     #[track_caller]
     pub fn wait_for_lease(&self) {
         let is_leased = |(name, value): &(OsString, OsString)| name == "TFW_LEASE" && value != "off";
         if self.environment().iter().any(is_leased) {
             self.wait_for_trace("keeper: Renewed");
+            if self.lock == Lock::Both {
+                self.wait_for_trace("keeper: the lock's object ");
+            }
         }
     }
 
