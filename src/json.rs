@@ -1,9 +1,12 @@
 //! Writes JSON that contains only ASCII characters, because the content is untrusted and is printed on terminals. No
-//! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character.
+//! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character. Also reads
+//! the names of an object's members without storing the values.
 
+use std::fmt;
 use std::io::{self, Write};
 
-use serde::Serialize;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::ser::{Formatter, Serializer};
 
 struct Ascii;
@@ -35,6 +38,33 @@ pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<
     String::from_utf8(bytes).map_err(serde::ser::Error::custom)
 }
 
+/// The names of the members of a JSON object, in the order of the text, with every duplicate.
+pub(crate) struct MemberNames(pub(crate) Vec<String>);
+
+impl<'de> Deserialize<'de> for MemberNames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = MemberNames;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a JSON object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<MemberNames, M::Error> {
+                let mut names = Vec::new();
+                while let Some((name, IgnoredAny)) = map.next_entry()? {
+                    names.push(name);
+                }
+                Ok(MemberNames(names))
+            }
+        }
+
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,6 +75,15 @@ mod tests {
             let json = to_string(text).unwrap();
             assert!(json.chars().all(|character| (' '..='~').contains(&character)), "{json}");
             assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn names_keep_their_order_and_their_duplicates() {
+        let MemberNames(names) = serde_json::from_str(r#"{"b": {"x": 1}, "a": [2], "b": null}"#).unwrap();
+        assert_eq!(names, ["b", "a", "b"]);
+        for text in ["[]", "\"b\"", "null", r#"{"b": 1"#] {
+            assert!(serde_json::from_str::<MemberNames>(text).is_err(), "{text}");
         }
     }
 }

@@ -9,12 +9,13 @@ use std::fmt;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::notice::Notice;
 use super::terms::Terms;
+use crate::json::MemberNames;
 
 /// The name of the attribute and of the member.
 pub(crate) const FIELD: &str = "tf";
@@ -118,7 +119,7 @@ pub(crate) fn split(text: &str) -> (Cow<'_, str>, Member) {
     if !text.contains("tf\"") && !text.contains('\\') {
         return whole(Member::None);
     }
-    let Ok(Names(names)) = serde_json::from_str(text) else { return whole(Member::None) };
+    let Ok(MemberNames(names)) = serde_json::from_str(text) else { return whole(Member::None) };
     match names.iter().filter(|name| *name == FIELD).count() {
         0 => return whole(Member::None),
         1 if names.last().is_some_and(|name| name == FIELD) => {}
@@ -146,33 +147,6 @@ pub(crate) fn split(text: &str) -> (Cow<'_, str>, Member) {
 pub(crate) fn join(lock: &str, record: &str) -> Option<String> {
     let joined = format!("{}{MEMBER}{record}}}", lock.strip_suffix('}')?);
     (split(&joined) == (Cow::Borrowed(lock), Member::Last(record.to_owned()))).then_some(joined)
-}
-
-/// The names of the members of a JSON object, in the order of the text, with every duplicate.
-struct Names(Vec<String>);
-
-impl<'de> Deserialize<'de> for Names {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InOrder;
-
-        impl<'de> Visitor<'de> for InOrder {
-            type Value = Names;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON object")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Names, M::Error> {
-                let mut names = Vec::new();
-                while let Some((name, IgnoredAny)) = map.next_entry()? {
-                    names.push(name);
-                }
-                Ok(Names(names))
-            }
-        }
-
-        deserializer.deserialize_map(InOrder)
-    }
 }
 
 /// The decision of another host to release the lock. From this moment the holder may not renew its lease.

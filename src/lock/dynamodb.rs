@@ -16,8 +16,6 @@ use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint}
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 use jiff::Timestamp;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::attempts::Attempts;
@@ -26,6 +24,7 @@ use super::scan_response::{ItemReader, ScannedAttributes};
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
+use crate::json::MemberNames;
 use crate::lease::info_field;
 use crate::lease::record::{Claim, FIELD, MAX_BYTES as MAX_RECORD_BYTES, NotBelieved, Record};
 use crate::terraform::backend::CachedBackend;
@@ -80,33 +79,6 @@ fn is_an_answer(body: &[u8]) -> bool {
     serde_json::from_slice::<MemberNames>(body).is_ok_and(|MemberNames(names)| {
         names.iter().all(|name| name.starts_with(|first: char| first.is_ascii_uppercase()))
     })
-}
-
-/// The names of the members of a JSON object.
-struct MemberNames(Vec<String>);
-
-impl<'de> Deserialize<'de> for MemberNames {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Names;
-
-        impl<'de> Visitor<'de> for Names {
-            type Value = MemberNames;
-
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("a JSON object")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<MemberNames, M::Error> {
-                let mut names = Vec::new();
-                while let Some((name, IgnoredAny)) = map.next_entry()? {
-                    names.push(name);
-                }
-                Ok(MemberNames(names))
-            }
-        }
-
-        deserializer.deserialize_map(Names)
-    }
 }
 
 /// The `Info` attribute of an item, exactly as it was read. A delete of the item has the condition that this attribute
