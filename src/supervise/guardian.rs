@@ -262,8 +262,9 @@ impl Guardian {
         let mut guardian = self;
         while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
             let _ = guardian.flush();
-            // This waits only until the guardian has closed the socket. Reports of the guardian do not matter any more.
-            if poll::wait(&[(guardian.socket.as_fd(), PollFlags::empty())], Some(GUARDIAN_EXIT_TIMEOUT)) == [true] {
+            let rest = GUARDIAN_EXIT_TIMEOUT.saturating_sub(begun.elapsed());
+            poll::wait(&[(guardian.socket.as_fd(), PollFlags::POLLIN)], Some(rest));
+            if guardian.has_closed_its_socket() {
                 break;
             }
         }
@@ -281,6 +282,20 @@ impl Guardian {
             }
             while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
                 poll::wait(&[], Some(Duration::from_millis(1)));
+            }
+        }
+    }
+
+    /// Reads what the guardian has sent, without waiting: its reports do not matter any more. Returns whether their end
+    /// was reached. A read is needed because macOS reports a hang-up only together with something to read
+    /// ([`poll::has_hung_up`]).
+    fn has_closed_its_socket(&self) -> bool {
+        loop {
+            match (&self.socket).read(&mut [0; 64]) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Ok(0) | Err(_) => return true,
             }
         }
     }
@@ -622,7 +637,7 @@ impl<'a> Watch<'a> {
                 let pid = Pid::from_raw(number);
                 let process = ProcessHandle::open(pid).ok();
                 // As long as `tf` is running, it does not reap terraform, so the pid cannot be reused.
-                let certain = !poll::ready_now(self.socket.as_fd(), PollFlags::empty());
+                let certain = !poll::has_hung_up(self.socket.as_fd());
                 self.terraform = Some(Terraform { pid, process, certain });
                 let identity = self.context.tree.started(pid);
                 if let Some(lease) = &mut self.context.lease {

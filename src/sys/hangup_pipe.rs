@@ -20,7 +20,6 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -100,8 +99,7 @@ impl HangupPipe {
 
     /// Whether the pipe has no write end now. A new write end ([`HangupPipe::reopen_write_end`]) ends this state.
     pub(crate) fn has_hung_up(&self) -> bool {
-        // A hang-up is reported even if no event is requested (poll(2)).
-        poll::ready_now(self.as_fd(), PollFlags::empty())
+        poll::has_hung_up(self.as_fd())
     }
 
     /// Opens a new write end of the same pipe, closed on exec. A hang-up ends, and an armed pipe stays armed: the next

@@ -21,7 +21,42 @@ pub(crate) fn wait(awaited: &[(BorrowedFd<'_>, PollFlags)], timeout: Option<Dura
     descriptors.iter().map(|descriptor| descriptor.any().unwrap_or(false)).collect()
 }
 
+/// Returns whether the other end of `descriptor`, a socket or a pipe, is closed. There may still be something to read.
+///
+/// The poll requests an event, although no event has to be requested for a hang-up (poll(2)): macOS reports a hang-up
+/// only together with a requested event (`poll_nocancel`, bsd/kern/sys_generic.c of xnu).
+pub(crate) fn has_hung_up(descriptor: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(descriptor, PollFlags::POLLIN)];
+    let _ = poll(&mut polled, PollTimeout::ZERO);
+    let end = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
+    polled[0].revents().is_some_and(|found| found.intersects(end))
+}
+
 /// Returns whether `descriptor` is ready now, without waiting.
 pub(crate) fn ready_now(descriptor: BorrowedFd<'_>, flags: PollFlags) -> bool {
     wait(&[(descriptor, flags)], Some(Duration::ZERO)) == [true]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_hang_up_is_seen_whether_or_not_there_is_something_to_read() {
+        for text in [&b""[..], b"text"] {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            far.write_all(text).unwrap();
+            assert!(!has_hung_up(near.as_fd()), "{text:?}");
+            drop(far);
+            assert!(has_hung_up(near.as_fd()), "{text:?}");
+        }
+        let (reader, writer) = std::io::pipe().unwrap();
+        assert!(!has_hung_up(reader.as_fd()));
+        drop(writer);
+        assert!(has_hung_up(reader.as_fd()));
+    }
 }
