@@ -18,7 +18,7 @@
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process};
 
 /// The facts that identify the processes of a run, in addition to the mark.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,10 +123,12 @@ fn alone(
         return Membership::Member;
     }
     let in_time = identity.start.is_none_or(|start| process.start >= start);
-    if in_time && Some(process.group.as_raw()) == identity.group {
+    let in_group = Some(process.group.as_raw()) == identity.group;
+    // If the clock was set back, a process of the tree seems to be older than terraform.
+    if in_group && (in_time || process::START_CLOCK_CAN_BE_SET) {
         let leader = all.iter().find(|(other, _)| other.pid == process.group);
         let reused = leader.is_some_and(|(leader, _)| identity.start.is_some_and(|start| leader.start != start));
-        let certain = identity.start.is_some() && certain_before.is_none_or(|moment| process.start < moment);
+        let certain = in_time && identity.start.is_some() && certain_before.is_none_or(|moment| process.start < moment);
         return match (reused, certain) {
             (true, _) => Membership::Other,
             (false, true) => Membership::Member,

@@ -65,7 +65,7 @@ use crate::supervise::fence::Fence;
 use crate::supervise::fuse;
 use crate::sys::hangup_pipe::HangupPipe;
 use crate::sys::packet_socket::PacketSocket;
-use crate::sys::process::Process;
+use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::readiness::Readiness;
 use crate::sys::{boot_clock, descriptor, environment, poll, session};
 use crate::trace::trace;
@@ -93,8 +93,9 @@ pub(crate) struct Orders {
     pub(crate) asks: Option<Provider>,
     /// The notice for which terraform was interrupted. `None` if it was not.
     pub(crate) interrupted: Option<Notice>,
-    /// The pid of the terraform that holds the lock.
+    /// The pid of the terraform that holds the lock, and its start ([`Process::start`]).
     pub(crate) terraform: i32,
+    pub(crate) start: u64,
     /// Whether an earlier keeper of this run may have stored a record.
     pub(crate) may_have_a_record: bool,
     /// Whether the run has ended and its lock stays. The keeper then writes one record that promises no fence, so that
@@ -175,7 +176,8 @@ impl Keeper {
     pub(crate) fn start(orders: &Orders, inherited: &Inherited<'_>) -> io::Result<Self> {
         let (socket, its_end) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
-        let mut descriptors = vec![its_end.as_fd(), inherited.terraform];
+        let mut descriptors = vec![its_end.as_fd()];
+        descriptors.extend(Some(inherited.terraform).filter(|_| process::HANDLE_IS_INHERITED));
         if let Some(fence) = inherited.fence {
             descriptors.extend([fence.keeper_end().as_fd(), fence.stop_pipe().as_fd(), fence.kill_pipe().as_fd()]);
         }
@@ -356,6 +358,15 @@ pub(crate) fn keep(descriptors: &[OsString]) -> bool {
     matches!(ended, Some(Ok(true)))
 }
 
+/// Opens terraform, where a keeper cannot inherit its handle. `None` if terraform has exited.
+fn opened(orders: &Orders) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(orders.terraform);
+    let handle = ProcessHandle::open(pid).ok()?;
+    // The handle is opened first. So if the process is terraform now, the handle is that of terraform.
+    let is_same = Process::look_up(pid).is_some_and(|process| process.start == orders.start);
+    is_same.then(|| handle.into())
+}
+
 /// The largest orders, in bytes.
 const MAX_ORDERS_BYTES: u64 = 1 << 20;
 
@@ -476,7 +487,9 @@ impl KeeperProcess {
     /// Renews the lease until the keeper has to end. Returns whether it has done what it was told.
     async fn run(orders: Orders, descriptors: Vec<OwnedFd>) -> io::Result<bool> {
         let mut descriptors = descriptors.into_iter();
-        let (Some(socket), Some(terraform)) = (descriptors.next(), descriptors.next()) else { return Ok(false) };
+        let socket = descriptors.next();
+        let terraform = if process::HANDLE_IS_INHERITED { descriptors.next() } else { opened(&orders) };
+        let (Some(socket), Some(terraform)) = (socket, terraform) else { return Ok(false) };
         let fence = KeeperFence::of(descriptors)?;
         let socket = UnixStream::from(socket);
         socket.set_nonblocking(true)?;

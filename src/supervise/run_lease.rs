@@ -302,7 +302,7 @@ impl RunLease {
         // found, for example because it is just starting or ending, the next call looks again.
         let Some(holder) = tree.logging().into_iter().next() else { return false };
         let is_reached = holder.group == group && holder.has_our_user();
-        let pid = holder.pid;
+        let (pid, start) = (holder.pid, holder.start);
         self.terraform = ProcessHandle::open(pid).ok();
         if self.terraform.is_none() {
             self.is_over = true;
@@ -327,6 +327,7 @@ impl RunLease {
             asks: self.asks,
             interrupted: None,
             terraform: pid.as_raw(),
+            start,
             may_have_a_record: false,
             withdraws: false,
             directory: candidates.working_directory.clone(),
@@ -436,7 +437,9 @@ impl RunLease {
         if orders.terraform != group.as_raw() && terraform.has_exited() && !leader.has_exited() {
             trace!("the terraform with the lock has ended, and its shim goes on");
             self.terraform = leader.try_clone().ok();
-            (orders.terraform, self.has_new_orders) = (group.as_raw(), true);
+            orders.terraform = group.as_raw();
+            orders.start = Process::look_up(group).map_or(0, |shim| shim.start);
+            self.has_new_orders = true;
         }
     }
 
@@ -842,6 +845,7 @@ mod tests {
             fence: Promise::None,
             holder: Holder::default(),
             terraform: 1,
+            start: 0,
             may_have_a_record: true,
             withdraws: false,
             asks: None,

@@ -11,8 +11,8 @@ mod system;
 mod system;
 
 pub(crate) use system::{
-    ProcessHandle, become_subreaper, boot_time, disable_core_dumps, is_in_own_control_group, list, out_of_memory_kills,
-    own_children, pid_namespace, start_clock,
+    HANDLE_IS_INHERITED, ProcessHandle, START_CLOCK_CAN_BE_SET, become_subreaper, boot_time, disable_core_dumps,
+    is_in_own_control_group, list, out_of_memory_kills, own_children, pid_namespace, start_clock,
 };
 
 /// Whether this process has a usable list of processes.

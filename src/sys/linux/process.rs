@@ -33,6 +33,15 @@ pub(crate) fn disable_core_dumps() {
 #[derive(Debug)]
 pub(crate) struct ProcessHandle(OwnedFd);
 
+/// Whether another program can inherit a [`ProcessHandle`] (pidfd_open(2)).
+pub(crate) const HANDLE_IS_INHERITED: bool = true;
+
+impl From<ProcessHandle> for OwnedFd {
+    fn from(ProcessHandle(descriptor): ProcessHandle) -> Self {
+        descriptor
+    }
+}
+
 impl ProcessHandle {
     /// Opens the process `pid` (pidfd_open(2), Linux 5.3).
     ///
@@ -381,6 +390,9 @@ impl Process {
             .unwrap_or_else(|| self.name.clone())
     }
 }
+
+/// Whether the clock that gives [`Process::start`] can be set. A process may then seem to be older than its parent.
+pub(crate) const START_CLOCK_CAN_BE_SET: bool = false;
 
 /// Returns the current time in the unit of [`Process::start`]: in clock ticks since boot (CLOCK_BOOTTIME,
 /// clock_gettime(2)). `None` if the length of a tick is unknown.

@@ -10,6 +10,12 @@ use nix::unistd::Pid;
 #[derive(Debug)]
 pub(crate) struct Kqueue(OwnedFd);
 
+impl From<Kqueue> for OwnedFd {
+    fn from(Kqueue(descriptor): Kqueue) -> Self {
+        descriptor
+    }
+}
+
 impl Kqueue {
     /// Creates a queue that waits for nothing.
     ///

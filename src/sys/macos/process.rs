@@ -10,7 +10,7 @@ use std::cell::OnceCell;
 use std::ffi::{CStr, OsStr};
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -43,12 +43,23 @@ pub(crate) fn disable_core_dumps() {
 #[derive(Debug)]
 pub(crate) struct ProcessHandle {
     pid: Pid,
-    /// Gets the exit of the process. Nothing takes it from the queue, so the descriptor stays readable.
+    /// Gets the exit of the process. Nothing takes it from the queue, so the descriptor stays readable. The exit is
+    /// reported shortly before the process is a zombie (`proc_exit`, bsd/kern/kern_exit.c of xnu).
     exit: Kqueue,
     /// Gets the exit of the process with its status, which can be taken once. `None` if this process may not know it.
     status: Option<Kqueue>,
     /// The status that was taken from `status`.
     known: OnceCell<i32>,
+}
+
+/// Whether another program can inherit a [`ProcessHandle`]. A kqueue is closed in a forked process (kqueue(2);
+/// `fdt_fork`, bsd/kern/kern_descrip.c of xnu).
+pub(crate) const HANDLE_IS_INHERITED: bool = false;
+
+impl From<ProcessHandle> for OwnedFd {
+    fn from(handle: ProcessHandle) -> Self {
+        handle.exit.into()
+    }
 }
 
 impl ProcessHandle {
@@ -389,6 +400,9 @@ fn opened(pid: Pid, number: i32) -> Option<FileId> {
     (written == size).then(|| FileId::of_numbers(device, inode))
 }
 
+/// Whether the clock that gives [`Process::start`] can be set. A process may then seem to be older than its parent.
+pub(crate) const START_CLOCK_CAN_BE_SET: bool = true;
+
 /// Returns the current time in the unit of [`Process::start`]: in microseconds since 1970. The kernel takes the start
 /// of a process from the same clock (`p_start`, bsd/kern/kern_fork.c of xnu).
 pub(crate) fn start_clock() -> Option<u64> {
@@ -403,10 +417,12 @@ pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     jiff::Timestamp::from_microsecond(i64::try_from(start).ok().filter(|start| *start > 0)?).ok()
 }
 
-/// Returns false: macOS has no control groups. launchd ends a service by a signal to one process.
+/// Returns true: macOS has no control groups. launchd ends a service by a signal to one process or to its group, and the
+/// guardian has a session of its own. So a SIGTERM of process 1 to the guardian is part of a shutdown. Then every process
+/// gets one that has a handler for it, also terraform (`proc_shutdown`, bsd/kern/kern_shutdown.c of xnu).
 pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
     let _ = pid;
-    false
+    true
 }
 
 /// Returns the children of this process. Empty if they cannot be listed.
