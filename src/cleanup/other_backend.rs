@@ -24,6 +24,7 @@ use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
 use crate::lock::outcome::Because;
 use crate::lock::proof::{Match, Run, judge_unnamed};
+use crate::lock::release_step::QUIET_WINDOW;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockIdentity, Log, UnnamedLock};
@@ -32,10 +33,6 @@ use crate::trace::trace;
 
 /// The address of a resource that does not exist.
 const NOTHING: &str = "tf_asks.who_holds_the_lock";
-
-/// How long to wait before the release, because a write of the dead terraform may still be in flight. In these
-/// backends, `tf` cannot check whether a write arrives.
-const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long one terraform command may take.
 const TERRAFORM_TIMEOUT: Duration = Duration::from_mins(1);
@@ -167,6 +164,7 @@ impl<'a> NonS3Release<'a> {
             later: true,
             released: false,
         };
+        // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it arrives.
         console::say(&messages::waiting_blindly(QUIET_WINDOW));
         let begun = Instant::now();
         while begun.elapsed() < QUIET_WINDOW {

@@ -68,7 +68,7 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
 /// The maximum time to wait for [`QUIET_WINDOW`]. There is a limit because a process may keep writing the state without
 /// a lock.
-const MAX_QUIET_TIMEOUT: Duration = Duration::from_mins(1);
+const MAX_QUIET_TIMEOUT: Duration = Duration::from_secs(6 * QUIET_WINDOW.as_secs());
 
 /// The maximum number of waits for [`QUIET_WINDOW`] in one attempt. Another wait is needed if the lock was absent
 /// during the previous wait and exists again.

@@ -6,11 +6,17 @@ use std::time::Duration;
 use super::outcome::{AnothersLock, Because, Outcome, Write};
 use super::proof::Match;
 use crate::aws::failure::Failure;
+use crate::sys::connections::UNSEEN_PAUSE;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockParts, RecordedLock};
 
-/// If terraform died while it was writing, its lock is released only after nothing has changed for this time.
-pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
+/// If terraform died while it was writing, its lock is released only after nothing has changed for this time. Where `tf`
+/// cannot see what the kernel still sends, this is longer than the kernel waits between two attempts: the service has
+/// answered at the begin of this time, so the network works, and the next attempt succeeds.
+pub(crate) const QUIET_WINDOW: Duration = match UNSEEN_PAUSE {
+    None => Duration::from_secs(10),
+    Some(pause) => Duration::from_secs(10 + pause.as_secs()),
+};
 
 /// The reason for not releasing a lock if two reads in a row had different results.
 pub(crate) const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use nix::unistd::Pid;
 
@@ -12,6 +13,12 @@ use nix::unistd::Pid;
 /// attempts doubles from 0.2 s to at most 2 min, and is as long as the last outage was (tcp(7), net/ipv4/tcp_timer.c).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct UnconfirmedBytes(HashSet<Connection>);
+
+/// The longest time between two attempts of the kernel to send what a process has left, on a system where
+/// [`UnconfirmedBytes`] does not see these bytes (`TCPTV_REXMTMAX`, bsd/netinet/tcp_timer.h of xnu). `None` where it
+/// sees them.
+pub(crate) const UNSEEN_PAUSE: Option<Duration> =
+    if cfg!(target_os = "linux") { None } else { Some(Duration::from_secs(64)) };
 
 /// The local and the remote address of a TCP connection, as the kernel prints them. While the connection exists, no
 /// other one has the same two.
@@ -23,7 +30,8 @@ struct Connection {
 
 impl UnconfirmedBytes {
     /// Reads the connections of this network namespace. Only connections that this host has begun count, so a server on
-    /// this host whose clients are slow does not. Empty on systems other than Linux, and where /proc cannot be read.
+    /// this host whose clients are slow does not. Empty on systems other than Linux
+    /// ([`UNSEEN_PAUSE`]), and where /proc cannot be read.
     pub(crate) fn read() -> Self {
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
         let ports = read("/proc/sys/net/ipv4/ip_local_port_range");
@@ -106,7 +114,7 @@ pub(crate) fn abort(pid: Pid, process: impl AsFd) -> usize {
 mod tests {
     use std::io::{Read, Write};
     use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
     use crate::sys::process::ProcessHandle;
