@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
-/// Returns the time since boot, including suspend: `CLOCK_BOOTTIME` (clock_gettime(2)), or `CLOCK_MONOTONIC` on macOS,
-/// which counts suspend there.
+/// Returns the time since boot, including suspend: `CLOCK_BOOTTIME` (clock_gettime(2)), or `CLOCK_MONOTONIC_RAW` on
+/// macOS. `CLOCK_MONOTONIC` counts suspend there too, but is wrong for a moment when the time of day is set: it is
+/// calculated from two values that are set one after the other (gen/clock_gettime.c of Libc, osfmk/kern/clock.c of xnu).
 pub(crate) fn now() -> Duration {
     #[cfg(target_os = "linux")]
     const CLOCK: libc::clockid_t = libc::CLOCK_BOOTTIME;
     #[cfg(not(target_os = "linux"))]
-    const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC;
+    const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC_RAW;
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call writes one timespec. It cannot fail for a clock that the system has.
     unsafe { libc::clock_gettime(CLOCK, &raw mut time) };

@@ -40,7 +40,36 @@ pub(crate) fn is_local(path: &Path) -> bool {
 /// Returns a number that identifies the file system (statvfs(3), `f_fsid`). The number stays the same while the file
 /// system is mounted. It also stays the same after a reboot if the file system has a UUID. Returns 0 if the file system
 /// has no such number or if statvfs(3) fails.
+#[cfg(target_os = "linux")]
 pub(crate) fn identity(path: &Path) -> u64 {
-    #[expect(clippy::useless_conversion, reason = "the type differs between systems")]
+    #[expect(clippy::useless_conversion, reason = "the type differs between C libraries")]
     nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))
+}
+
+/// Returns a number that identifies the file system: both halves of its UUID, combined (`ATTR_VOL_UUID`, getattrlist(2)).
+/// It stays the same after a reboot. `f_fsid` of macOS does not: it is the number of a device or a count of mounts
+/// (`vfs_getnewfsid`, bsd/vfs/vfs_subr.c of xnu). Returns 0 if the file system has no UUID or if the call fails.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn identity(path: &Path) -> u64 {
+    /// The response of getattrlist(2): its length, and the UUID.
+    #[repr(C)]
+    struct Response {
+        length: u32,
+        uuid: [u8; 16],
+    }
+    let Ok(path) = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())) else { return 0 };
+    // SAFETY: zeroed values of both types are valid, `path` is zero-terminated, and the call writes at most the size of
+    // `response`.
+    let (status, response) = unsafe {
+        let mut wanted: libc::attrlist = std::mem::zeroed();
+        wanted.bitmapcount = libc::ATTR_BIT_MAP_COUNT;
+        wanted.volattr = libc::ATTR_VOL_INFO | libc::ATTR_VOL_UUID;
+        let mut response: Response = std::mem::zeroed();
+        let (wanted, answer) = ((&raw mut wanted).cast(), (&raw mut response).cast());
+        (libc::getattrlist(path.as_ptr(), wanted, answer, size_of::<Response>(), 0), response)
+    };
+    let is_complete = status == 0 && usize::try_from(response.length) == Ok(size_of::<Response>());
+    let (first, last) = response.uuid.split_at(8);
+    let number = |half: &[u8]| half.try_into().map_or(0, u64::from_ne_bytes);
+    if is_complete { number(first) ^ number(last) } else { 0 }
 }

@@ -31,7 +31,8 @@ pub(crate) fn ended_with(status: i32) -> Ended {
 /// process.
 pub(crate) fn ended(child: Pid) -> Option<Ended> {
     match look(child, libc::WEXITED | libc::WNOWAIT | libc::WNOHANG)? {
-        (libc::CLD_EXITED, code) => Some(Ended::Exited(code)),
+        // macOS returns more than the 8 bits that a wait(2) returns.
+        (libc::CLD_EXITED, code) => Some(Ended::Exited(code & 0xff)),
         // `Signal` has no value for a real-time signal. No such signal is expected, and it would kill the child as
         // SIGKILL does.
         (_, signal) => Some(Ended::Killed(Signal::try_from(signal).unwrap_or(Signal::SIGKILL))),
