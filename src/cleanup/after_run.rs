@@ -130,7 +130,7 @@ fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
     let begun = Instant::now();
     loop {
         tree.reap_orphans(&[]);
-        if process::list() == ProcessList::Unavailable {
+        if process::list() != ProcessList::Available {
             return Some(unseen());
         }
         let living = tree.living();

@@ -406,8 +406,8 @@ impl Tree {
     pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool, record: &SurvivorRecord<'_>) -> Termination {
         let fate = match (process::list(), &self.observer) {
             (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
-            (ProcessList::Unavailable, Observer::Guardian(_)) => Termination::Unseen,
-            (ProcessList::Available | ProcessList::Unsupported, _) => self.end_seen(waiter, at_once, record),
+            (ProcessList::Unavailable, Observer::Guardian(_)) | (ProcessList::Unsupported, _) => Termination::Unseen,
+            (ProcessList::Available, _) => self.end_seen(waiter, at_once, record),
         };
         if let Termination::Alive(processes) = &fate {
             self.note_survivors(processes);

@@ -378,8 +378,12 @@ impl Journal {
             }
         };
         let mut standpoint = record.host.seen_from(self.host());
-        if standpoint == Standpoint::ThisBoot && process::list() == ProcessList::Unavailable {
-            standpoint = Standpoint::Foreign("/proc here does not list this process");
+        if standpoint == Standpoint::ThisBoot {
+            standpoint = match process::list() {
+                ProcessList::Available => standpoint,
+                ProcessList::Unavailable => Standpoint::Foreign("/proc here does not list this process"),
+                ProcessList::Unsupported => Standpoint::Foreign("the processes cannot be listed here"),
+            };
         }
         if let Standpoint::Foreign(why) = standpoint {
             if is_older(&path, RECORD_RETENTION_WINDOW) {
