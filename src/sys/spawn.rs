@@ -223,8 +223,9 @@ fn become_program(&Child { image, setup, reporter }: &Child<'_>) -> ! {
         for signal in setup.ignored {
             disposition::set_ignored(*signal);
         }
-        restore_entry();
         if let Some((socket, prefix)) = &setup.announce {
+            // If nobody reads the socket, the write must not leave a signal that ends this process before its exec.
+            disposition::set_ignored(Signal::SIGPIPE);
             let mut message = [0u8; 16];
             let pid = libc::getpid().to_ne_bytes();
             let length = prefix.len().min(message.len() - pid.len());
@@ -232,6 +233,7 @@ fn become_program(&Child { image, setup, reporter }: &Child<'_>) -> ! {
             message[length..length + pid.len()].copy_from_slice(&pid);
             libc::write(socket.as_raw_fd(), message.as_ptr().cast(), length + pid.len());
         }
+        restore_entry();
         for (target, source) in (1..).zip(setup.redirect) {
             if let Some(source) = source {
                 libc::dup2(source.as_raw_fd(), target);
