@@ -116,7 +116,7 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
             disposition::set_ignored(signal);
             disposition::set_default(signal);
         }
-        let Some(source) = Source::new(parent, writer) else { libc::_exit(1) };
+        let Some(source) = Source::new(parent) else { libc::_exit(1) };
         // From here on, the exit of the parent ends this process. If it had exited before, this process has another
         // one.
         if libc::getppid() != parent.as_raw() {
@@ -124,6 +124,10 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         }
         let ready = 0u8;
         libc::write(writer, (&raw const ready).cast(), 1);
+        // The byte above must come first. The signals are still blocked, so what has arrived by now is pending.
+        if !source.listen(parent, writer) {
+            libc::_exit(1);
+        }
         loop {
             match source.next() {
                 Arrived::Signal(signal) => {
@@ -159,7 +163,7 @@ struct Source(libc::sigset_t);
 #[cfg(target_os = "linux")]
 impl Source {
     #[expect(clippy::unnecessary_wraps, reason = "elsewhere it can fail")]
-    fn new(_parent: Pid, _writer: i32) -> Option<Self> {
+    fn new(_parent: Pid) -> Option<Self> {
         // SAFETY: a zeroed set is valid memory for the calls.
         unsafe {
             let mut awaited = std::mem::zeroed();
@@ -169,6 +173,12 @@ impl Source {
             }
             Some(Self(awaited))
         }
+    }
+
+    /// Returns true. The signals stay blocked, because sigwaitinfo(2) takes them.
+    #[expect(clippy::unused_self, reason = "elsewhere it installs handlers")]
+    fn listen(&self, _parent: Pid, _writer: i32) -> bool {
+        true
     }
 
     fn next(&self) -> Arrived {
@@ -188,11 +198,15 @@ struct Source(super::macos::kqueue::Kqueue);
 #[cfg(not(target_os = "linux"))]
 impl Source {
     /// `None` if the parent has exited, or if no descriptor is free.
-    fn new(parent: Pid, writer: i32) -> Option<Self> {
+    fn new(parent: Pid) -> Option<Self> {
         let queue = super::macos::kqueue::Kqueue::new().ok()?;
         queue.await_exit(parent).ok()?;
-        super::macos::reporting_handler::install(&AWAITED, parent, writer).ok()?;
         Some(Self(queue))
+    }
+
+    /// Installs the handlers, which write into `writer`, and unblocks the signals. False if that fails.
+    fn listen(&self, parent: Pid, writer: i32) -> bool {
+        super::macos::reporting_handler::install(&AWAITED, parent, writer).is_ok()
     }
 
     fn next(&self) -> Arrived {

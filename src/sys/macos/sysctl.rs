@@ -5,6 +5,9 @@ use std::ffi::CStr;
 /// How often a read is repeated because the value has grown since its size was asked for.
 const ATTEMPTS: usize = 3;
 
+/// How much a value may grow between the question for its size and the read.
+const SPARE_BYTES: usize = 4096;
+
 /// Returns the value with the name `name`. `None` if there is no such value, or if this process may not read it.
 pub(crate) fn by_name(name: &CStr) -> Option<Vec<u8>> {
     // SAFETY: `name` is zero-terminated. `read` passes either a null pointer or a buffer of `size` bytes.
@@ -26,15 +29,19 @@ pub(crate) fn text(name: &CStr) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Asks for the size of a value with a null pointer, and then for the value.
+/// Asks for the size of a value with a null pointer, and then for the value. The buffer is larger than that size, and a
+/// full one counts as too small: of the arguments of a process, the kernel returns only the end if they have grown
+/// (`sysctl_procargsx`, bsd/kern/kern_sysctl.c of xnu).
 fn read(mut call: impl FnMut(*mut libc::c_void, *mut libc::size_t) -> libc::c_int) -> Option<Vec<u8>> {
     for _ in 0..ATTEMPTS {
         let mut size = 0;
         if call(std::ptr::null_mut(), &raw mut size) != 0 {
             return None;
         }
-        let mut value = vec![0u8; size];
+        let mut value = vec![0u8; size + SPARE_BYTES];
+        size = value.len();
         match call(value.as_mut_ptr().cast(), &raw mut size) {
+            0 if size == value.len() => {}
             0 => {
                 value.truncate(size);
                 return Some(value);
