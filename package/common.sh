@@ -37,6 +37,14 @@ date_of_products() {
   export SOURCE_DATE_EPOCH
 }
 
+# What `tf locks version` prints as the commit. An image is built without .git and is told, or the commit is unknown.
+commit_of_products() {
+  if [ -z "${TF_COMMIT:-}" ]; then
+    TF_COMMIT=$(git describe --always --dirty --abbrev=64 '--exclude=*' 2>/dev/null) || TF_COMMIT=unknown
+  fi
+  export TF_COMMIT
+}
+
 # need COMMAND PACKAGE ...: names everything that is missing at once, with the command that installs it.
 need() {
   local missing=()
@@ -62,6 +70,14 @@ deb_arch_of() {
   case $(arch_of "$1") in
   x86_64) echo amd64 ;;
   aarch64) echo arm64 ;;
+  esac
+}
+
+# The name of the archive for a target: of Linux one for each, of macOS one for both.
+archive_name() {
+  case $1 in
+  *-apple-darwin) echo "tf-$version-macos.tar.gz" ;;
+  *) echo "tf-$version-$(arch_of "$1")-linux.tar.gz" ;;
   esac
 }
 

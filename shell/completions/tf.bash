@@ -46,6 +46,9 @@ _tf() {
             tf__subcmd__locks,show)
                 cmd="tf__subcmd__locks__subcmd__show"
                 ;;
+            tf__subcmd__locks,version)
+                cmd="tf__subcmd__locks__subcmd__version"
+                ;;
             *)
                 ;;
         esac
@@ -67,7 +70,7 @@ _tf() {
             return 0
             ;;
         tf__subcmd__locks)
-            opts="-V --chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --watch --rate --version list show release audit doctor history recover shell-init shim"
+            opts="-V --chdir --table --bucket --from --prefix --region --profile --endpoint-url --json --watch --rate --version list show release audit doctor history recover shell-init shim version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -416,6 +419,24 @@ _tf() {
                     return 0
                     ;;
                 --endpoint-url)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        tf__subcmd__locks__subcmd__version)
+            opts="--chdir --json"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --chdir)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

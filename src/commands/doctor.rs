@@ -227,7 +227,7 @@ fn is_local(place: &LocationArgs) -> bool {
 
 /// Returns terraform's data directory for the working directory `chdir`, or for the current directory if `chdir` is
 /// `None`.
-fn own_files(chdir: Option<PathBuf>) -> PathBuf {
+pub(super) fn own_files(chdir: Option<PathBuf>) -> PathBuf {
     let mut command_line = CommandLine::parse(&[]);
     command_line.directory = chdir;
     DataDirectory::path(&std::env::current_dir().unwrap_or_default(), &command_line)

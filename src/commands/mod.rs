@@ -25,6 +25,7 @@ mod shim;
 mod show;
 mod staleness;
 mod targets;
+mod version;
 mod watch;
 
 use crate::cleanup::takeover_process;
@@ -127,6 +128,11 @@ enum Command {
     /// overwritten.
     #[command(after_help = shim::EXAMPLES)]
     Shim(shim::Shim),
+    /// Print the version, commit and target of tf, and the terraform that it would run
+    ///
+    /// If that terraform does not report its version within 3 s, it is killed, and the output says so.
+    #[command(after_help = version::EXAMPLES)]
+    Version(version::Version),
 }
 
 impl Command {
@@ -136,7 +142,7 @@ impl Command {
             Self::List(_) | Self::Show(_) | Self::Release(_) | Self::Audit(_) | Self::Doctor(_) | Self::Recover(_) => {
                 true
             }
-            Self::History(_) | Self::ShellInit(_) | Self::Shim(_) => false,
+            Self::History(_) | Self::ShellInit(_) | Self::Shim(_) | Self::Version(_) => false,
         }
     }
 }
@@ -200,6 +206,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
                 Command::History(history) => history.run(),
                 Command::ShellInit(shell_init) => shell_init.run(),
                 Command::Shim(shim) => shim.run(),
+                Command::Version(version) => version.run(),
             }
         }
         Err(error) if error.use_stderr() => {

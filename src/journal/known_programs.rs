@@ -15,10 +15,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
 
 use crate::journal::state_directory::{Durability, StateDirectory, clear_unfinished, open_private, replace};
 use crate::sys::memory::MemoryFile;
@@ -29,6 +32,9 @@ use crate::trace::trace;
 
 /// How long `terraform version` may take before it is killed.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How much of the output of `terraform version` is read, in bytes. The version is in its first line.
+const MAX_OUTPUT_BYTES: usize = 60 << 10;
 
 /// The maximum number of programs and directories that are remembered. When this number is reached, all of them are
 /// deleted from the file.
@@ -158,8 +164,14 @@ fn is_executable_file(path: &Path) -> bool {
     read.is_ok() && matches!(magic, [0x7f, b'E', b'L', b'F'] | [0xcf, 0xfa, 0xed, 0xfe] | [0xca, 0xfe, 0xba, 0xbe])
 }
 
+/// Runs `terraform version` and returns the version. It is not remembered. `None` in the same cases as for [`ask`].
+pub(crate) fn version_of(path: &Path) -> Option<Version> {
+    ask(path).map(|(version, _)| version)
+}
+
 /// Runs `terraform version`. Returns the version, and whether the program could write its log to a file of this user.
-/// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`].
+/// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`]. Does not wait for a
+/// process that the program has left in the background, even if it keeps the pipe open.
 #[expect(clippy::disallowed_methods, reason = "this command requests no lock, and only `tf` reads its output")]
 fn ask(path: &Path) -> Option<(Version, bool)> {
     let log = MemoryFile::create(&format!("tf-{}.version", std::process::id())).ok()?;
@@ -187,10 +199,20 @@ fn ask(path: &Path) -> Option<(Version, bool)> {
         }
         poll::wait(&[], Some(Duration::from_millis(2)));
     }
-    let mut said = String::new();
-    child.stdout.take()?.take(1 << 16).read_to_string(&mut said).ok()?;
+    let said = in_pipe(child.stdout.take()?);
     let wrote = log.file.metadata().is_ok_and(|file| file.len() > 0);
-    Version::of_command(&said).map(|version| (version, wrote))
+    Version::of_command(&String::from_utf8_lossy(&said)).map(|version| (version, wrote))
+}
+
+/// Returns what is in the pipe now: all output of a program that has exited, or at least the first 60 KiB of it.
+fn in_pipe(mut pipe: ChildStdout) -> Vec<u8> {
+    let mut said = Vec::new();
+    let mut buffer = [0; 4096];
+    while said.len() < MAX_OUTPUT_BYTES && poll::ready_now(pipe.as_fd(), PollFlags::POLLIN) {
+        let Ok(length @ 1..) = pipe.read(&mut buffer) else { break };
+        said.extend_from_slice(&buffer[..length]);
+    }
+    said
 }
 
 #[cfg(test)]
@@ -220,6 +242,19 @@ mod tests {
                 assert_eq!(program.level(Some(kind)), other, "{version:?} {kind}");
             }
         }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "it is no terraform")]
+    fn a_pipe_that_another_process_keeps_open_is_not_waited_for() {
+        let mut child =
+            Command::new("/bin/sh").args(["-c", "sleep 60 & echo $!"]).stdout(Stdio::piped()).spawn().unwrap();
+        child.wait().unwrap();
+        let begun = Instant::now();
+        let said = String::from_utf8(in_pipe(child.stdout.take().unwrap())).unwrap();
+        let left = nix::unistd::Pid::from_raw(said.trim().parse().unwrap());
+        nix::sys::signal::kill(left, nix::sys::signal::Signal::SIGKILL).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(30));
     }
 
     #[test]

@@ -74,6 +74,11 @@ impl Version {
         text.starts_with(|first: char| first.is_ascii_digit()).then(|| Self { product, text: text.to_owned() })
     }
 
+    /// Returns the version as the program writes it, for example `1.11.4` or `1.6.0 dev`.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Returns the version in the form in which terraform writes it into a lock: without a suffix such as `-rc1`.
     pub(crate) fn in_locks(&self) -> &str {
         self.text.split([' ', '-', '+']).next().unwrap_or_default()

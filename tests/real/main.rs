@@ -41,6 +41,7 @@ mod locks_history;
 mod locks_list;
 mod locks_recover;
 mod locks_release;
+mod locks_version;
 mod many_locks;
 mod many_targets;
 mod never_anothers;
