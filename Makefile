@@ -112,9 +112,10 @@ recipes: ## lint shell/ci, shell/audit, shell/witness, the workflows and the scr
 	shell/ci/lint
 
 .PHONY: supply
-supply: ## check licences, sources and duplicates of the dependencies; with ADVISORIES=1 also advisories (from GitHub)
+supply: ## check licences and sources of the dependencies, the rules of a release, install.sh; ADVISORIES=1: advisories too (from GitHub)
 	tests/supply
 	tests/release
+	tests/install
 
 .PHONY: package
 package: tools ## build and test all files of a release: static programs, archives, .deb, SBOM

@@ -1,0 +1,315 @@
+#!/bin/sh
+# Installs tf from a release: sh install.sh [--to DIR] [--force]
+#
+# It downloads the archive for this machine, and checks its SHA-256 against the release's SHA256SUMS. It writes one file,
+# tf, into DIR, and needs no root. The file is complete before it gets its name.
+#
+#   --to DIR   the directory to install into. Default: $TF_INSTALL_DIR, or else ~/.local/bin
+#   --force    also replace a DIR/tf that is not this program
+#   --help     print this text
+#
+#   TF_RELEASES_URL   the directory with the files of the release. Default: the release that this script is a file of
+#
+# All commands are in functions, so if the download of this script is cut off, the rest of it does nothing.
+
+set -eu
+
+# The release writes its URL into this line (package/installers).
+release_url=
+
+program=install.sh
+work=
+child=
+
+fail() {
+  printf '%s: %s\n' "$program" "$1" >&2
+  shift
+  for line in "$@"; do
+    printf '%s: %s\n' "$program" "$line" >&2
+  done
+  exit 1
+}
+
+usage() {
+  cat <<'END'
+usage: sh install.sh [--to DIR] [--force]
+
+Installs the program tf from its release, without root.
+
+  --to DIR   the directory to install into. Default: $TF_INSTALL_DIR, or else ~/.local/bin
+  --force    also replace a DIR/tf that is not this program
+  --help     print this text
+
+  TF_RELEASES_URL   the directory with the files of the release. Default: the release that this script is a file of
+END
+}
+
+# quit CODE: ends after a signal. In mksh, an EXIT trap would change the exit code.
+quit() {
+  trap - EXIT
+  clean_up
+  exit "$1"
+}
+
+has() {
+  command -v "$1" >/dev/null 2>&1
+}
+
+clean_up() {
+  if [ -n "$child" ]; then kill "$child" 2>/dev/null || :; fi
+  if [ -n "$work" ]; then rm -rf "$work"; fi
+}
+
+# Sets `kind` to the end of the archive's name.
+find_kind() {
+  system=$(uname -s)
+  machine=$(uname -m)
+  case $system in
+  Linux)
+    case $machine in
+    x86_64 | amd64) kind=x86_64-linux ;;
+    aarch64 | arm64) kind=aarch64-linux ;;
+    *) fail "there is no tf for this processor: $machine" "the release has one for x86_64 and one for aarch64" ;;
+    esac
+    ;;
+  Darwin)
+    case $machine in
+    x86_64 | arm64) kind=macos ;;
+    *) fail "there is no tf for this processor: $machine" ;;
+    esac
+    ;;
+  *) fail "there is no tf for this system: $system" "the release has files for Linux" ;;
+  esac
+}
+
+# Without TLS, whoever can change the archive can change its checksum too.
+check_url() {
+  case $url in
+  '') fail "TF_RELEASES_URL is not set" "set it to the directory with the files of a release" ;;
+  https://?*) protocols='=https' ;;
+  'http://127.0.0.1'[:/]* | 'http://localhost'[:/]* | 'http://[::1]'[:/]*) protocols='=http,https' ;;
+  *) fail "the URL of the release must begin with https://: $url" ;;
+  esac
+}
+
+find_downloader() {
+  if has curl; then
+    downloader=curl
+  elif has wget; then
+    downloader=wget
+    # BusyBox's wget may not check the certificate of the server.
+    if wget --help 2>&1 | grep BusyBox >/dev/null; then
+      downloader='wget of BusyBox'
+      case $url in
+      https:*) fail "the wget of BusyBox cannot be trusted with https" "install curl" ;;
+      esac
+    fi
+  else
+    fail "curl or wget is needed to download tf" "install one of them"
+  fi
+}
+
+find_checksum_tool() {
+  if has sha256sum; then
+    checksum_tool=sha256sum
+  elif has shasum; then
+    checksum_tool='shasum -a 256'
+  elif has openssl; then
+    checksum_tool='openssl dgst -sha256 -r'
+  else
+    fail "sha256sum, shasum or openssl is needed to check the download" "install one of them"
+  fi
+}
+
+# download NAME: from the directory of the release into $work.
+download() {
+  case $downloader in
+  curl)
+    set -- "$1" curl --fail --silent --show-error --location --proto "$protocols" --connect-timeout 20 \
+      --speed-limit 1 --speed-time 60 --output "$work/$1" "$url/$1"
+    ;;
+  wget) set -- "$1" wget --no-verbose --tries=2 --timeout=60 --output-document="$work/$1" "$url/$1" ;;
+  # With -T, that of Debian 12 crashes.
+  *) set -- "$1" wget -q -O "$work/$1" "$url/$1" ;;
+  esac
+  name=$1
+  shift
+  # In the background, because a shell runs no trap while it waits for a command in the foreground.
+  "$@" >"$work/errors" 2>&1 &
+  child=$!
+  status=0
+  wait "$child" || status=$?
+  child=
+  if [ "$status" -ne 0 ]; then
+    cat "$work/errors" >&2
+    fail "could not download $url/$name"
+  fi
+}
+
+# Sets `archive`, `checksum` and `version` from the one line of SHA256SUMS that is for this machine.
+find_archive() {
+  archive=
+  while read -r sum name; do
+    name=${name#\*}
+    case $name in
+    *[!A-Za-z0-9._+-]*) ;;
+    tf-*"-$kind.tar.gz")
+      [ -z "$archive" ] || fail "SHA256SUMS has two archives for $kind: $archive and $name"
+      archive=$name
+      checksum=$sum
+      ;;
+    esac
+  done <"$work/SHA256SUMS"
+  [ -n "$archive" ] || fail "this release has no archive for $kind: $url/SHA256SUMS"
+  case $checksum in
+  *[!0-9a-f]*) fail "SHA256SUMS has no valid checksum of $archive" ;;
+  esac
+  [ ${#checksum} -eq 64 ] || fail "SHA256SUMS has no valid checksum of $archive"
+  version=${archive#tf-}
+  version=${version%"-$kind.tar.gz"}
+}
+
+check_checksum() {
+  # shellcheck disable=SC2086 # These are words.
+  found=$($checksum_tool <"$work/$archive")
+  found=${found%% *}
+  [ "$found" = "$checksum" ] ||
+    fail "the checksum of $archive is wrong, so it was not installed" "expected $checksum" "found    $found"
+}
+
+# Takes the program out of the archive, into $work/tf. Nothing else is unpacked.
+unpack() {
+  top=${archive%.tar.gz}
+  tar -tzf "$work/$archive" >"$work/members" || fail "could not read $archive with tar and gzip"
+  programs=0
+  while IFS= read -r member; do
+    case $member in
+    ../* | */../* | */..) fail "$archive has an unexpected member: $member" ;;
+    "$top/tf") programs=$((programs + 1)) ;;
+    "$top/" | "$top"/*.md | "$top/tf.sh" | "$top"/LICENSE* | "$top/THIRD-PARTY-LICENSES") ;;
+    "$top"/man/* | "$top"/completions/* | "$top"/docs/* | "$top"/shell/* | "$top"/examples/*) ;;
+    *) fail "$archive has an unexpected member: $member" ;;
+    esac
+  done <"$work/members"
+  [ "$programs" -eq 1 ] || fail "$archive has $programs files named $top/tf"
+  mkdir "$work/unpacked"
+  tar -xzof "$work/$archive" -C "$work/unpacked" "$top/tf" || fail "could not unpack $archive"
+  new=$work/unpacked/$top/tf
+  { [ -f "$new" ] && [ ! -h "$new" ]; } || fail "$archive has an unexpected member: $top/tf is not a file"
+  chmod 755 "$new"
+  told=$("$new" locks --version 2>&1) || fail "the program in $archive does not run here" "$told"
+  [ "$told" = "tf locks $version" ] || fail "the program in $archive is not tf $version: $told"
+}
+
+# Whether the file $1 is a tf of any version: a program that is no script, and names one of tf's variables.
+is_tf() {
+  [ -f "$1" ] && [ ! -h "$1" ] && [ -r "$1" ] || return 1
+  if [ "$(dd if="$1" bs=2 count=1 2>/dev/null)" = '#!' ]; then return 1; fi
+  LC_ALL=C grep TFW_STOP_TIMEOUT "$1" >/dev/null 2>&1
+}
+
+check_place() {
+  if [ -d "$to/tf" ]; then fail "$to/tf is a directory" "choose another directory with --to DIR"; fi
+  if [ -e "$to/tf" ] || [ -h "$to/tf" ]; then
+    if [ -z "$force" ] && ! is_tf "$to/tf"; then
+      fail "$to/tf is something else, so it was not replaced" "choose another directory with --to DIR, or replace it with --force"
+    fi
+  fi
+}
+
+# Says what to type next, in the shell of this user.
+say_next() {
+  printf 'tf %s is installed: %s/tf\n\nType next:\n\n' "$version" "$to"
+  shell=${SHELL:-}
+  shell=${shell##*/}
+  case $shell in
+  zsh | fish) ;;
+  *) shell=bash ;;
+  esac
+  case :${PATH:-}: in
+  *":$to:"*)
+    first=$(command -v tf) || first=
+    if [ "$first" != "$to/tf" ]; then
+      printf '  # Another program named tf is first on PATH: %s\n' "$first"
+    fi
+    ;;
+  *)
+    if [ "$shell" = fish ]; then
+      printf "  fish_add_path '%s'\n" "$to"
+    else
+      # shellcheck disable=SC2016 # The user's shell expands it.
+      printf '  export PATH="%s:$PATH"\n' "$to"
+    fi
+    ;;
+  esac
+  printf '  tf locks version\n'
+  if [ "$shell" = fish ]; then
+    printf '  tf locks shell-init fish | source\n'
+  else
+    # shellcheck disable=SC2016 # The user's shell expands it.
+    printf '  eval "$(tf locks shell-init %s)"\n' "$shell"
+  fi
+  printf '\nThe last line makes terraform an alias of tf. Add these lines to the start-up file of your shell.\n'
+}
+
+main() {
+  to=${TF_INSTALL_DIR:-}
+  force=
+  while [ $# -gt 0 ]; do
+    case $1 in
+    --to)
+      [ $# -ge 2 ] && [ -n "$2" ] || fail "--to needs a directory"
+      to=$2
+      shift
+      ;;
+    --to=?*) to=${1#--to=} ;;
+    --force) force=yes ;;
+    --help)
+      usage
+      exit 0
+      ;;
+    *) fail "unknown argument: $1" "type: sh install.sh --help" ;;
+    esac
+    shift
+  done
+  if [ -z "$to" ]; then
+    [ -n "${HOME:-}" ] || fail "HOME is not set" "choose a directory with --to DIR"
+    to=$HOME/.local/bin
+  fi
+  url=${TF_RELEASES_URL:-$release_url}
+  url=${url%/}
+  umask 022
+  trap clean_up EXIT
+  trap 'quit 129' HUP
+  trap 'quit 130' INT
+  trap 'quit 143' TERM
+
+  find_kind
+  check_url
+  find_downloader
+  find_checksum_tool
+  for tool in tar mktemp grep; do
+    has "$tool" || fail "$tool is needed, and is not installed"
+  done
+  case $to in
+  /*) ;;
+  *) to=$PWD/$to ;;
+  esac
+  mkdir -p "$to" || fail "could not create $to" "choose another directory with --to DIR"
+  check_place
+  # In the same directory, because a rename is atomic only within a file system.
+  work=$(mktemp -d "$to/.tf-install.XXXXXX") || fail "could not write to $to" "choose another directory with --to DIR"
+
+  download SHA256SUMS
+  find_archive
+  download "$archive"
+  check_checksum
+  unpack
+  # Somebody may have put another file there meanwhile.
+  check_place
+  mv -f "$new" "$to/tf" || fail "could not write $to/tf"
+  say_next
+}
+
+# In braces, because a last line that was cut off would call main without the arguments.
+{ main "$@"; }
