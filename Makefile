@@ -85,7 +85,7 @@ crash: tools ## kill every process of tf at every step, alone and with others
 	cargo test --features crash-points --test real crash:: -- --nocapture
 
 .PHONY: elsewhere
-elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, OpenTofu, and other backends (needs npm and gcc; 700 MB download)
+elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, OpenTofu, and other backends (needs npm and gcc; 750 MB download)
 	RUST_TEST_THREADS=$(THREADS) cargo test --test elsewhere
 
 .PHONY: conformance

@@ -13,12 +13,13 @@ use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
 /// The terraforms that log the IDs of their locks, and the kinds of lock that they support.
-const TERRAFORMS: [(&str, &[Lock]); 7] = [
+const TERRAFORMS: [(&str, &[Lock]); 8] = [
     ("terraform-1.6.6", &[Lock::DynamoDb]),
     ("terraform-1.8.4", &[Lock::DynamoDb]),
     ("terraform-1.9.8", &[Lock::DynamoDb]),
     ("terraform-1.10.5", &Lock::ALL),
     ("terraform-1.12.2", &[Lock::Both]),
+    ("terraform-1.13.5", &[Lock::Both]),
     ("terraform-1.14.9", &[Lock::Both]),
     ("terraform-1.15.5", &Lock::ALL),
 ];
