@@ -81,6 +81,20 @@ archive_name() {
   esac
 }
 
+# lay_out_archive DIR: everything in an archive but the program and the licences of its parts. The documents are in the
+# same places as in the repository, so that their links lead to files in the archive.
+lay_out_archive() {
+  install -d -m 755 "$1" "$1/man" "$1/completions" "$1/shell"
+  install -m 644 README.md CHANGELOG.md ARCHITECTURE.md CONTRIBUTING.md RELEASING.md SECURITY.md LICENSE LICENSE-* "$1/"
+  install -m 644 man/*.1 "$1/man/"
+  install -m 644 shell/completions/* "$1/completions/"
+  install -m 644 shell/tf.sh "$1/shell/"
+  cp -R docs examples "$1/"
+  cp -R shell/ci shell/audit shell/witness "$1/shell/"
+  # These check this repository.
+  rm "$1/shell/ci/lint" "$1/examples/check"
+}
+
 host_target() {
   rustc -vV | sed -n 's/^host: //p'
 }
