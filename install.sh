@@ -186,7 +186,7 @@ unpack() {
     case $member in
     ../* | */../* | */..) fail "$archive has an unexpected member: $member" ;;
     "$top/tf") programs=$((programs + 1)) ;;
-    "$top/" | "$top"/*.md | "$top"/LICENSE* | "$top/THIRD-PARTY-LICENSES") ;;
+    "$top/" | "$top"/*.md | "$top"/LICENSE* | "$top/THIRD-PARTY-LICENSES" | "$top/Dockerfile") ;;
     "$top"/man/* | "$top"/completions/* | "$top"/docs/* | "$top"/shell/* | "$top"/examples/*) ;;
     *) fail "$archive has an unexpected member: $member" ;;
     esac

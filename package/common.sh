@@ -85,7 +85,7 @@ archive_name() {
 # same places as in the repository, so that their links lead to files in the archive.
 lay_out_archive() {
   install -d -m 755 "$1" "$1/man" "$1/completions" "$1/shell"
-  install -m 644 README.md CHANGELOG.md ARCHITECTURE.md CONTRIBUTING.md RELEASING.md SECURITY.md LICENSE LICENSE-* "$1/"
+  install -m 644 README.md CHANGELOG.md Dockerfile ARCHITECTURE.md CONTRIBUTING.md RELEASING.md SECURITY.md LICENSE LICENSE-* "$1/"
   install -m 644 man/*.1 "$1/man/"
   install -m 644 shell/completions/* "$1/completions/"
   install -m 644 shell/tf.sh "$1/shell/"

@@ -69,6 +69,20 @@ fn assert_works_again(name: &str, env: &TestEnv) {
 }
 
 #[test]
+fn the_document_lists_the_versions_that_are_tried() {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/proof.md")).unwrap();
+    let paragraph = text.split("\n\n").find(|paragraph| paragraph.starts_with("`make elsewhere` runs")).unwrap();
+    let listed: Vec<&str> = paragraph
+        .split(|character: char| !character.is_ascii_digit() && character != '.')
+        .map(|word| word.trim_matches('.'))
+        .filter(|word| !word.is_empty())
+        .collect();
+    let tried: Vec<&str> =
+        TERRAFORMS.iter().map(|(name, _)| *name).chain([TOFU]).map(|name| name.rsplit('-').next().unwrap()).collect();
+    assert_eq!(listed, tried);
+}
+
+#[test]
 fn bare_each_of_them_leaves_its_lock_when_it_is_killed() {
     for (name, lock) in everything() {
         let env = test_env(name, lock, WAITS);
