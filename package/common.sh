@@ -40,7 +40,11 @@ date_of_products() {
 # What `tf locks version` prints as the commit. An image is built without .git and is told, or the commit is unknown.
 commit_of_products() {
   if [ -z "${TF_COMMIT:-}" ]; then
-    TF_COMMIT=$(git describe --always --dirty --abbrev=64 '--exclude=*' 2>/dev/null) || TF_COMMIT=unknown
+    TF_COMMIT=unknown
+    # Not the commit of another project, in whose checkout the source was unpacked.
+    if [ "$(git rev-parse --show-toplevel 2>/dev/null)" = "$root" ]; then
+      TF_COMMIT=$(git describe --always --dirty --abbrev=64 '--exclude=*')
+    fi
   fi
   export TF_COMMIT
 }
