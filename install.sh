@@ -282,6 +282,7 @@ main() {
   trap clean_up EXIT
   trap 'quit 129' HUP
   trap 'quit 130' INT
+  trap 'quit 141' PIPE
   trap 'quit 143' TERM
 
   find_kind
@@ -295,6 +296,7 @@ main() {
   /*) ;;
   *) to=$PWD/$to ;;
   esac
+  if [ "$to" != / ]; then to=${to%/}; fi
   mkdir -p "$to" || fail "could not create $to" "choose another directory with --to DIR"
   check_place
   # In the same directory, because a rename is atomic only within a file system.
@@ -308,6 +310,8 @@ main() {
   # Somebody may have put another file there meanwhile.
   check_place
   mv -f "$new" "$to/tf" || fail "could not write $to/tf"
+  clean_up
+  work=
   say_next
 }
 
