@@ -1,0 +1,218 @@
+"""The tools: how each one is installed in a place, and how it is told which terraform to run."""
+
+import functools
+import http.server
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import threading
+import zipfile
+
+from around import ROOT, TERRAFORM, TF, Failed, check
+
+HERE = pathlib.Path(__file__).resolve().parent
+INSTALLED = ROOT / "target/tools/wrappers"
+PYTHON = INSTALLED / "python/bin/python3"
+
+# What becomes of terraform when its tool is told to stop, or is killed.
+STOPS, GOES_ON = "terraform stops", "terraform goes on"
+# What bare terraform does with its lock then.
+LEAVES, RELEASES = "leaves its lock", "releases its lock"
+# It depends on which process is faster.
+MAY_LEAVE = "may leave its lock"
+
+
+class Tool:
+    """A tool below which `tf` runs. `program` is the terraform that it is to run."""
+
+    name = version = ""
+    # For each signal to the tool: what bare terraform does with its lock, and what becomes of terraform below tf.
+    ends = {}
+
+    def prepare(self, place):
+        (place.work / "main.tf").write_text(place.configuration())
+        place.run([TERRAFORM, "init", "-no-color"], check=True)
+
+    def environment(self, program):
+        return {}
+
+    def command(self, place, program):
+        raise NotImplementedError
+
+    def before_next(self, place):
+        """What a person has to do before the next run, after the tool was killed."""
+
+    def plain(self, text):
+        """The output without what the tool itself shows differently each time."""
+        return text
+
+
+class PythonTool(Tool):
+    """A library; a program of a few lines uses it."""
+
+    def command(self, place, program):
+        return [PYTHON, HERE / f"with_{self.name.replace('-', '_')}.py", program, place.work]
+
+
+class Tftest(PythonTool):
+    name, version = "tftest", "1.8.8"
+    ends = {
+        "INT to the tool": (LEAVES, STOPS),
+        "TERM to the tool": (LEAVES, STOPS),
+        "^C at its terminal": (MAY_LEAVE, STOPS),
+        "KILL of the tool": (LEAVES, STOPS),
+    }
+
+
+class PythonTerraform(PythonTool):
+    name, version = "python-terraform", "0.10.1"
+    ends = {
+        "INT to the tool": (LEAVES, STOPS),
+        "TERM to the tool": (LEAVES, STOPS),
+        "^C at its terminal": (MAY_LEAVE, STOPS),
+        "KILL of the tool": (LEAVES, STOPS),
+    }
+
+
+class Tflocal(Tool):
+    name, version = "tflocal", "0.27.0"
+    ends = {
+        "INT to the tool": (RELEASES, STOPS),
+        "TERM to the tool": (RELEASES, GOES_ON),
+        "TERM to the tool, CI": (None, STOPS),
+        # Terraform gets the terminal's interrupt and another one from tflocal.
+        "^C at its terminal": (MAY_LEAVE, STOPS),
+        "KILL of the tool, CI": (None, STOPS),
+    }
+
+    def prepare(self, place):
+        plugins = [os.environ.get("TF_TEST_PLUGINS"), "/usr/local/share/terraform/plugins",
+                   "/usr/share/terraform/plugins", "/opt/tf-plugins"]
+        # tflocal adds a block for the AWS provider to every configuration, so `init` needs that provider.
+        for directory in filter(None, plugins):
+            if (pathlib.Path(directory) / "registry.terraform.io/hashicorp/aws").exists():
+                (place.home / ".terraformrc").write_text(
+                    f'provider_installation {{\n  filesystem_mirror {{\n    path = "{directory}"\n  }}\n}}\n')
+                break
+        # The names that it derives from localhost are in DNS only.
+        place.environment.update({"S3_HOSTNAME": "127.0.0.1", "DISABLE_DEPRECATION_NOTICE": "1"})
+        (place.work / "main.tf").write_text(place.configuration())
+        place.run([INSTALLED / "python/bin/tflocal", "init", "-no-color"], check=True)
+
+    def environment(self, program):
+        return {"TF_CMD": program}
+
+    def command(self, place, program):
+        return [INSTALLED / "python/bin/tflocal", "apply", "-auto-approve", "-no-color"]
+
+    def before_next(self, place):
+        (place.work / "localstack_providers_override.tf").unlink(missing_ok=True)
+
+
+class Cdktf(Tool):
+    name, version = "cdktf", "0.21.0"
+    ends = {
+        # It closes terraform's terminal while terraform stops.
+        "INT to the tool": (MAY_LEAVE, STOPS),
+        "TERM to the tool": (MAY_LEAVE, STOPS),
+        "^C at its terminal": (MAY_LEAVE, STOPS),
+        "KILL of the tool": (LEAVES, STOPS),
+    }
+
+    def prepare(self, place):
+        modules = INSTALLED / "cdktf/node_modules"
+        for name in ("cdktf.json", "main.js"):
+            shutil.copy(HERE / "cdktf" / name, place.work)
+        place.environment.update({
+            "NODE_PATH": str(modules), "STATE_KEY": place.key, "PROVISIONER": place.waits, "DISABLE_VERSION_CHECK": "1",
+            "PATH": f"{place.environment['PATH']}:{pathlib.Path(shutil.which('node')).resolve().parent}",
+        })
+
+    def environment(self, program):
+        return {"TERRAFORM_BINARY_NAME": program}
+
+    def command(self, place, program):
+        return [INSTALLED / "cdktf/node_modules/.bin/cdktf", "deploy", "prod", "--auto-approve"]
+
+    def plain(self, text):
+        """Without its progress, and without its layout, which depends on how much output it reads at a time."""
+        lines = (line.removeprefix("prod ").strip() for line in text.splitlines())
+        return "\n".join(line for line in lines if line and not re.match(r"[\u2800-\u28ff] |\d+ Stacks? ", line))
+
+
+class Tfswitch(Tool):
+    """Here `tf` is above: it runs the link that tfswitch makes."""
+
+    name, version = "tfswitch", "0.13.1308"
+    ends = {
+        "INT to the tool": (RELEASES, STOPS),
+        "TERM to the tool": (RELEASES, STOPS),
+        "^C at its terminal": (RELEASES, STOPS),
+    }
+
+    def prepare(self, place):
+        self.switch(place)
+        (place.work / "main.tf").write_text(place.configuration())
+        place.run(["terraform", "init", "-no-color"], check=True)
+
+    def switch(self, place):
+        """Makes the link $bin/terraform, as a person types it. The versions are below the home of the user in
+        /etc/passwd, whatever HOME says, so that directory is the place's own while the program runs."""
+        home = pathlib.Path("~root" if os.getuid() == 0 else f"~{os.environ.get('USER', '')}").expanduser()
+        mounted = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+        end = place.run([
+            "unshare", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", place.home, home,
+            INSTALLED / "tfswitch/usr/bin/terraform-switcher", "-m", mirror(), "-b", place.bin / "terraform", version(),
+        ])
+        link = place.bin / "terraform"
+        check(end.returncode == 0 and link.is_symlink(), "tfswitch makes a link", place.log.read_text())
+        # The link leads to the directory under the name that it had for tfswitch.
+        target = place.home / pathlib.Path(os.readlink(link)).relative_to(home)
+        link.unlink()
+        link.symlink_to(target)
+
+    def command(self, place, program):
+        return [program, "apply", "-auto-approve", "-no-color"]
+
+
+@functools.cache
+def version():
+    end = subprocess.run([TERRAFORM, "version"], capture_output=True, text=True, check=True,
+                         env={**os.environ, "CHECKPOINT_DISABLE": "1"})
+    return end.stdout.split()[1].removeprefix("v")
+
+
+mirror_mutex = threading.Lock()
+
+
+@functools.cache
+def start_mirror():
+    """Serves the terraform of this machine as HashiCorp's release site serves it, on loopback."""
+    directory = INSTALLED / "mirror"
+    path = directory / "terraform" / version()
+    shutil.rmtree(directory, ignore_errors=True)
+    path.mkdir(parents=True)
+    (directory / "terraform/index.html").write_text(f'<a href="/terraform/{version()}/">terraform_{version()}</a>\n')
+    with zipfile.ZipFile(path / f"terraform_{version()}_linux_amd64.zip", "w") as archive:
+        archive.write(TERRAFORM, "terraform")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=directory)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/terraform"
+
+
+def mirror():
+    with mirror_mutex:
+        return start_mirror()
+
+
+TOOLS = [Tftest(), PythonTerraform(), Tflocal(), Tfswitch(), Cdktf()]
