@@ -23,6 +23,9 @@ from cloud import Cloud  # noqa: E402
 
 TF = pathlib.Path(os.environ.get("TF") or ROOT / "target/debug/tf").resolve()
 TERRAFORM = pathlib.Path(shutil.which("terraform") or "/terraform is missing").resolve()
+# What bare terraform does with its lock when the program above it is told to stop, or is killed. The third: it depends on
+# which process is faster.
+LEAVES, RELEASES, MAY_LEAVE = "leaves its lock", "releases its lock", "may leave its lock"
 # It is longer than the 30 s for which `tf locks recover` waits for a run that is stopping.
 WAIT_TIMEOUT = 90
 
@@ -63,12 +66,17 @@ class Process:
         return f"{self.pid} (parent {self.parent}, group {self.group}, {self.state}) {self.comm}: {self.arguments[:120]}"
 
     @property
+    def is_ours(self):
+        """Whether it runs the program `tf`, also as a copy of it that a recipe has unpacked."""
+        return pathlib.Path(self.exe).name in (TF.name, "tf")
+
+    @property
     def is_guardian(self):
-        return self.exe == str(TF) and self.comm == "tf-guardian"
+        return self.is_ours and self.comm == "tf-guardian"
 
     @property
     def is_tf(self):
-        return self.exe == str(TF) and not self.comm.startswith("tf-")
+        return self.is_ours and not self.comm.startswith("tf-")
 
     @property
     def is_terraform(self):
@@ -158,6 +166,13 @@ output "answer" {{
             found = [process for process in self.processes() if getattr(process, kind)]
             return found[0] if len(found) == 1 else None
         return wait_for(f"one process: {kind}", probe, self.dump)
+
+    def below(self, process):
+        """Every process that has `process` among its parents."""
+        processes, found = self.processes(), {process.pid}
+        while more := [other for other in processes if other.parent in found and other.pid not in found]:
+            found |= {other.pid for other in more}
+        return [other for other in processes if other.pid in found and other.pid != process.pid]
 
     def locks(self):
         """Where the lock is held: DynamoDB, S3, both or neither."""

@@ -15,8 +15,8 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
-from around import TF, Failed, Place, Report, all_at_once, begin, check, is_gone, kill, wait_for  # noqa: E402
-from tools import GOES_ON, LEAVES, RELEASES, TOOLS  # noqa: E402
+from around import LEAVES, RELEASES, TF, Place, Report, all_at_once, begin, check, is_gone, kill  # noqa: E402
+from tools import GOES_ON, TOOLS  # noqa: E402
 
 SIGNALS = {
     "INT to the tool": lambda run: run.send(signal.SIGINT),

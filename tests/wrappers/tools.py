@@ -10,18 +10,14 @@ import subprocess
 import threading
 import zipfile
 
-from around import ROOT, TERRAFORM, TF, Failed, check
+from around import LEAVES, MAY_LEAVE, RELEASES, ROOT, TERRAFORM, check
 
 HERE = pathlib.Path(__file__).resolve().parent
 INSTALLED = ROOT / "target/tools/wrappers"
 PYTHON = INSTALLED / "python/bin/python3"
 
-# What becomes of terraform when its tool is told to stop, or is killed.
+# What becomes of the terraform below tf when its tool is told to stop, or is killed.
 STOPS, GOES_ON = "terraform stops", "terraform goes on"
-# What bare terraform does with its lock then.
-LEAVES, RELEASES = "leaves its lock", "releases its lock"
-# It depends on which process is faster.
-MAY_LEAVE = "may leave its lock"
 
 
 class Tool:
