@@ -57,7 +57,7 @@ class Job:
             return
         run(f"{name}, to its end: the job succeeds, runs terraform below tf, and leaves no lock", self.to_its_end)
         run(f"{name}, KILL of terraform: tf releases the lock, and the job fails", self.kill_terraform)
-        run(f"{name}, KILL of tf: its guardian stops terraform, and the lock is released before the job ends", self.kill_tf)
+        run(f"{name}, KILL of tf: its guardian stops terraform, and no lock is left when the job ends", self.kill_tf)
         run(f"{name}, KILL of the whole run: the last step releases the lock", self.kill_run)
         run(f"{name}, KILL of everything: the next job releases the lock and works", self.kill_everything)
 
@@ -116,7 +116,8 @@ class Job:
         self.place.go.touch()
         end = self.place.run(self.recipe.command(self.place), check=True)
         check("started terraform" in self.place.trace.read_text(), "tf ran terraform", self.place.dump())
-        check(self.place.cloud.ask("GET", f"/bucket/{self.place.key}")[0] == 200, "the state is saved", self.place.dump())
+        status, _ = self.place.cloud.ask("GET", f"/bucket/{self.place.key}")
+        check(status == 200, "the state is saved", self.place.dump())
         check(self.recipe.last_step_ran(end.stdout + end.stderr), "the last step ran", self.place.dump())
         check(not self.place.locks(), "no lock is left", self.place.locks())
 

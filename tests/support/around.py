@@ -23,8 +23,8 @@ from cloud import Cloud  # noqa: E402
 
 TF = pathlib.Path(os.environ.get("TF") or ROOT / "target/debug/tf").resolve()
 TERRAFORM = pathlib.Path(shutil.which("terraform") or "/terraform is missing").resolve()
-# What bare terraform does with its lock when the program above it is told to stop, or is killed. The third: it depends on
-# which process is faster.
+# What bare terraform does with its lock when the program above it is told to stop, or is killed. For the last one, it
+# depends on which process is faster.
 LEAVES, RELEASES, MAY_LEAVE = "leaves its lock", "releases its lock", "may leave its lock"
 # It is longer than the 30 s for which `tf locks recover` waits for a run that is stopping.
 WAIT_TIMEOUT = 90
@@ -63,7 +63,8 @@ class Process:
         self.state, self.parent, self.group = stat[0], int(stat[1]), int(stat[2])
 
     def __str__(self):
-        return f"{self.pid} (parent {self.parent}, group {self.group}, {self.state}) {self.comm}: {self.arguments[:120]}"
+        where = f"parent {self.parent}, group {self.group}, {self.state}"
+        return f"{self.pid} ({where}) {self.comm}: {self.arguments[:120]}"
 
     @property
     def is_ours(self):

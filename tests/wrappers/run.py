@@ -137,7 +137,8 @@ class Bench:
             SIGNALS[end](run)
             if expected == GOES_ON:
                 run.wait()
-                check(not is_gone(terraform) and self.tf.locks(), "the lock stays while terraform works", self.tf.dump())
+                held = not is_gone(terraform) and self.tf.locks()
+                check(held, "the lock stays while terraform works", self.tf.dump())
                 self.tf.go.touch()
                 begun = time.monotonic()
             self.tf.wait_until_unlocked()

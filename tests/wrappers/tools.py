@@ -4,6 +4,7 @@ import functools
 import http.server
 import os
 import pathlib
+import pwd
 import re
 import shutil
 import subprocess
@@ -158,7 +159,7 @@ class Tfswitch(Tool):
     def switch(self, place):
         """Makes the link $bin/terraform, as a person types it. The versions are below the home of the user in
         /etc/passwd, whatever HOME says, so that directory is the place's own while the program runs."""
-        home = pathlib.Path("~root" if os.getuid() == 0 else f"~{os.environ.get('USER', '')}").expanduser()
+        home = pathlib.Path(pwd.getpwuid(os.getuid()).pw_dir)
         mounted = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
         end = place.run([
             "unshare", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", place.home, home,
