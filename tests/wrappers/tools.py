@@ -76,11 +76,12 @@ class PythonTerraform(PythonTool):
 
 
 class Tflocal(Tool):
+    """It has fewer ends than the others, because each of its runs loads the AWS provider."""
+
     name, version = "tflocal", "0.27.0"
     ends = {
         "INT to the tool": (RELEASES, STOPS),
-        "TERM to the tool": (RELEASES, GOES_ON),
-        "TERM to the tool, CI": (None, STOPS),
+        "TERM to the tool": (None, GOES_ON),
         # Terraform gets the terminal's interrupt and another one from tflocal.
         "^C at its terminal": (MAY_LEAVE, STOPS),
         "KILL of the tool, CI": (None, STOPS),
@@ -142,7 +143,7 @@ class Cdktf(Tool):
 
 
 class Tfswitch(Tool):
-    """Here `tf` is above: it runs the link that tfswitch makes."""
+    """Here `tf` is above: it runs the link that tfswitch makes. A signal to the tool is one to `tf`."""
 
     name, version = "tfswitch", "0.13.1308"
     ends = {
