@@ -88,9 +88,10 @@ class Tflocal(Tool):
     }
 
     def prepare(self, place):
+        # tflocal adds a block for the AWS provider to every configuration, so `init` needs that provider. It takes it
+        # from where the other tests look for it, or downloads it.
         plugins = [os.environ.get("TF_TEST_PLUGINS"), "/usr/local/share/terraform/plugins",
-                   "/usr/share/terraform/plugins", "/opt/tf-plugins"]
-        # tflocal adds a block for the AWS provider to every configuration, so `init` needs that provider.
+                   "/usr/share/terraform/plugins", *pathlib.Path("/opt").glob("*")]
         for directory in filter(None, plugins):
             if (pathlib.Path(directory) / "registry.terraform.io/hashicorp/aws").exists():
                 (place.home / ".terraformrc").write_text(
