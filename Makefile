@@ -137,6 +137,10 @@ package: tools ## build and test all files of a release: static programs, archiv
 	package/check
 	package/check-image
 
+.PHONY: containers
+containers: tools ## run tf in real containers, of Docker and of Podman (needs root; 200 MB download); TF=a static tf, T=part of a test's name
+	THREADS=$(THREADS) tests/containers/run $(T)
+
 .PHONY: package-twice
 package-twice: ## build a release from two clones and compare all files byte for byte (two full builds: 40 min)
 	package/twice
