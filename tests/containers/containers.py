@@ -643,6 +643,9 @@ def run_test(world, engine, function):
 
 def run_all(world, wanted):
     machine = world.machine
+    functions = [function for function in TESTS if wanted in function.__name__]
+    if not functions:
+        raise Failed(f"no test has {wanted} in its name. The tests: {', '.join(function.__name__ for function in TESTS)}")
     machine.configure_podman()
     machine.start_dockerd()
     engines = [
@@ -657,7 +660,6 @@ def run_all(world, wanted):
     print(f"Terraform {json.loads(version.stdout)['terraform_version']}, {kernel}", flush=True)
     if not builds(world, engines):
         return
-    functions = [function for function in TESTS if wanted in function.__name__]
     threads = int(os.environ.get("THREADS") or 6)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:

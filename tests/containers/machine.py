@@ -47,6 +47,11 @@ def has_old_freezer():
     return any("freezer" in line.split(":")[1].split(",") for line in lines)
 
 
+def hard_limit(kind, most):
+    limit = resource.getrlimit(kind)[1]
+    return most if limit == resource.RLIM_INFINITY else min(limit, most)
+
+
 class Machine:
     def __init__(self):
         # Not below this repository, which may belong to a user: a state directory of root has only parents of root.
@@ -58,8 +63,8 @@ class Machine:
         self.group = f"tf-containers-{os.getpid()}"
         self.daemons = []
         # Not more than this process has, because a container may not have more than its engine.
-        self.files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
-        self.processes = min(resource.getrlimit(resource.RLIMIT_NPROC)[1] & 0xFFFFFFFF, 20000)
+        self.files = hard_limit(resource.RLIMIT_NOFILE, 65536)
+        self.processes = hard_limit(resource.RLIMIT_NPROC, 20000)
         command = [
             "setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--pid", "--fork",
             "--kill-child", HERE / "enter", self.directory, ENGINES / "root",
@@ -196,7 +201,8 @@ class Container:
         mounts = [(directory, "/work", "rw"), *volumes]
         words = ["run", "--detach", "--name", self.name, "--network", "host"]
         if engine.is_docker:
-            # The user of a lease on a machine with the freezer of cgroup v1 has to say that the containers are not in it.
+            # In a cgroup namespace, tf cannot know that the freezer of cgroup v1 does not freeze the container, and makes
+            # no promise.
             words += ["--cgroupns", "host"] if has_old_freezer() else []
         else:
             words += ["--cgroup-parent", f"/{engine.machine.group}/podman"]
