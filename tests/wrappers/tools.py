@@ -159,15 +159,19 @@ class Tfswitch(Tool):
         place.run(["terraform", "init", "-no-color"], check=True)
 
     def switch(self, place):
-        """Makes the link $bin/terraform, as a person types it. The versions are below the home of the user in
-        /etc/passwd, whatever HOME says, so that directory is the place's own while the program runs."""
+        """Makes the link $bin/terraform with tfswitch, from a mirror on loopback.
+
+        tfswitch keeps the versions below the user's home in /etc/passwd, and ignores HOME. So a mount puts the place's
+        own home there while it runs.
+        """
         home = pathlib.Path(pwd.getpwuid(os.getuid()).pw_dir)
         mounted = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+        link, mirror = place.bin / "terraform", Mirror(place.root / "mirror")
         end = place.run([
             "unshare", "--map-root-user", "--mount", "sh", "-c", mounted, "sh", place.home, home,
-            INSTALLED / "tfswitch/usr/bin/terraform-switcher", "-m", mirror(), "-b", place.bin / "terraform", version(),
+            INSTALLED / "tfswitch/usr/bin/terraform-switcher", "-m", mirror.url, "-b", link, version(),
         ])
-        link = place.bin / "terraform"
+        mirror.stop()
         check(end.returncode == 0 and link.is_symlink(), "tfswitch makes a link", place.log.read_text())
         # The link leads to the directory under the name that it had for tfswitch.
         target = place.home / pathlib.Path(os.readlink(link)).relative_to(home)
@@ -185,35 +189,31 @@ def version():
     return end.stdout.split()[1].removeprefix("v")
 
 
-mirror_mutex = threading.Lock()
-
-
-@functools.cache
-def start_mirror():
+class Mirror:
     """Serves the terraform of this machine as HashiCorp's release site serves it, on loopback."""
-    directory = INSTALLED / "mirror"
-    path = directory / "terraform" / version()
-    shutil.rmtree(directory, ignore_errors=True)
-    path.mkdir(parents=True)
-    (directory / "terraform/index.html").write_text(f'<a href="/terraform/{version()}/">terraform_{version()}</a>\n')
-    with zipfile.ZipFile(path / f"terraform_{version()}_linux_amd64.zip", "w") as archive:
-        archive.write(TERRAFORM, "terraform")
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=directory)
+    def __init__(self, directory):
+        path = directory / "terraform" / version()
+        path.mkdir(parents=True)
+        link = f'<a href="/terraform/{version()}/">terraform_{version()}</a>\n'
+        (directory / "terraform/index.html").write_text(link)
+        with zipfile.ZipFile(path / f"terraform_{version()}_linux_amd64.zip", "w") as archive:
+            archive.write(TERRAFORM, "terraform")
 
-        def log_message(self, *_):
-            pass
+        class Quiet(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *arguments):
+                super().__init__(*arguments, directory=directory)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/terraform"
+            def log_message(self, *_):
+                pass
 
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/terraform"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-def mirror():
-    with mirror_mutex:
-        return start_mirror()
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 TOOLS = [Tftest(), PythonTerraform(), Tflocal(), Tfswitch(), Cdktf()]
