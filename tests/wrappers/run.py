@@ -244,7 +244,7 @@ def main():
 
     try:
         chosen = [tool for tool in TOOLS if not sys.argv[1:] or any(word in tool.name for word in sys.argv[1:])]
-        all_at_once([functools.partial(all_of, tool) for tool in chosen or TOOLS], threads=3)
+        all_at_once([functools.partial(all_of, tool) for tool in chosen or TOOLS], threads=4)
     finally:
         cloud.stop()
     report.finish()

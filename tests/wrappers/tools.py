@@ -216,4 +216,5 @@ class Mirror:
         self.server.server_close()
 
 
-TOOLS = [Tftest(), PythonTerraform(), Tflocal(), Tfswitch(), Cdktf()]
+# The slowest first.
+TOOLS = [Cdktf(), Tflocal(), Tftest(), PythonTerraform(), Tfswitch()]
