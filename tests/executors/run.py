@@ -9,7 +9,6 @@ import functools
 import pathlib
 import signal
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
@@ -187,13 +186,14 @@ def main():
         finally:
             job.place.remove()
 
-    with tempfile.TemporaryDirectory(prefix="tf-release-") as directory:
-        release = archive(pathlib.Path(directory))
+    try:
+        release = archive(Place(cloud, "release").root)
         jobs = [functools.partial(all_of, recipe(), bare, release) for recipe in ALL for bare in (True, False)]
-        try:
-            all_at_once(jobs, threads=5)
-        finally:
-            cloud.stop()
+        all_at_once(jobs, threads=5)
+    finally:
+        for place in list(Place.existing):
+            place.remove()
+        cloud.stop()
     report.finish()
 
 

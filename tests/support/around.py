@@ -346,15 +346,17 @@ def begin():
         sys.exit("terraform is missing: put Terraform 1.11 or later on PATH")
     if not TF.exists():
         sys.exit(f"{TF} is missing: run `make build`, or set TF")
-    cloud = Cloud()
-
-    def give_up(number, _):
-        for place in list(Place.existing):
-            kill(place.processes())
-            shutil.rmtree(place.root, ignore_errors=True)
-        cloud.stop()
-        os._exit(128 + number)
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, give_up)
-    return cloud
+    return Cloud()
+
+
+def give_up(number, _):
+    """Ends what was started, also the server, and exits."""
+    for place in list(Place.existing):
+        kill(place.processes())
+        shutil.rmtree(place.root, ignore_errors=True)
+    for thread in os.listdir("/proc/self/task"):
+        for child in pathlib.Path(f"/proc/self/task/{thread}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    os._exit(128 + number)
