@@ -232,8 +232,8 @@ output "answer" {{
             raise Failed(f"{command} exited with {end.returncode}\n{self.dump()}")
         return end
 
-    def start(self, command, terminal=False, directory=None):
-        return Run(self, [str(word) for word in command], terminal, directory or self.work)
+    def start(self, command, terminal=False):
+        return Run(self, [str(word) for word in command], terminal)
 
 
 class Run:
@@ -243,13 +243,13 @@ class Run:
     a handler for INT so that it survives a ^C, which goes to the whole foreground group.
     """
 
-    def __init__(self, place, command, terminal, directory):
+    def __init__(self, place, command, terminal):
         self.place, self.master = place, None
         if terminal:
             self.master, slave = os.openpty()
             shell = ["setsid", "--ctty", "sh", "-c", 'trap : INT; "$@"; echo ended with $?', "sh"]
             self.child = subprocess.Popen(
-                shell + command, cwd=directory, env=place.environment, stdin=slave, stdout=slave, stderr=slave)
+                shell + command, cwd=place.work, env=place.environment, stdin=slave, stdout=slave, stderr=slave)
             os.close(slave)
             self.copying = threading.Thread(target=self.copy, daemon=True)
             self.copying.start()
@@ -257,7 +257,7 @@ class Run:
         else:
             with open(place.log, "wb") as log:
                 self.child = subprocess.Popen(
-                    command, cwd=directory, env=place.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    command, cwd=place.work, env=place.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True)
             self.pid = self.child.pid
 
