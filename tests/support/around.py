@@ -5,6 +5,8 @@ fails and prints the last state that was seen.
 """
 
 import concurrent.futures
+import http.client
+import http.server
 import os
 import pathlib
 import re
@@ -28,6 +30,48 @@ TERRAFORM = pathlib.Path(shutil.which("terraform") or "/terraform is missing").r
 LEAVES, RELEASES, MAY_LEAVE = "leaves its lock", "releases its lock", "may leave its lock"
 # It is longer than the 30 s for which `tf locks recover` waits for a run that is stopping.
 WAIT_TIMEOUT = 90
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Passes each request on over a connection of its own.
+
+    MiniStack loses about one response in a thousand on a connection that is used again. Terraform then sends its lock
+    request again, and is refused by its own lock.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    @classmethod
+    def start(cls, port):
+        """Serves on a port of its own, which it returns, for the server at `port`."""
+        handler = type("Handler", (cls,), {"server_at": port})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server.server_port
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
+        connection = http.client.HTTPConnection("127.0.0.1", self.server_at, timeout=60)
+        connection.request(self.command, self.path, body, {**headers, "Connection": "close"})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                self.send_header(name, value)
+        # The response to a HEAD has the length of what a GET returns.
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else len(text)
+        self.send_header("Content-Length", str(length or 0))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+    def log_message(self, *_):
+        pass
 
 
 class Failed(Exception):
@@ -119,7 +163,7 @@ class Place:
             **kept, "HOME": str(self.home), "PATH": f"{self.bin}:{TERRAFORM.parent}:/usr/local/bin:/usr/bin:/bin",
             "CHECKPOINT_DISABLE": "1", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{cloud.port}", "TFW_LOG": str(self.trace),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{cloud.proxy}", "TFW_LOG": str(self.trace),
         }
 
     @property
@@ -348,7 +392,9 @@ def begin():
         sys.exit(f"{TF} is missing: run `make build`, or set TF")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, give_up)
-    return Cloud()
+    cloud = Cloud()
+    cloud.proxy = Proxy.start(cloud.port)
+    return cloud
 
 
 def give_up(number, _):

@@ -140,7 +140,8 @@ class Cdktf(Tool):
     def plain(self, text):
         """Without its progress, and without its layout, which depends on how much output it reads at a time."""
         lines = (line.removeprefix("prod ").strip() for line in text.splitlines())
-        return "\n".join(line for line in lines if line and not re.match(r"[\u2800-\u28ff] |\d+ Stacks? ", line))
+        progress = re.compile(r"[\u2800-\u28ff] |\d+ Stacks? |prod$|$")
+        return "\n".join(line for line in lines if not progress.match(line))
 
 
 class Tfswitch(Tool):
