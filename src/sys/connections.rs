@@ -112,12 +112,7 @@ pub(crate) fn abort(pid: Pid, process: impl AsFd) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
-    use std::time::Instant;
-
     use super::*;
-    use crate::sys::process::ProcessHandle;
 
     const LINE: &str = "  12: 0100007F:8F2B 0200007F:01BB 04 00000A00:00000000 01:00000062 00000004     0        0 0 3 \
                         0000000000000000 1600 4 1 10 -1";
@@ -156,6 +151,16 @@ mod tests {
             assert_eq!(parse_port_range(text), None, "{text}");
         }
     }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests_with_connections {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
+    use std::time::Instant;
+
+    use super::*;
+    use crate::sys::process::ProcessHandle;
 
     /// Returns both ends of a connection. The client's end has sent more than the server's end can take.
     fn full_connection(listener: &TcpListener) -> (TcpStream, TcpStream) {
@@ -189,7 +194,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn what_a_closed_connection_has_not_delivered_is_seen_until_the_peer_has_it() {
         for address in [std::net::IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
             let Ok(listener) = TcpListener::bind((address, 0)) else { continue };
@@ -211,7 +215,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
     fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
         // The process of the tests has other connections. So the connection is one of a child's.

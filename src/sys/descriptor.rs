@@ -207,6 +207,7 @@ pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<
 pub(crate) const ATOMIC_WRITE_BYTES: usize = libc::PIPE_BUF;
 
 /// Returns how many bytes can be read from a pipe now. 0 if that is unknown.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "it decides whether splice(2) is worth it"))]
 pub(crate) fn readable_bytes(pipe: &impl AsFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the descriptor is open, and the call writes one int.

@@ -125,11 +125,12 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         let ready = 0u8;
         libc::write(writer, (&raw const ready).cast(), 1);
         // The byte above must come first. The signals are still blocked, so what has arrived by now is pending.
-        if !source.listen(parent, writer) {
+        if !Source::listen(parent, writer) {
             libc::_exit(1);
         }
         loop {
             match source.next() {
+                #[cfg(target_os = "linux")]
                 Arrived::Signal(signal) => {
                     if let Ok(byte) = u8::try_from(signal)
                         && libc::write(writer, (&raw const byte).cast(), 1) != 1
@@ -147,7 +148,8 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
 
 /// What the watcher has waited for.
 enum Arrived {
-    /// A signal with this number.
+    /// A signal with this number. Elsewhere, a handler reports it.
+    #[cfg(target_os = "linux")]
     Signal(i32),
     /// A signal that a process sent, or an error.
     Nothing,
@@ -176,8 +178,7 @@ impl Source {
     }
 
     /// Returns true. The signals stay blocked, because sigwaitinfo(2) takes them.
-    #[expect(clippy::unused_self, reason = "elsewhere it installs handlers")]
-    fn listen(&self, _parent: Pid, _writer: i32) -> bool {
+    fn listen(_parent: Pid, _writer: i32) -> bool {
         true
     }
 
@@ -205,7 +206,7 @@ impl Source {
     }
 
     /// Installs the handlers, which write into `writer`, and unblocks the signals. False if that fails.
-    fn listen(&self, parent: Pid, writer: i32) -> bool {
+    fn listen(parent: Pid, writer: i32) -> bool {
         super::macos::reporting_handler::install(&AWAITED, parent, writer).is_ok()
     }
 
