@@ -18,15 +18,8 @@ use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 #[track_caller]
 fn assert_same(what: &str, bare: &Ended, tf: &Ended) {
     assert_eq!(bare.status, tf.status, "{what}: bare {bare:?}\ntf {tf:?}");
-    assert_eq!(without_slow_locks(&bare.out), without_slow_locks(&tf.out), "{what}: stdout");
+    assert_eq!(bare.out_without_slow_locks(), tf.out_without_slow_locks(), "{what}: stdout");
     assert_eq!(bare.err, tf.err, "{what}: stderr");
-}
-
-/// Leaves out the lines that terraform prints if it waits more than 400 ms for a lock or an unlock (clistate/state.go,
-/// `LockThreshold`). On a busy machine, either terraform may do so.
-fn without_slow_locks(out: &str) -> String {
-    let slow = ["Acquiring", "Releasing"].map(|what| format!("{what} state lock. This may take a few moments...\n"));
-    out.split_inclusive('\n').filter(|line| !slow.iter().any(|slow| slow == line)).collect()
 }
 
 /// Writes a program that replaces terraform.

@@ -29,6 +29,14 @@ impl Ended {
         self.status.signal()
     }
 
+    /// Returns stdout without the lines that terraform prints if it waits more than 400 ms for a lock or an unlock
+    /// (clistate/state.go, `LockThreshold`). On a busy machine, any terraform may print them.
+    pub fn out_without_slow_locks(&self) -> String {
+        let slow =
+            ["Acquiring", "Releasing"].map(|what| format!("{what} state lock. This may take a few moments...\n"));
+        self.out.split_inclusive('\n').filter(|line| !slow.iter().any(|slow| slow == line)).collect()
+    }
+
     pub fn core_dumped(&self) -> bool {
         self.status.core_dumped()
     }
