@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
-use crate::support::process::{Run, state};
+use crate::support::process::{Run, SystemCall, state, waits_in};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -381,8 +381,7 @@ fn terraform_named(name: &str, child: &std::process::Child) -> nix::unistd::Pid 
 
 fn blocked_in_write(pid: nix::unistd::Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|place| place.contains("pipe_write"))
-        || std::fs::read_to_string(format!("/proc/{pid}/syscall"))
-            .is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_write)))
+        || waits_in(pid, SystemCall::Write)
 }
 
 #[test]

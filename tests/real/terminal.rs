@@ -5,7 +5,7 @@ use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 
-use crate::support::process::{state, terraform_below, tree};
+use crate::support::process::{SystemCall, state, terraform_below, tree, waits_in};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, which};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
@@ -44,12 +44,9 @@ fn alone(env: &TestEnv, subject: Subject, arguments: &str) -> Terminal {
 
 /// Whether the program `name` waits in read(2).
 fn reads(terminal: &Terminal, name: &str) -> bool {
-    tree(terminal.pid()).iter().any(|process| {
-        process.1 == name
-            && process.2 == 'S'
-            && std::fs::read_to_string(format!("/proc/{}/syscall", process.0))
-                .is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_read)))
-    })
+    tree(terminal.pid())
+        .iter()
+        .any(|process| process.1 == name && process.2 == 'S' && waits_in(process.0, SystemCall::Read))
 }
 
 /// Starts an apply whose provisioner asks for the passphrase of a key: "open sesame". `None` for a user without a name,

@@ -209,6 +209,31 @@ pub fn terraform_below(root: Pid) -> Pid {
     )
 }
 
+/// The system calls that [`waits_in`] knows.
+#[derive(Clone, Copy, Debug)]
+pub enum SystemCall {
+    Read,
+    Write,
+}
+
+/// Whether a process waits in this system call (proc_pid_syscall(5)). False on systems other than Linux.
+pub fn waits_in(pid: Pid, call: SystemCall) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        let number = match call {
+            SystemCall::Read => libc::SYS_read,
+            SystemCall::Write => libc::SYS_write,
+        };
+        let current = std::fs::read_to_string(format!("/proc/{pid}/syscall"));
+        current.is_ok_and(|current| current.starts_with(&format!("{number} ")))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (pid, call);
+        false
+    }
+}
+
 /// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists. A process whose first thread has
 /// exited is no zombie as long as another thread has not: it still has its descriptors, and so its file locks.
 pub fn state(pid: Pid) -> Option<char> {
