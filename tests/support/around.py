@@ -4,6 +4,7 @@
 fails and prints the last state that was seen.
 """
 
+import collections
 import concurrent.futures
 import http.client
 import http.server
@@ -40,6 +41,10 @@ class Proxy(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    # A response is sent in one piece.
+    wbufsize = -1
+    # The last requests of all places, for the dump of a check that failed.
+    last = collections.deque(maxlen=40)
 
     @classmethod
     def start(cls, port):
@@ -51,6 +56,20 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         return server.server_port
 
     def pass_on(self):
+        begun, outcome = time.time(), "no response"
+        try:
+            outcome = self.exchange()
+            self.wfile.flush()
+        except (OSError, http.client.HTTPException) as error:
+            outcome += f", {error!r}"
+            self.close_connection = True
+        operation = self.headers.get("X-Amz-Target", "").partition(".")[2]
+        took = time.time() - begun
+        moment = time.strftime("%H:%M:%S", time.gmtime(begun)) + f"{begun % 1:.3f}"[1:]
+        self.last.append(f"  {moment} {self.command} {self.path} {operation}: {outcome} after {took:.3f} s")
+
+    def exchange(self):
+        """Returns the status that the server sent."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
         connection = http.client.HTTPConnection("127.0.0.1", self.server_at, timeout=60)
@@ -67,6 +86,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length or 0))
         self.end_headers()
         self.wfile.write(text)
+        return str(answer.status)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 
@@ -243,6 +263,7 @@ output "answer" {{
         for name in (self.log, self.trace):
             if name.exists():
                 lines += [f"  -- {name.name}", *name.read_text(errors="replace").splitlines()[-40:]]
+        lines += ["  -- the last requests", *(line for line in list(Proxy.last) if self.key in line or "POST" in line)]
         return "\n".join(lines)
 
     def clean(self):
