@@ -147,10 +147,10 @@ class Job:
         """Kills tf, its helpers, terraform and the provisioner. The executor and the shell of the step go on."""
         run = self.started()
         try:
-            tf = self.place.find("is_tf")
-            below = self.place.below(tf)
-            kill([self.place.find("is_guardian"), tf, *below])
-            kill([process for process in self.place.processes() if process.is_ours])
+            guardian, tf = self.place.find("is_guardian"), self.place.find("is_tf")
+            # Listed before the first kill: the last step runs tf too, and begins at once.
+            helpers = [process for process in self.place.processes() if process.is_ours]
+            kill([guardian, tf, *self.place.below(tf), *helpers])
             code = run.wait()
             log = self.place.log.read_text(errors="replace")
             check("released the lock that an earlier run left" in log, "the last step says what it released", log)
