@@ -151,92 +151,94 @@ mod tests {
             assert_eq!(parse_port_range(text), None, "{text}");
         }
     }
-}
 
-#[cfg(all(test, target_os = "linux"))]
-mod tests_with_connections {
-    use std::io::{Read, Write};
-    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
-    use std::time::Instant;
+    #[cfg(target_os = "linux")]
+    mod with_connections {
+        use std::io::{Read, Write};
+        use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
+        use std::time::Instant;
 
-    use super::*;
-    use crate::sys::process::ProcessHandle;
+        use super::*;
+        use crate::sys::process::ProcessHandle;
 
-    /// Returns both ends of a connection. The client's end has sent more than the server's end can take.
-    fn full_connection(listener: &TcpListener) -> (TcpStream, TcpStream) {
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let server = listener.accept().unwrap().0;
-        client.set_nonblocking(true).unwrap();
-        while (&client).write(&[7; 1 << 13]).is_ok() {}
-        client.set_nonblocking(false).unwrap();
-        (client, server)
-    }
-
-    /// Waits until `is_met` returns true. If that takes too long, fails with the connections of this host.
-    fn wait_until(is_met: impl Fn() -> bool) {
-        let begun = Instant::now();
-        while !is_met() {
-            let connections = || std::fs::read_to_string("/proc/net/tcp").unwrap();
-            assert!(begun.elapsed() < Duration::from_secs(20), "{}", connections());
+        /// Returns both ends of a connection. The client's end has sent more than the server's end can take.
+        fn full_connection(listener: &TcpListener) -> (TcpStream, TcpStream) {
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let server = listener.accept().unwrap().0;
+            client.set_nonblocking(true).unwrap();
+            while (&client).write(&[7; 1 << 13]).is_ok() {}
+            client.set_nonblocking(false).unwrap();
+            (client, server)
         }
-    }
 
-    /// Reads until the end or an error. Returns how many bytes came.
-    fn drain(mut server: &TcpStream) -> Result<usize, (usize, std::io::ErrorKind)> {
-        let (mut total, mut buffer) = (0, vec![0; 1 << 16]);
-        loop {
-            match server.read(&mut buffer) {
-                Ok(0) => return Ok(total),
-                Ok(count) => total += count,
-                Err(error) => return Err((total, error.kind())),
+        /// Waits until `is_met` returns true. If that takes too long, fails with the connections of this host.
+        fn wait_until(is_met: impl Fn() -> bool) {
+            let begun = Instant::now();
+            while !is_met() {
+                let connections = || std::fs::read_to_string("/proc/net/tcp").unwrap();
+                assert!(begun.elapsed() < Duration::from_secs(20), "{}", connections());
             }
         }
-    }
 
-    #[test]
-    fn what_a_closed_connection_has_not_delivered_is_seen_until_the_peer_has_it() {
-        for address in [std::net::IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-            let Ok(listener) = TcpListener::bind((address, 0)) else { continue };
-            let (client, server) = full_connection(&listener);
-            let port = format!(":{:04X}", client.local_addr().unwrap().port());
-            let of_client = |bytes: UnconfirmedBytes| {
-                UnconfirmedBytes(bytes.0.into_iter().filter(|connection| connection.local.ends_with(&port)).collect())
-            };
-            assert!(of_client(UnconfirmedBytes::read()).is_empty(), "a process has it");
-            drop(client);
-            // A child that another test has just forked has the connection too, until it has called execve(2).
-            wait_until(|| of_client(UnconfirmedBytes::read()).0.len() == 1);
-            let seen = of_client(UnconfirmedBytes::read());
-            assert_eq!(seen.still(), seen);
-            drain(&server).unwrap();
-            wait_until(|| seen.still().is_empty());
+        /// Reads until the end or an error. Returns how many bytes came.
+        fn drain(mut server: &TcpStream) -> Result<usize, (usize, std::io::ErrorKind)> {
+            let (mut total, mut buffer) = (0, vec![0; 1 << 16]);
+            loop {
+                match server.read(&mut buffer) {
+                    Ok(0) => return Ok(total),
+                    Ok(count) => total += count,
+                    Err(error) => return Err((total, error.kind())),
+                }
+            }
         }
-        assert!(UnconfirmedBytes::default().still().is_empty());
-    }
 
-    #[test]
-    #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
-    fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
-        // The process of the tests has other connections. So the connection is one of a child's.
-        const SENT: usize = 100_000_000;
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let script = format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero");
-        let stderr = std::process::Stdio::piped();
-        let mut child = std::process::Command::new("bash").args(["-c", &script]).stderr(stderr).spawn().unwrap();
-        let server = listener.accept().unwrap().0;
-        // It is sending, and soon it must wait.
-        server.peek(&mut [0]).unwrap();
-        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
-        let process = ProcessHandle::open(pid).unwrap();
-        assert_eq!(abort(pid, &process), 1);
-        let (arrived, error) = drain(&server).unwrap_err();
-        assert_eq!(error, std::io::ErrorKind::ConnectionReset);
-        assert!(arrived < SENT);
-        let mut reason = String::new();
-        child.stderr.take().unwrap().read_to_string(&mut reason).unwrap();
-        assert!(["reset by peer", "Broken pipe"].iter().any(|text| reason.contains(text)), "{reason}");
-        assert!(!child.wait().unwrap().success());
-        assert_eq!(abort(pid, &process), 0, "it has ended");
+        #[test]
+        fn what_a_closed_connection_has_not_delivered_is_seen_until_the_peer_has_it() {
+            for address in [std::net::IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+                let Ok(listener) = TcpListener::bind((address, 0)) else { continue };
+                let (client, server) = full_connection(&listener);
+                let port = format!(":{:04X}", client.local_addr().unwrap().port());
+                let of_client = |bytes: UnconfirmedBytes| {
+                    UnconfirmedBytes(
+                        bytes.0.into_iter().filter(|connection| connection.local.ends_with(&port)).collect(),
+                    )
+                };
+                assert!(of_client(UnconfirmedBytes::read()).is_empty(), "a process has it");
+                drop(client);
+                // A child that another test has just forked has the connection too, until it has called execve(2).
+                wait_until(|| of_client(UnconfirmedBytes::read()).0.len() == 1);
+                let seen = of_client(UnconfirmedBytes::read());
+                assert_eq!(seen.still(), seen);
+                drain(&server).unwrap();
+                wait_until(|| seen.still().is_empty());
+            }
+            assert!(UnconfirmedBytes::default().still().is_empty());
+        }
+
+        #[test]
+        #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
+        fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
+            // The process of the tests has other connections. So the connection is one of a child's.
+            const SENT: usize = 100_000_000;
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let script = format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero");
+            let stderr = std::process::Stdio::piped();
+            let mut child = std::process::Command::new("bash").args(["-c", &script]).stderr(stderr).spawn().unwrap();
+            let server = listener.accept().unwrap().0;
+            // It is sending, and soon it must wait.
+            server.peek(&mut [0]).unwrap();
+            let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+            let process = ProcessHandle::open(pid).unwrap();
+            assert_eq!(abort(pid, &process), 1);
+            let (arrived, error) = drain(&server).unwrap_err();
+            assert_eq!(error, std::io::ErrorKind::ConnectionReset);
+            assert!(arrived < SENT);
+            let mut reason = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut reason).unwrap();
+            assert!(["reset by peer", "Broken pipe"].iter().any(|text| reason.contains(text)), "{reason}");
+            assert!(!child.wait().unwrap().success());
+            assert_eq!(abort(pid, &process), 0, "it has ended");
+        }
     }
 }
