@@ -383,7 +383,10 @@ fn a_host_that_comes_back_and_a_taker_release_a_lock_once(lock: Lock) {
         let end = taker.wait();
         let both = format!("{trial}: {}{}", holder.dump(&back), other.dump(&end));
         assert_eq!((back.code(), end.code()), (Some(0), Some(0)), "{both}");
-        assert_eq!(releases(&back) + releases(&end), 1, "{both}");
+        // If the host that comes back deletes the lock after the taker has claimed it, and before the taker deletes it,
+        // neither of them knows whose delete it was.
+        let is_unknown = back.out.contains("@other had claimed it at 20") && end.err.contains("is already released");
+        assert_eq!(releases(&back) + releases(&end), usize::from(!is_unknown), "{both}");
         assert!(!back.out.contains("not released") && !end.err.contains("not released"), "{both}");
         holder.env.assert_unlocked();
         let again = recover(&holder.env, &[]);
