@@ -82,7 +82,7 @@ find_kind() {
   esac
 }
 
-# Without TLS, whoever can change the archive can change its checksum too.
+# Without TLS, somebody who can change the archive can also change its checksum.
 check_url() {
   case $url in
   '') fail "TF_RELEASES_URL is not set" "set it to the directory with the files of a release" ;;

@@ -164,7 +164,7 @@ def is_gone(pid):
 
 
 class Place:
-    """A directory with a HOME of its own. Its processes are found by that HOME, whoever their parent is."""
+    """A directory with a HOME of its own. Its processes are found by that HOME, and not by their parents."""
 
     existing = []
 

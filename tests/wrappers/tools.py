@@ -49,30 +49,24 @@ class Tool:
 class PythonTool(Tool):
     """A library; a program of a few lines uses it."""
 
+    ends = {
+        "INT to the tool": (LEAVES, STOPS),
+        "TERM to the tool": (LEAVES, STOPS),
+        "TERM to the tool, CI": (None, STOPS),
+        "^C at its terminal": (MAY_LEAVE, STOPS),
+        "KILL of the tool": (LEAVES, STOPS),
+    }
+
     def command(self, place, program):
         return [PYTHON, HERE / f"with_{self.name.replace('-', '_')}.py", program, place.work]
 
 
 class Tftest(PythonTool):
     name, version = "tftest", "1.8.8"
-    ends = {
-        "INT to the tool": (LEAVES, STOPS),
-        "TERM to the tool": (LEAVES, STOPS),
-        "TERM to the tool, CI": (None, STOPS),
-        "^C at its terminal": (MAY_LEAVE, STOPS),
-        "KILL of the tool": (LEAVES, STOPS),
-    }
 
 
 class PythonTerraform(PythonTool):
     name, version = "python-terraform", "0.10.1"
-    ends = {
-        "INT to the tool": (LEAVES, STOPS),
-        "TERM to the tool": (LEAVES, STOPS),
-        "TERM to the tool, CI": (None, STOPS),
-        "^C at its terminal": (MAY_LEAVE, STOPS),
-        "KILL of the tool": (LEAVES, STOPS),
-    }
 
 
 class Tflocal(Tool):
