@@ -1023,9 +1023,6 @@ pub(crate) fn another_terraform(process: &Process) -> String {
 pub(crate) const NO_PLACE: &str =
     "the lock matches no backend of this directory, so tf does not know where it is stored";
 
-/// The reason why a lock was not released: the lock service timed out.
-pub(crate) const SILENT: &str = "the lock service did not answer in time";
-
 /// The reason why a lock was not released: the user has disabled releases by a setting.
 pub(crate) const NEVER: &str = "TFW_RELEASE is set to never";
 

@@ -281,9 +281,8 @@ fn not_believed(
     }
 }
 
-/// Tries to release the lock at each of `candidates`, until it is released at one of them. `effort.limit` limits the
-/// wait for a service that does not answer. With [`Purpose::Explanation`], it limits the whole attempt at each
-/// location. Returns "released" if the lock was released, otherwise the last "not released", and "absent" only if the
+/// Tries to release the lock at each of `candidates`, until it is released at one of them. For `effort`, see
+/// [`release::release`]. Returns "released" if the lock was released, otherwise the last "not released", and "absent" only if the
 /// lock was absent at all locations. `None` if `candidates` is empty.
 fn release_where_found(
     recorded: &RecordedLock,
@@ -294,15 +293,7 @@ fn release_where_found(
 ) -> Option<Outcome> {
     let mut worst = None;
     for location in candidates {
-        let release = async {
-            let release = release::release(recorded, location, release_context, effort);
-            if effort.purpose == Purpose::Work {
-                return release.await;
-            }
-            // The lock most likely belongs to another run, so a long wait is not justified.
-            let silent = || Outcome::Kept { reason: messages::SILENT.to_owned(), because: Because::NoAnswer };
-            tokio::time::timeout(effort.limit, release).await.unwrap_or_else(|_| silent())
-        };
+        let release = release::release(recorded, location, release_context, effort);
         let outcome = waiter.block_on(release).unwrap_or_else(Outcome::later);
         match outcome {
             Outcome::Released(_) => return Some(outcome),
@@ -424,8 +415,7 @@ fn keep(pending_requests: Option<&PendingRequests>, pending: PendingRequest) -> 
 /// Checks once whether the lock of a pending request has appeared. If so, releases the lock. The pending request is not
 /// deleted, because the request, or the request for the lock's other part, may land again.
 ///
-/// The caller uses [`Purpose::Work`] if a person has requested the check; `effort.limit` then limits the wait for a
-/// service that does not answer. With [`Purpose::Explanation`], `effort.limit` limits the whole check of each location.
+/// The caller uses [`Purpose::Work`] if a person has requested the check. For the limits, see [`release::release`].
 /// Returns `None` if the lock has no location. With [`Purpose::Explanation`], also returns `None` if a write of the
 /// lock's terraform may still be in flight.
 pub(crate) fn check_pending(

@@ -22,6 +22,7 @@ use crate::console::visible;
 use crate::lock::dynamodb::ItemKey;
 use crate::lock::s3::ObjectKey;
 use crate::terraform::logged_lock::Phase;
+use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -58,6 +59,9 @@ pub(crate) const SERVICE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Like [`SERVICE_TIMEOUT`], but for a request that only serves an explanation, or for a lock that most likely does not
 /// exist.
 pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The reason if the run's own lock was not found within [`EXPLANATION_TIMEOUT`].
+const SILENT: &str = "the lock service did not answer in time";
 
 /// The time limit for checking the digest of a state after a release. The lock is already deleted then, and the result
 /// is only added to the report.
@@ -191,11 +195,38 @@ impl Effort {
 
 /// Releases the lock that the log recorded, if it exists and belongs to the run. Failed requests are retried for
 /// `limit`. The time for requesting credentials is not included in `limit`.
+///
+/// With [`Purpose::Explanation`], `limit` includes everything, and a service that does not answer in time is the
+/// outcome [`Because::NoAnswer`]. A long wait is not justified, because the lock most likely belongs to another run or
+/// does not exist. That changes if the run's own lock is found: from then on, the limit is [`SERVICE_TIMEOUT`].
 pub(crate) async fn release(
     recorded: &RecordedLock,
     location: &LockLocation,
     release_context: &ReleaseContext,
+    effort: Effort,
+) -> Outcome {
+    let is_found = Cell::new(false);
+    let mut attempts = Box::pin(attempts(recorded, location, release_context, effort, &is_found));
+    if effort.purpose == Purpose::Explanation {
+        let limited = timeout(effort.limit, attempts.as_mut()).await;
+        match limited {
+            Ok(outcome) => return outcome,
+            Err(_) if !is_found.get() => {
+                return Outcome::Kept { reason: SILENT.to_owned(), because: Because::NoAnswer };
+            }
+            Err(_) => trace!("the lock {} was found, so its release has more time", recorded.id),
+        }
+    }
+    attempts.await
+}
+
+/// Makes the attempts of [`release`], and sets `is_found` as soon as one of them finds the run's own lock.
+async fn attempts(
+    recorded: &RecordedLock,
+    location: &LockLocation,
+    release_context: &ReleaseContext,
     Effort { limit, purpose }: Effort,
+    is_found: &Cell<bool>,
 ) -> Outcome {
     // Request the credentials before the time limit of the release begins. They are cached for the attempts below.
     if let Err(unreachable) = credentials(location, limit, purpose).await {
@@ -206,6 +237,7 @@ pub(crate) async fn release(
         location,
         release_context,
         limit,
+        is_found,
         purpose,
         renewed: false,
         begun: Instant::now(),
@@ -223,7 +255,7 @@ pub(crate) async fn release(
             Ok(outcome) => return outcome,
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
-                if !is_retried(&failure, attempt.begun.elapsed() + interval, limit) {
+                if !is_retried(&failure, attempt.begun.elapsed() + interval, attempt.limit) {
                     let part = if attempt.deleted { "; the other part of the lock was released" } else { "" };
                     return Outcome::failed(&failure, part);
                 }
@@ -545,6 +577,8 @@ struct Attempt<'a> {
     release_context: &'a ReleaseContext,
     /// How long to retry a service that fails, counted from `begun`.
     limit: Duration,
+    /// Whether a part was found that belongs to the run.
+    is_found: &'a Cell<bool>,
     purpose: Purpose,
     begun: Instant,
     /// Whether new credentials were already requested, because a service reported that the old ones had expired.
@@ -615,15 +649,18 @@ impl Attempt<'_> {
 
     /// Reads, judges and deletes one part after the other. Returns one result for each part, in the same order.
     async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
-        // Each part gets an equal share of the time. Otherwise a service that does not respond would leave no time for
-        // the other one.
-        let share = remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1);
         let mut judged = Vec::new();
         for part in &services.parts {
-            judged.push(self.part(services, part, share).await);
+            judged.push(self.part(services, part).await);
         }
         self.deleted |= judged.iter().any(|part| matches!(part, Ok(Judged::Deleted)));
         judged
+    }
+
+    /// Returns how long the requests for one part may take. Each part has an equal share of the time that is left.
+    /// Otherwise a service that does not respond would leave no time for the other one.
+    fn share(&self, services: &Services<'_>) -> Duration {
+        remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1)
     }
 
     /// Collects the facts that are reported about the lock after its release.
@@ -639,18 +676,18 @@ impl Attempt<'_> {
     }
 
     /// Reads one part, judges it and deletes it. Starts again if the part changed between the read and the delete. The
-    /// requests share the time limit `limit`.
-    async fn part(&mut self, services: &Services<'_>, part: &StoreKey, limit: Duration) -> Result<Judged, Failure> {
+    /// requests share the time of the part ([`Attempt::share`]).
+    async fn part(&mut self, services: &Services<'_>, part: &StoreKey) -> Result<Judged, Failure> {
         let begun = Instant::now();
-        let remaining = || remaining(limit, begun);
+        let mut limit = self.share(services);
         let was_asked_to_go = self.asked_to_go.contains(part);
         loop {
             // Both requests run concurrently, so that a slow service causes only one delay.
             let agreed = self.agreed;
             let is_global =
                 async { if agreed { Ok(None) } else { global_table(&services.stores, services.location).await } };
-            let read = within(remaining(), part.service(), services.stores.read(part));
-            let (stored, global) = tokio::join!(read, within(remaining(), "DynamoDB", is_global));
+            let read = within(remaining(limit, begun), part.service(), services.stores.read(part));
+            let (stored, global) = tokio::join!(read, within(remaining(limit, begun), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
             let stored = match stored {
                 Err(failure) if failure.cause().excludes_locks() => {
@@ -668,6 +705,10 @@ impl Attempt<'_> {
             };
             let verdict = judge(self.recorded, &info, &self.release_context.run);
             trace!("{part:?} holds {}: {verdict:?}", info.id);
+            if verdict == Match::Ours && !self.is_found.replace(true) {
+                self.limit = self.limit.max(SERVICE_TIMEOUT);
+                limit = self.share(services);
+            }
             let read = PartRead {
                 info: &info,
                 // If the check has failed, that matters only for a part that would be deleted.
@@ -686,7 +727,7 @@ impl Attempt<'_> {
             if !self.asked_to_go.contains(part) {
                 self.asked_to_go.push(part.clone());
             }
-            match within(remaining(), part.service(), services.stores.remove(part, &stored)).await? {
+            match within(remaining(limit, begun), part.service(), services.stores.remove(part, &stored)).await? {
                 Removed::Gone(claim) => {
                     trace!("deleted {} in {part:?}", info.id);
                     crash_point::reached("release: half deleted");

@@ -1,5 +1,7 @@
 //! "When terraform ends in any way, the lock that it held is gone by the time `tf` returns."
 
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -261,26 +263,30 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     env.assert_unlocked();
 }
 
+/// Terraform's own retry is refused by the lock that its first request took. If the lock has two parts, the undo of
+/// the other part may still be in flight, so `tf` waits before it releases them.
 #[test]
 fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
-    for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
-        for lock in [Lock::DynamoDb, Lock::File] {
-            let mut env = TestEnv::new(lock, "true");
-            let once = std::sync::atomic::AtomicBool::new(true);
-            through(&mut env, move |request| {
-                let takes = takes_item(request) || takes_file(request);
-                if takes && once.swap(false, std::sync::atomic::Ordering::SeqCst) {
-                    ProxyAction::LoseAnswer
-                } else {
-                    ProxyAction::Pass
-                }
-            });
-            let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
-            assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-            assert!(end.err.contains("Error acquiring the state lock"), "{}", end.err);
-            assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
+    type Takes = fn(&Message) -> bool;
+    let lost: [(Lock, Takes); 4] =
+        [(Lock::DynamoDb, takes_item), (Lock::File, takes_file), (Lock::Both, takes_file), (Lock::Both, takes_item)];
+    let run = |subject: Subject, left: bool, (lock, takes): (Lock, Takes)| {
+        let mut env = TestEnv::new(lock, "true");
+        let once = AtomicBool::new(true);
+        through(&mut env, move |request| {
+            if takes(request) && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
+        });
+        let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains("Error acquiring the state lock"), "{}", end.err);
+        assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
+    };
+    std::thread::scope(|scope| {
+        for lost in lost {
+            scope.spawn(move || run(Subject::Tf, false, lost));
         }
-    }
+        scope.spawn(move || lost.into_iter().for_each(|lost| run(Subject::Bare, true, lost)));
+    });
 }
 
 #[test]
@@ -567,15 +573,11 @@ fn the_sdk_follows_a_plain_block_and_the_environment() {
 fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
     for lock in [Lock::DynamoDb, Lock::File] {
         let mut env = TestEnv::new(lock, WAITS);
-        let once = std::sync::atomic::AtomicBool::new(true);
+        let once = AtomicBool::new(true);
         through(&mut env, move |request| {
             let ours = (is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression"))
                 || (request.start.starts_with("DELETE ") && request.header("if-match").is_some());
-            if ours && once.swap(false, std::sync::atomic::Ordering::SeqCst) {
-                ProxyAction::LoseAnswer
-            } else {
-                ProxyAction::Pass
-            }
+            if ours && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
         });
         let run = env.start_apply(Subject::Tf);
         run.kill_terraform();
@@ -636,7 +638,7 @@ fn kill_while_locked(case: &Locking, subject: Subject) -> (TestEnv, Ended) {
         let end = env.run(Subject::Bare, before);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     }
-    let locked = std::sync::atomic::AtomicBool::new(false);
+    let locked = AtomicBool::new(false);
     let does = case.does;
     let proxy = through(&mut env, move |request| {
         use std::sync::atomic::Ordering::SeqCst;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::given_back::{takes_file, takes_item};
 use super::locks_release::locks;
 use super::survived::{kill_whole, killed_whole};
 use crate::support::cloud::cloud;
@@ -41,6 +42,34 @@ fn a_refused_run_is_back_in_seconds_where_nobody_answers_tf(lock: Lock) {
     assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
 }
 for_each_lock!(a_refused_run_is_back_in_seconds_where_nobody_answers_tf);
+
+/// How long the service takes for a delete: longer than the limit for an explanation (3 s), and shorter than the limit
+/// for a release (20 s).
+const SLOW: Duration = Duration::from_secs(5);
+
+/// The service loses the response to terraform's lock request, so terraform's own retry refuses it. The lock is this
+/// run's, and the limit of 3 s for the explanation of a refusal does not apply to its release.
+fn a_run_that_its_own_lock_refuses_releases_it_from_a_slow_service(lock: Lock) {
+    for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
+        let mut env = TestEnv::new(lock, "true");
+        let once = AtomicBool::new(true);
+        let _proxy = through(&mut env, move |request| {
+            if (takes_item(request) || lock == Lock::File && takes_file(request)) && once.swap(false, Ordering::SeqCst)
+            {
+                return ProxyAction::LoseAnswer;
+            }
+            if request.is_ours() && (request.asks_for("DeleteItem") || request.start.starts_with("DELETE ")) {
+                std::thread::sleep(SLOW);
+            }
+            ProxyAction::Pass
+        });
+        let end = env.run(subject, &["plan", "-no-color"]);
+        assert_eq!(end.code(), Some(1), "{subject:?} {lock:?}: {}", env.dump(&end));
+        assert!(end.err.contains("Error acquiring the state lock"), "{subject:?} {lock:?}: {}", env.dump(&end));
+        assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
+    }
+}
+for_each_lock!(a_run_that_its_own_lock_refuses_releases_it_from_a_slow_service);
 
 /// The limit is 20 s for a lock that a killed run has left, whatever does not respond.
 #[test]
