@@ -32,7 +32,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
 sys.dont_write_bytecode = True
-from cloud import Cloud
+from cloud import Cloud, configuration
 
 KINDS = {"dynamodb": ["DynamoDB"], "lockfile": ["S3"], "both": ["DynamoDB", "S3"]}
 
@@ -679,28 +679,18 @@ class Chaos:
             first = self.root / kind / "holder"
             first.mkdir(parents=True)
             key = f"{kind}.tfstate"
-            table = 'dynamodb_table = "locks"' if "DynamoDB" in halves else ""
-            file = "use_lockfile = true" if "S3" in halves else ""
             # The command becomes our program, so that terraform's end of it is its end. Replaced each time: every apply
             # has its section.
             command = f"exec {sys.executable} -I {__file__} critical {self.cloud.port} {key} {self.root}/{kind}.flock"
-            (first / "main.tf").write_text(f"""
-terraform {{
-  backend "s3" {{
-    bucket = "bucket"
-    key    = "{key}"
-    region = "us-east-1"
-    {table}
-    {file}
-  }}
-}}
+            resource = f"""
 resource "terraform_data" "critical" {{
   triggers_replace = timestamp()
   provisioner "local-exec" {{
     command = {json.dumps(command)}
   }}
 }}
-""")
+"""
+            (first / "main.tf").write_text(configuration(key, resource, halves))
             subprocess.run(
                 ["terraform", "init", "-no-color", "-input=false"], cwd=first, env=self.environment, check=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -96,18 +96,7 @@ class Work:
             "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{cloud.port}",
         }
-        (self.directory / "main.tf").write_text(f"""
-terraform {{
-  backend "s3" {{
-    bucket         = "bucket"
-    key            = "{key}"
-    region         = "us-east-1"
-    dynamodb_table = "locks"
-    use_lockfile   = true
-  }}
-}}
-{body}
-""")
+        (self.directory / "main.tf").write_text(configuration(key, body))
         self.run(["terraform", "init", "-no-color"], check=True, stdout=subprocess.DEVNULL)
 
     def run(self, command, **more):
@@ -131,7 +120,26 @@ terraform {{
         shutil.rmtree(self.root, ignore_errors=True)
 
 
+def configuration(key, body, parts=("DynamoDB", "S3")):
+    """A configuration whose state is `key` in the bucket, and whose lock has these parts."""
+    table = 'dynamodb_table = "locks"' if "DynamoDB" in parts else ""
+    lock_file = "use_lockfile   = true" if "S3" in parts else ""
+    return f"""
+terraform {{
+  backend "s3" {{
+    bucket         = "bucket"
+    key            = "{key}"
+    region         = "us-east-1"
+    {table}
+    {lock_file}
+  }}
+}}
+{body}
+"""
+
+
 def provisioner(command):
+    """A resource whose creation runs the command."""
     return f"""
 resource "terraform_data" "production" {{
   provisioner "local-exec" {{

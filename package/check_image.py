@@ -13,7 +13,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "demo"))
-from cloud import Cloud
+from cloud import Cloud, configuration, provisioner
 
 IMAGE, BUSYBOX = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve()
 CONFIG = json.loads((IMAGE / "config.json").read_text())
@@ -124,25 +124,11 @@ def copy_with_owner(source, target):
 class Work:
     """A working directory that belongs to the image's user, as a mounted one does."""
 
-    def __init__(self, cloud, provisioner):
+    def __init__(self, cloud, command):
         self.cloud = cloud
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="tf-image-"))
-        (self.directory / "main.tf").write_text(f"""
-terraform {{
-  backend "s3" {{
-    bucket         = "bucket"
-    key            = "prod.tfstate"
-    region         = "us-east-1"
-    dynamodb_table = "locks"
-    use_lockfile   = true
-  }}
-}}
-resource "terraform_data" "production" {{
-  provisioner "local-exec" {{
-    command = {json.dumps(provisioner)}
-  }}
-}}
-""")
+        text = configuration("prod.tfstate", provisioner(command))
+        (self.directory / "main.tf").write_text(text)
         for path in (self.directory, self.directory / "main.tf"):
             os.chown(path, *CONFIG["user"])
         self.environment = {
@@ -170,8 +156,8 @@ resource "terraform_data" "production" {{
 
 
 @contextlib.contextmanager
-def working(cloud, provisioner):
-    work = Work(cloud, provisioner)
+def working(cloud, command):
+    work = Work(cloud, command)
     try:
         yield work
     finally:

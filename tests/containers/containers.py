@@ -24,7 +24,7 @@ sys.dont_write_bytecode = True
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "demo"))
 import images
-from cloud import Cloud
+from cloud import Cloud, configuration, provisioner
 from machine import ENGINES, ROOT, STATE_TIMEOUT, USER, Container, Engine, Failed, Machine, has_old_freezer, wait_until
 
 APPLY = ["apply", "-auto-approve", "-no-color"]
@@ -109,25 +109,10 @@ class Test:
         os.chown(path, USER, USER)
         return path
 
-    def work(self, name="work", provisioner=WAITS):
+    def work(self, name="work", command=WAITS):
         """A working directory of the test's state, initialised in a container."""
         path = self.directory(name)
-        (path / "main.tf").write_text(f"""
-terraform {{
-  backend "s3" {{
-    bucket         = "bucket"
-    key            = "{self.key}"
-    region         = "us-east-1"
-    dynamodb_table = "locks"
-    use_lockfile   = true
-  }}
-}}
-resource "terraform_data" "production" {{
-  provisioner "local-exec" {{
-    command = {json.dumps(provisioner)}
-  }}
-}}
-""")
+        (path / "main.tf").write_text(configuration(self.key, provisioner(command)))
         init = self.start(path, ["init", "-no-color"])
         if init.wait() != 0:
             raise Failed(f"init: {init.story()}")
@@ -238,7 +223,7 @@ def a_container_promises_to_stop_terraform_in_time(test):
 
 def an_image_of_our_dockerfile_runs_terraform(test):
     look = "id -u >user; tr '\\0' ' ' </proc/1/cmdline >first; grep CapEff /proc/1/status >capabilities"
-    work = test.work(provisioner=f"{look}; touch /file 2>/dev/null || touch read-only")
+    work = test.work(command=f"{look}; touch /file 2>/dev/null || touch read-only")
     run = test.start(work, [*PLAN, "-detailed-exitcode"])
     test.check("plan -detailed-exitcode ends with terraform's 2", run.wait() == 2, run.story)
     run = test.start(work, APPLY, options=["--read-only", "--tmpfs", "/tmp"])
@@ -324,7 +309,7 @@ def a_killed_terraform_leaves_no_lock(test):
 
 def out_of_memory(test):
     """The kernel's OOM killer ends terraform, in a control group of 400 MB around the whole container."""
-    work = test.work(provisioner="touch began; while ! test -e go; do sleep 0.1; done; x=x; while :; do x=$x$x; done")
+    work = test.work(command="touch began; while ! test -e go; do sleep 0.1; done; x=x; while :; do x=$x$x; done")
     old = pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     options = ["--memory", "400m"] if not old.exists() else []
     run = test.start(work, APPLY, options=options)

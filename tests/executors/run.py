@@ -12,10 +12,9 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
-from around import LEAVES, MAY_LEAVE, RELEASES, Place, Report, all_at_once, begin, check, kill  # noqa: E402
+from around import BOTH, Place, Report, all_at_once, begin, check, kill  # noqa: E402
 from recipes import ALL, archive  # noqa: E402
 
-BOTH = ["DynamoDB", "S3"]
 ENDS = {
     "INT to {}": lambda run: run.send(signal.SIGINT),
     "TERM to {}": lambda run: run.send(signal.SIGTERM),
@@ -63,19 +62,7 @@ class Job:
     # ---- bare terraform
 
     def end_of_bare(self, end, expected):
-        run = self.started(terminal=end.startswith("^C"))
-        try:
-            ENDS[end](run)
-            run.wait()
-            # A terraform that goes on is let to its end.
-            self.place.go.touch()
-            self.place.wait_until_quiet()
-            seen = self.place.locks()
-            wanted = {LEAVES: BOTH, RELEASES: [], MAY_LEAVE: seen}[expected]
-            check(seen == wanted, f"bare terraform {expected}", f"{seen}\n{self.place.dump()}")
-            return "lock left" if seen else "lock released"
-        finally:
-            run.close()
+        return self.place.end_of_bare(self.started(terminal=end.startswith("^C")), ENDS[end], expected)
 
     def kill_everything_bare(self):
         run = self.started()

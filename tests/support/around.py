@@ -22,13 +22,15 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
-from cloud import Cloud  # noqa: E402
+from cloud import Cloud, configuration, provisioner  # noqa: E402
 
 TF = pathlib.Path(os.environ.get("TF") or ROOT / "target/debug/tf").resolve()
 TERRAFORM = pathlib.Path(shutil.which("terraform") or "/terraform is missing").resolve()
 # What bare terraform does with its lock when the program above it is told to stop, or is killed. For the last one, it
 # depends on which process is faster.
 LEAVES, RELEASES, MAY_LEAVE = "leaves its lock", "releases its lock", "may leave its lock"
+# The parts of a lock, as `Cloud.locks` names them.
+BOTH = ["DynamoDB", "S3"]
 # It is longer than the 30 s for which `tf locks recover` waits for a run that is stopping.
 WAIT_TIMEOUT = 90
 
@@ -193,25 +195,12 @@ class Place:
 
     def configuration(self, command=None):
         """A resource whose provisioner waits, an output, and the lock in both places."""
-        return f"""terraform {{
-  backend "s3" {{
-    bucket         = "bucket"
-    key            = "{self.key}"
-    region         = "us-east-1"
-    dynamodb_table = "locks"
-    use_lockfile   = true
-    use_path_style = true
-  }}
-}}
-resource "terraform_data" "production" {{
-  provisioner "local-exec" {{
-    command = "{command or self.waits}"
-  }}
-}}
+        return configuration(self.key, f"""
+{provisioner(command or self.waits)}
 output "answer" {{
   value = 42
 }}
-"""
+""")
 
     def processes(self):
         mark, found = f"HOME={self.home}".encode(), []
@@ -250,7 +239,7 @@ output "answer" {{
                 raise Failed(f"the run ended before its provisioner began\n{self.dump()}")
             return self.began.exists()
         wait_for("the provisioner", probe, self.dump)
-        check(self.locks() == ["DynamoDB", "S3"], "terraform holds its lock in both places", self.locks())
+        check(self.locks() == BOTH, "terraform holds its lock in both places", self.locks())
 
     def wait_until_unlocked(self):
         wait_for("the lock to be gone", lambda: not self.locks(), lambda: f"lock in {self.locks()}\n{self.dump()}")
@@ -265,6 +254,21 @@ output "answer" {{
                 lines += [f"  -- {name.name}", *name.read_text(errors="replace").splitlines()[-40:]]
         lines += ["  -- the last requests", *(line for line in list(Proxy.last) if self.key in line or "POST" in line)]
         return "\n".join(lines)
+
+    def end_of_bare(self, run, end, expected):
+        """Ends `run`, of bare terraform, with `end(run)`, and checks what becomes of its lock. Closes the run."""
+        try:
+            end(run)
+            run.wait()
+            # A terraform that goes on is let to its end.
+            self.go.touch()
+            self.wait_until_quiet()
+            seen = self.locks()
+            wanted = {LEAVES: BOTH, RELEASES: [], MAY_LEAVE: seen}[expected]
+            check(seen == wanted, f"bare terraform {expected}", f"{seen}\n{self.dump()}")
+            return "lock left" if seen else "lock released"
+        finally:
+            run.close()
 
     def clean(self):
         """Ends what is left of a run, and removes its lock and its state."""

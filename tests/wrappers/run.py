@@ -15,7 +15,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
-from around import LEAVES, RELEASES, TF, Place, Report, all_at_once, begin, check, is_gone, kill  # noqa: E402
+from around import BOTH, TF, Place, Report, all_at_once, begin, check, is_gone, kill  # noqa: E402
 from tools import GOES_ON, TOOLS  # noqa: E402
 
 SIGNALS = {
@@ -115,19 +115,7 @@ class Bench:
         check(not self.tf.locks(), "a run that ends well leaves no lock", self.tf.locks())
 
     def signal_to_bare(self, end, settings, expected):
-        run = self.started(self.bare, end, settings)
-        try:
-            SIGNALS[end](run)
-            run.wait()
-            # A terraform that goes on is let to its end.
-            self.bare.go.touch()
-            self.bare.wait_until_quiet()
-            seen = self.bare.locks()
-            wanted = {LEAVES: ["DynamoDB", "S3"], RELEASES: []}.get(expected, seen)
-            check(seen == wanted, f"bare terraform {expected}", f"{seen}\n{self.bare.dump()}")
-            return "lock left" if seen else "lock released"
-        finally:
-            run.close()
+        return self.bare.end_of_bare(self.started(self.bare, end, settings), SIGNALS[end], expected)
 
     def signal_to_tf(self, end, settings, expected):
         run = self.started(self.tf, end, settings)
@@ -158,7 +146,7 @@ class Bench:
             code = run.wait()
             self.bare.go.touch()
             self.bare.wait_until_quiet()
-            check(self.bare.locks() == ["DynamoDB", "S3"], "bare terraform leaves its lock", self.bare.locks())
+            check(self.bare.locks() == BOTH, "bare terraform leaves its lock", self.bare.locks())
             self.tool.before_next(self.bare)
             end = self.bare.run(self.tool.command(self.bare, "terraform"))
             check(end.returncode != 0 and "Error acquiring the state lock" in end.stdout + end.stderr,
@@ -207,7 +195,7 @@ class Bench:
             kill(self.tf.processes())
             run.wait()
             self.tf.wait_until_quiet()
-            check(self.tf.locks() == ["DynamoDB", "S3"], "the lock stays until the next run", self.tf.locks())
+            check(self.tf.locks() == BOTH, "the lock stays until the next run", self.tf.locks())
             self.tf.go.touch()
             self.tool.before_next(self.tf)
             end = self.tf.run(self.tool.command(self.tf, "tf"))
