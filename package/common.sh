@@ -119,28 +119,67 @@ built_macos_targets() {
   done
 }
 
-# unpack NAME PACKAGE...: packages of Debian (PACKAGE:arm64 as well), unpacked below target/tools/package/NAME. Nothing is
-# installed, and apt's own state is left alone, so it takes no root and no foreign architecture.
+# with_apt_of DIRECTORY SUITE COMMAND...: runs a command whose apt reads one suite of Debian, or what this machine's apt
+# reads if SUITE is "". Its lists and its cache are in DIRECTORY, which the caller removes: apt's own state is left
+# alone, and no root is needed. MIRROR sets another Debian mirror than that of apt's sources.
+with_apt_of() {
+  local where=$1 suite=$2
+  shift 2
+  need apt-get apt dpkg-deb dpkg
+  mkdir -p "$where/lists/partial" "$where/archives/partial" "$where/parts"
+  cat >"$where/apt.conf" <<CONF
+APT::Sandbox::User "root";
+Dir::State::lists "$where/lists";
+Dir::Cache "$where";
+CONF
+  if [ -n "$suite" ]; then
+    [ -e "$debian_keys" ] || die "missing here: apt-get install debian-archive-keyring"
+    debian_mirror
+    echo "deb [signed-by=$debian_keys] $MIRROR $suite main" >"$where/sources.list"
+    cat >>"$where/apt.conf" <<CONF
+Dir::Etc::SourceList "$where/sources.list";
+Dir::Etc::SourceParts "$where/parts";
+CONF
+  fi
+  # Foreign machines are asked for only where a package of theirs is wanted: their lists are large.
+  case "$*" in
+  *:arm64*) echo 'APT::Architectures { "amd64"; "arm64"; };' ;;
+  *) echo 'APT::Architectures { "amd64"; };' ;;
+  esac >>"$where/apt.conf"
+  APT_CONFIG=$where/apt.conf "$@"
+}
+
+debian_keys=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# Sets MIRROR to the Debian mirror that this machine uses already, or else to Debian's own.
+debian_mirror() {
+  need apt-get apt
+  # shellcheck disable=SC2016 # The name is apt's.
+  MIRROR=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' "Created-By: Packages" | awk '/\/debian\/$/ && !found++')}
+  MIRROR=${MIRROR:-http://deb.debian.org/debian/}
+}
+
+# download_from SUITE DIRECTORY PACKAGE...: downloads packages of Debian (PACKAGE=VERSION and PACKAGE:arm64 as well).
+download_from() {
+  local suite=$1 where=$2
+  shift 2
+  mkdir -p "$where"
+  # shellcheck disable=SC2016 # The inner shell expands these.
+  with_apt_of "$where/apt" "$suite" bash -c 'cd "$1" && shift && apt-get update -qq && apt-get download -qq "$@"' _ "$where" "$@" ||
+    die "Debian's packages cannot be had: $*"
+  rm -rf "$where/apt"
+}
+
+# unpack NAME PACKAGE...: packages of Debian, unpacked below target/tools/package/NAME. Nothing is installed.
 unpack() {
   local name=$1 where=$tools/$1
   shift
   if [ -e "$where/.made" ] && [ "$(cat "$where/.made")" = "$*" ]; then
     return
   fi
-  need apt-get apt dpkg-deb dpkg
   say "fetching $name from Debian, into ${where#"$root"/}"
   rm -rf "$where"
-  mkdir -p "$where/apt/lists/partial" "$where/apt/archives/partial" "$where/debs"
-  # Foreign machines are asked for only where a package of theirs is wanted: their lists are large.
-  local architectures='"amd64";'
-  case "$*" in *:arm64*) architectures='"amd64"; "arm64";' ;; esac
-  printf 'APT::Architectures { %s };\nAPT::Sandbox::User "root";\nDir::State::lists "%s";\nDir::Cache "%s";\n' \
-    "$architectures" "$where/apt/lists" "$where/apt" >"$where/apt.conf"
-  (
-    export APT_CONFIG=$where/apt.conf
-    cd "$where/debs"
-    apt-get update -qq && apt-get download -qq "$@"
-  ) || die "Debian's packages cannot be had: $*"
+  download_from "" "$where/debs" "$@"
   local deb
   for deb in "$where"/debs/*.deb; do
     dpkg-deb -x "$deb" "$where"
@@ -150,7 +189,7 @@ unpack() {
     # shellcheck disable=SC2016 # The names are dpkg's.
     dpkg-deb -W --showformat='${Package} ${Architecture} ${Version} ${source:Package} ${source:Version}\n' "$deb"
   done >"$where/versions"
-  rm -rf "$where/apt" "$where/apt.conf" "$where/debs"
+  rm -rf "$where/debs"
   echo "$*" >"$where/.made"
 }
 
