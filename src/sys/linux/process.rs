@@ -115,7 +115,8 @@ impl ProcessHandle {
 
     /// Returns the exit status of a process that was reaped. `None` if the kernel does not report it.
     fn status(&self) -> Option<i32> {
-        /// The first version of struct pidfd_info (linux/pidfd.h).
+        /// The first version of struct pidfd_info (linux/pidfd.h), of 64 bytes. The kernel reads the size from the
+        /// request.
         #[repr(C)]
         #[derive(Default)]
         struct PidfdInfo {
@@ -125,10 +126,9 @@ impl ProcessHandle {
             exit_code: i32,
         }
         const EXIT: u64 = 1 << 3;
-        const GET_INFO: libc::c_ulong = 0xC040_FF0B;
+        const GET_INFO: libc::Ioctl = libc::_IOWR::<PidfdInfo>(0xFF, 11);
         let mut info = PidfdInfo { mask: EXIT, ..PidfdInfo::default() };
-        debug_assert_eq!(size_of::<PidfdInfo>(), 64);
-        // SAFETY: the call writes at most 64 bytes into `info`, the size that its request number contains.
+        // SAFETY: the call writes at most as many bytes into `info` as its request number contains, which is its size.
         let asked = unsafe { libc::ioctl(self.0.as_raw_fd(), GET_INFO, &raw mut info) };
         (asked == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
     }
