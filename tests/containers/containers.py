@@ -20,6 +20,8 @@ import threading
 import time
 import traceback
 
+import yaml
+
 sys.dont_write_bytecode = True
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "demo"))
@@ -574,6 +576,74 @@ def a_paused_container_writes_nothing_after_its_lock_was_taken(test):
     test.is_free(taker)
 
 
+class Job:
+    """Our Job for Kubernetes, run by `podman kube play`: shell/ci/kubernetes/job.yaml, with an image, a bucket, credentials
+    and a provisioner of this test. The limits are left out, because this machine may have no cgroup v2 with them."""
+
+    def __init__(self, test, what):
+        self.test, self.key = test, f"{test.key}-{what}"
+        self.file = test.world.machine.share / f"{self.key}.yaml"
+        account, settings, job = yaml.safe_load_all((ROOT / "shell/ci/kubernetes/job.yaml").read_text())
+        settings["data"]["main.tf"] = configuration(self.key, provisioner(WAITS))
+        settings["metadata"]["name"] = f"{self.key}-configuration"
+        job["metadata"]["name"] = self.key
+        pod = job["spec"]["template"]["spec"]
+        self.grace = pod["terminationGracePeriodSeconds"]
+        for volume in pod["volumes"]:
+            if "configMap" in volume:
+                volume["configMap"]["name"] = settings["metadata"]["name"]
+            # Podman gives the emptyDir of every pod its name in the file, so that two pods would share it.
+            volume["name"] = f"{self.key}-{volume['name']}"
+        variables = [{"name": name, "value": value} for name, value in test.world.environment.items()]
+        for container in [*pod["initContainers"], *pod["containers"]]:
+            del container["resources"]
+            mounts = [{**mount, "name": f"{self.key}-{mount['name']}"} for mount in container["volumeMounts"]]
+            container.update(
+                image="localhost/tf-with-terraform", env=[*container["env"], *variables], volumeMounts=mounts)
+        self.file.write_text(yaml.safe_dump_all([account, settings, job]))
+        test.engine.do("kube", "play", "--network", "host", f"/share/{self.file.name}")
+        self.container = Container.of_pod(test.engine, f"{self.key}-pod-{pod['containers'][0]['name']}")
+        wait_until("the lock of the Job", self.locks, self.container.story)
+
+    def locks(self):
+        return list(self.test.world.cloud.locks(self.key))
+
+    def inside(self, script):
+        return self.test.engine.do("exec", self.container.name, "/bin/sh", "-c", script, check=False)[0] == 0
+
+    def down(self):
+        self.test.engine.do("kube", "down", "--force", f"/share/{self.file.name}", check=False)
+
+
+def our_job_for_kubernetes_releases_its_lock_when_its_pod_is_stopped(test):
+    if test.engine.is_docker:
+        test.say("Docker does not run pods")
+        return
+    job = Job(test, "completes")
+    try:
+        wait_until("the provisioner", lambda: job.inside("test -e began"), job.container.story)
+        job.inside(": >go")
+        test.check("the Job completes", job.container.wait() == 0, job.container.story)
+        test.check("no lock is left", not job.locks(), job.container.story)
+    finally:
+        job.down()
+
+    job = Job(test, "is-stopped")
+    try:
+        wait_until("the provisioner", lambda: job.inside("test -e began"), job.container.story)
+        seconds = test.engine.inspect(job.container.name, ".Config.StopTimeout")
+        test.check("the engine waits as long as the file says", seconds == str(job.grace), seconds)
+        begun = time.monotonic()
+        job.container.do("stop")
+        took = time.monotonic() - begun
+        code, text = job.container.wait(), "".join(job.container.text())
+        once = text.count("Interrupt received.") == 1 and "Two interrupts" not in text
+        test.check(f"one interrupt, terraform's own exit code 1, after {took:.1f} s", code == 1 and once, job.container.story)
+        test.check("no lock is left", not job.locks(), job.container.story)
+    finally:
+        job.down()
+
+
 # The longest ones first.
 TESTS = [
     a_paused_container_writes_nothing_after_its_lock_was_taken,
@@ -581,6 +651,7 @@ TESTS = [
     a_container_that_is_started_again_after_a_kill_goes_on_after_one_lease_at_the_latest,
     a_pause_that_is_longer_than_the_lease_keeps_a_lock_that_nobody_takes,
     a_stop_is_one_interrupt_and_the_lock_is_released,
+    our_job_for_kubernetes_releases_its_lock_when_its_pod_is_stopped,
     a_pause_that_is_shorter_than_the_lease_changes_nothing,
     what_a_killed_container_leaves_is_released_by_the_next_tf_on_the_host,
     without_a_lease_another_container_with_the_same_volume_recovers_nothing,

@@ -21,6 +21,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 ENGINES = ROOT / "target/tools/containers"
 USER = 65532
+# The control group of all pods of Podman. It has no option for another one.
+PODS = "libpod_parent"
 # How long one command of an engine, or one state that a test waits for, may take on a busy machine.
 COMMAND_TIMEOUT = 180
 STATE_TIMEOUT = 120
@@ -61,6 +63,7 @@ class Machine:
         self.share = self.directory / "share"
         self.share.mkdir()
         self.group = f"tf-containers-{os.getpid()}"
+        self.had_pods = any((mount / PODS).exists() for mount in mounts_of_cgroups())
         self.daemons = []
         # Not more than this process has, because a container may not have more than its engine.
         self.files = hard_limit(resource.RLIMIT_NOFILE, 65536)
@@ -143,6 +146,8 @@ class Machine:
         self.log.close()
         for mount in mounts_of_cgroups():
             remove_groups(mount / self.group)
+            if not self.had_pods:
+                remove_groups(mount / PODS)
         # Nothing is mounted below it any more.
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -215,6 +220,13 @@ class Container:
         if entrypoint:
             words += ["--entrypoint", entrypoint]
         engine.do(*words, *options, image, *arguments)
+
+    @classmethod
+    def of_pod(cls, engine, name):
+        """A container that `podman kube play` has started."""
+        container = cls.__new__(cls)
+        container.engine, container.name = engine, name
+        return container
 
     def status(self):
         return self.engine.inspect(self.name, ".State.Status")
