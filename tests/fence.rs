@@ -15,6 +15,7 @@ macro_rules! modules {
 }
 
 modules! {
+    cgroup "support/cgroup.rs"
     crash_point "../src/crash_point.rs"
     fence "../src/supervise/fence.rs"
     fuse "../src/supervise/fuse.rs"
@@ -859,46 +860,12 @@ fn killed(victims: &[&str], is_reversed: bool) {
     }
 }
 
-/// A new cgroup v2, which is removed at the end of the test.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    /// Returns the reason if no cgroup v2 can be created.
-    fn create() -> Result<Self, String> {
-        let mounts = fs::read_to_string("/proc/self/mounts").map_err(|error| error.to_string())?;
-        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-        let root = mount.and_then(|line| line.split(' ').nth(1)).ok_or("there is no cgroup v2")?;
-        let path = Path::new(root).join(format!("tf-fence-{}", std::process::id()));
-        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self(path))
-    }
-
-    fn freeze(&self, is_frozen: bool) {
-        let number = i32::from(is_frozen).to_string();
-        fs::write(self.0.join("cgroup.freeze"), &number).unwrap();
-        let line = format!("frozen {number}");
-        wait_for(&line, || {
-            fs::read_to_string(self.0.join("cgroup.events")).unwrap().lines().any(|found| found == line)
-        });
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let until = Instant::now() + TIMEOUT;
-        while fs::remove_dir(&self.0).is_err() && Instant::now() < until {
-            let _ = fs::write(self.0.join("cgroup.kill"), "1");
-            poll::wait(&[], Some(Duration::from_millis(1)));
-        }
-    }
-}
-
 fn frozen() {
-    let cgroup = match Cgroup::create() {
+    let cgroup = match cgroup::Cgroup::create(&format!("tf-fence-{}", std::process::id())) {
         Ok(cgroup) => cgroup,
         Err(reason) => return eprintln!("not tested: {reason}"),
     };
-    let script = format!("echo $$ > '{}/cgroup.procs' && exec \"$@\"", cgroup.0.display());
+    let script = format!("{} && exec \"$@\"", cgroup.enter());
     for round in 0..30 {
         let mut run = Run::start_as(&["nohup"], Some(&script));
         assert_eq!(run.tell("arm"), "ok");

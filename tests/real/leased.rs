@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,6 +14,7 @@ use super::given_back::{is_dynamodb, through, writes_state};
 use super::in_flight::with_large_state;
 use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
+use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below, tree};
@@ -491,58 +491,22 @@ fn terraform_is_asked_to_stop_if_somebody_deletes_its_lock_and_nothing_brings_th
     }
 }
 
-/// A cgroup v2 of a test's own, which is removed at its end. Everything in it can be frozen.
-pub struct Cgroup(PathBuf);
-
-impl Cgroup {
-    /// Returns the reason if no cgroup v2 can be created.
-    fn create(name: &str) -> Result<Self, String> {
-        let mounts = fs::read_to_string("/proc/self/mounts").map_err(|error| error.to_string())?;
-        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
-        let root = mount.and_then(|line| line.split(' ').nth(1)).ok_or("there is no cgroup v2")?;
-        let path = Path::new(root).join(format!("tf-leased-{}-{name}", std::process::id()));
-        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self(path))
-    }
-
-    /// Returns the line of a shell script that puts the shell into this cgroup.
-    pub fn enter(&self) -> String {
-        format!("echo $$ > '{}/cgroup.procs'", self.0.display())
-    }
-
-    /// Starts an apply in this cgroup, and waits until its lease was renewed.
-    #[track_caller]
-    fn start(&self, env: &TestEnv) -> Run {
-        let mut command = env.command("sh");
-        let script = format!("{} && exec tf apply -auto-approve -no-color", self.enter());
-        command.args(["-c", &script]);
-        let run = Run::start(command);
-        env.wait_for_began(&run);
-        wait_for_renewal_after(env, &Value::Null);
-        run
-    }
-
-    pub fn freeze(&self, is_frozen: bool) {
-        let number = i32::from(is_frozen).to_string();
-        fs::write(self.0.join("cgroup.freeze"), &number).unwrap();
-        let events = || fs::read_to_string(self.0.join("cgroup.events")).unwrap();
-        let is_so = || events().lines().any(|line| line == format!("frozen {number}")).then_some(());
-        wait_for("the cgroup to freeze or thaw", is_so, events);
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let _ = fs::write(self.0.join("cgroup.kill"), "1");
-        let is_gone = || fs::remove_dir(&self.0).is_ok().then_some(());
-        wait_for("the end of the cgroup", is_gone, || format!("{:?}", fs::read_to_string(self.0.join("cgroup.procs"))));
-    }
+/// Starts an apply in `cgroup`, and waits until its lease was renewed.
+#[track_caller]
+fn start_in(cgroup: &Cgroup, env: &TestEnv) -> Run {
+    let mut command = env.command("sh");
+    let script = format!("{} && exec tf apply -auto-approve -no-color", cgroup.enter());
+    command.args(["-c", &script]);
+    let run = Run::start(command);
+    env.wait_for_began(&run);
+    wait_for_renewal_after(env, &Value::Null);
+    run
 }
 
 /// Returns a new cgroup. `None` for an ordinary user, and on a machine without cgroup v2. These tests are listed in
 /// tests/left-out.
 pub fn cgroup(name: &str) -> Option<Cgroup> {
-    Cgroup::create(name).ok()
+    Cgroup::create(&format!("tf-leased-{}-{name}", std::process::id())).ok()
 }
 
 #[test]
@@ -550,7 +514,7 @@ fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
     let Some(cgroup) = cgroup("untouched") else { return };
     for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
         let env = leased(lock, "3s");
-        let run = cgroup.start(&env);
+        let run = start_in(&cgroup, &env);
         let fuse = named(&env, "tf-fuse");
         cgroup.freeze(true);
         wait_until_gone(&env, fuse);
@@ -567,7 +531,7 @@ fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
     let trials = std::env::var("TF_TEST_TRIALS").map_or(4, |number| number.parse().unwrap());
     for (number, lock) in (0..trials).zip([Lock::DynamoDb, Lock::File, Lock::Both].into_iter().cycle()) {
         let env = leased(lock, "2s");
-        let run = cgroup.start(&env);
+        let run = start_in(&cgroup, &env);
         let fuse = named(&env, "tf-fuse");
         cgroup.freeze(true);
         wait_until_gone(&env, fuse);

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 
 use super::answers::deletes_lock;
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
-use super::leased::{Cgroup, cgroup, record, wait_for_renewal_after};
+use super::leased::{cgroup, record, wait_for_renewal_after};
 use super::locks_recover::recover;
+use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Run;

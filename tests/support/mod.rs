@@ -1,6 +1,7 @@
 //! What the tests use: a cloud on loopback, a working directory, a process, a terminal, a proxy.
 
 pub mod authority;
+pub mod cgroup;
 pub mod clean;
 pub mod cloud;
 pub mod http;
