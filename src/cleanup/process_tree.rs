@@ -522,6 +522,11 @@ impl Tree {
             // Terraform has not been reaped, so no other group can have the number of its group.
             let _ = killpg(group, Signal::SIGKILL);
         }
+        self.kill_rest();
+    }
+
+    /// Does the same as [`Tree::kill`] after terraform has ended: its pid may belong to another process by now.
+    pub(crate) fn kill_rest(&self) {
         for process in self.look().0 {
             send(process.pid, Signal::SIGKILL);
         }

@@ -711,6 +711,9 @@ impl<'a> Watch<'a> {
         self.context.pipes.discard_output();
         let ended = self.stop_terraform();
         if let Some(lease) = &mut self.context.lease {
+            if lease.died_while_stopped(ended) {
+                self.context.tree.kill_rest();
+            }
             lease.end();
         }
         trace!("guardian: terraform ended: {ended:?}");

@@ -38,6 +38,7 @@ use crate::sys::boot_clock;
 use crate::sys::connections;
 use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
+use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::time::saturating_add;
 use crate::trace::trace;
@@ -774,6 +775,15 @@ impl RunLease {
         let stopped = self.stopped.as_mut()?;
         stopped.interrupts = stopped.interrupts.saturating_add(1);
         Some(stopped.interrupts)
+    }
+
+    /// Whether terraform died while it was stopped for its lease: `ended` is how it ended, `None` if that is unknown. Then
+    /// another run may have its lock by now, and what terraform has left must not run again. But [`RunLease::end`]
+    /// continues the group, for a process that terraform has left on purpose. So kill what is left before that.
+    ///
+    /// A terraform that exited by itself was not stopped then.
+    pub(crate) fn died_while_stopped(&self, ended: Option<Ended>) -> bool {
+        !matches!(ended, Some(Ended::Exited(_))) && (self.is_stopped() || self.is_blown())
     }
 
     /// Ends the lease, because terraform has ended. The keeper has ended when this returns, so that no renewal comes between

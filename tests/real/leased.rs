@@ -503,6 +503,38 @@ fn start_in(cgroup: &Cgroup, env: &TestEnv) -> Run {
     run
 }
 
+/// While terraform is stopped, another run may get its lock. So what a dead terraform has left may not run again, not even
+/// until it gets a signal.
+#[test]
+fn what_a_terraform_leaves_that_was_killed_while_it_was_stopped_does_not_run_again() {
+    for who in ["terraform", "terraform and tf"] {
+        let busy = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
+        let mut env = TestEnv::new(Lock::Both, busy);
+        env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
+        let (_proxy, is_away) = network(&mut env);
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        let ticks = || fs::metadata(env.directory.join("ticks")).unwrap().len();
+        let before = ticks();
+        is_away.store(false, Ordering::SeqCst);
+        if who == "terraform" {
+            kill(terraform, Signal::SIGKILL).unwrap();
+            let end = run.wait();
+            assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        } else {
+            // Both are stopped, so that neither acts on the death of the other.
+            kill(run.pid(), Signal::SIGSTOP).unwrap();
+            kill(terraform, Signal::SIGKILL).unwrap();
+            kill(run.pid(), Signal::SIGKILL).unwrap();
+        }
+        wait_until_all_is_gone(&env);
+        assert_eq!(ticks(), before, "{who}: {}", env.trace());
+        env.assert_unlocked();
+    }
+}
+
 /// Returns a new cgroup. `None` for an ordinary user, and on a machine without cgroup v2. These tests are listed in
 /// tests/left-out.
 pub fn cgroup(name: &str) -> Option<Cgroup> {
