@@ -93,10 +93,8 @@ pub(crate) enum Setback {
     Credentials,
 }
 
-/// The shortest pause after a request that failed, and the longest one if the service does not respond: the first renewal
-/// after an outage comes soon.
+/// The shortest pause after a request that failed.
 const MIN_RETRY_PAUSE: Duration = Duration::from_millis(250);
-const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// The longest pause after the source of the credentials has failed.
 const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
@@ -105,7 +103,7 @@ const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
 /// differ by up to a half, so that not all send a request at the same moment after an outage. `random` is any number.
 pub(crate) fn retry_pause(terms: Terms, failures: u32, setback: Setback, random: u64) -> Duration {
     let longest = match setback {
-        Setback::Failed => MAX_RETRY_PAUSE.min(terms.renewal_interval()),
+        Setback::Failed => terms.reconnection_time(),
         Setback::Busy => terms.renewal_interval() / 2,
         Setback::Credentials => MAX_CREDENTIALS_PAUSE,
     };
@@ -316,8 +314,8 @@ mod tests {
     #[test]
     fn after_an_outage_the_lock_is_read_so_that_the_next_renewal_counts_in_full() {
         let last = response(100, 101, 0);
-        // An interval of 60 s, changed by at most a tenth, and a slow request.
-        for (now, expected) in [(100, false), (166, false), (190, false), (191, true), (1000, true), (0, false)] {
+        // An interval of 52 s, changed by at most a tenth, and a slow request.
+        for (now, expected) in [(100, false), (158, false), (178, false), (179, true), (1000, true), (0, false)] {
             assert_eq!(is_outdated(terms(), last, Duration::from_secs(now)), expected, "{now}");
         }
     }
@@ -328,10 +326,10 @@ mod tests {
         let short = Terms::new(seconds(60)).unwrap();
         for (terms, setback, longest) in [
             (terms(), Setback::Failed, seconds(5)),
-            (terms(), Setback::Busy, seconds(30)),
+            (terms(), Setback::Busy, terms().renewal_interval() / 2),
             (terms(), Setback::Credentials, seconds(60)),
             (short, Setback::Failed, seconds(5)),
-            (short, Setback::Busy, seconds(6)),
+            (short, Setback::Busy, short.renewal_interval() / 2),
             (short, Setback::Credentials, seconds(60)),
         ] {
             let mut before = Duration::ZERO;

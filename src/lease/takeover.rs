@@ -283,11 +283,12 @@ mod tests {
 
     #[test]
     fn a_lock_is_claimed_only_if_everything_allows_it() {
+        let quiet_window = Terms::new(Duration::from_mins(5)).unwrap().quiet_window();
         for age in [0, 311, 1201] {
             for claimed in [None, Some(0), Some(71)] {
                 for fence in [Fence::Stop, Fence::None] {
                     for bits in 0..8_u8 {
-                        for unchanged in [0, 89, 90] {
+                        for unchanged in [0, 78, 79] {
                             let circumstances = Circumstances {
                                 consent: bits & 1 != 0,
                                 is_same_region: bits & 2 != 0,
@@ -298,11 +299,14 @@ mod tests {
                             let lapsed = age > 310 && claimed.is_none_or(|age| age > 70);
                             let may = lapsed && fence == Fence::Stop && bits & 3 == 3;
                             let is_old = age >= 1201 && bits & 4 == 0;
-                            let needs_quiet = claimed.is_none() && !is_old && unchanged < 90;
+                            let needs_quiet = claimed.is_none() && !is_old && unchanged < 79;
                             let found = permission(Ok(&record), now(), circumstances);
                             let expected = match (may, needs_quiet) {
                                 (false, _) => matches!(found, Permission::No(_)),
-                                (true, true) => found == Permission::Wait(Duration::from_secs(90 - unchanged)),
+                                (true, true) => {
+                                    found
+                                        == Permission::Wait(quiet_window.saturating_sub(Duration::from_secs(unchanged)))
+                                }
                                 (true, false) => found == Permission::Yes,
                             };
                             assert!(expected, "{record:?} {circumstances:?}: {found:?}");
@@ -317,9 +321,9 @@ mod tests {
     fn a_watcher_begins_to_compare_before_the_lapse() {
         for (age, claimed, fence, same_region, expected) in [
             (0, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
-            (214, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
-            // It lapses after 310 s, the quiet window is 90 s, and the notice is 5 s.
-            (215, None, Fence::Stop, true, WatchStep::Compare),
+            (226, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            // It lapses after 310 s, the quiet window is 78.4 s, and the notice is 5 s.
+            (227, None, Fence::Stop, true, WatchStep::Compare),
             (311, None, Fence::Stop, true, WatchStep::Compare),
             (1200, None, Fence::Stop, true, WatchStep::Compare),
             (1201, None, Fence::Stop, true, WatchStep::Claim),

@@ -247,17 +247,35 @@ fn the_guardian_stops_terraform_gracefully_and_its_own_keeper_renews_meanwhile()
 
 /// The network of the proxy's clients: while it is away, no request arrives and no response comes.
 fn network(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
+    network_that(Outage::Refuses, env)
+}
+
+/// What a network does that is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outage {
+    /// It closes the connection of each request.
+    Refuses,
+    /// It drops every packet. What was sent meanwhile arrives when it is back.
+    Drops,
+}
+
+/// Returns a network, and what makes it go away and come back.
+fn network_that(outage: Outage, env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
     let is_away = Arc::new(AtomicBool::new(false));
     let away = is_away.clone();
-    let rule = move |_: &Message| if away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass };
+    let rule = move |_: &Message| {
+        while outage == Outage::Drops && away.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass }
+    };
     (through(env, rule), is_away)
 }
 
-#[test]
-fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
-    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it(lock: Lock) {
+    for outage in [Outage::Refuses, Outage::Drops] {
         let mut env = leased(lock, "4s");
-        let (_proxy, is_away) = network(&mut env);
+        let (_proxy, is_away) = network_that(outage, &mut env);
         let run = start(&env);
         let terraform = terraform_below(run.pid());
         is_away.store(true, Ordering::SeqCst);
@@ -270,6 +288,30 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it() {
         ends_well(&env, run);
     }
 }
+for_each_lock!(in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it);
+
+/// An outage of two fifths of the lease begins at any moment between two renewals.
+fn an_outage_of_two_fifths_of_the_lease_goes_unnoticed(lock: Lock) {
+    const LEASE: Duration = Duration::from_secs(12);
+    for outage in [Outage::Refuses, Outage::Drops] {
+        let mut env = leased(lock, "12s");
+        let (_proxy, is_away) = network_that(outage, &mut env);
+        let run = start(&env);
+        let mut last = record(&env).unwrap();
+        // The longest time between two renewals is less than 2 s.
+        for begins_after in [0, 700, 1400] {
+            last = wait_for_renewal_after(&env, &last);
+            std::thread::sleep(Duration::from_millis(begins_after));
+            is_away.store(true, Ordering::SeqCst);
+            std::thread::sleep(LEASE * 2 / 5);
+            is_away.store(false, Ordering::SeqCst);
+            last = wait_for_renewal_after(&env, &last);
+            assert_eq!(run.err(), "", "{outage:?} {begins_after}: {}", env.trace());
+        }
+        ends_well(&env, run);
+    }
+}
+for_each_lock!(an_outage_of_two_fifths_of_the_lease_goes_unnoticed);
 
 /// A host of the service may have a clock that is late. The records with its time replace none with a later time. So the
 /// lock must not look as if it had lapsed, while its holder is connected and works.
