@@ -245,7 +245,7 @@ impl Audit {
                     output.put(&output.render(entry)?)?;
                 }
             }
-            count.scanned = inventory.states;
+            count.scanned = inventory.states.len() as u64;
             if let Some(why) = inventory.incomplete {
                 console::say(&why);
                 count.complete = false;

@@ -33,8 +33,8 @@ pub(super) const UNSEEN: &str =
 pub(super) struct Inventory {
     /// The entries found, sorted by workspace: the default workspace first, then the others by name.
     pub(super) entries: Vec<ListedEntry>,
-    /// The number of states whose locks were read.
-    pub(super) states: u64,
+    /// The paths of the states whose locks were read.
+    pub(super) states: BTreeSet<String>,
     /// The message why the list of workspaces is incomplete; `None` if it is complete.
     pub(super) incomplete: Option<String>,
     /// Whether the lock objects were not checked ([`UNSEEN`]).
@@ -120,7 +120,7 @@ pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Sta
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.
 pub(super) async fn look(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
     let (states, incomplete) = states(directory, stores).await?;
-    let looked = states.len() as u64;
+    let looked = states.iter().map(ListedState::path).collect();
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
     let unseen = &Cell::new(false);
     let found: Vec<Vec<ListedEntry>> = stream::iter(states)

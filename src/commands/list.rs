@@ -86,7 +86,11 @@ impl List {
             let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
             console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
         }
-        output.end(&End { complete: inventory.incomplete.is_none(), scanned: inventory.states, fleet: None })?;
+        output.end(&End {
+            complete: inventory.incomplete.is_none(),
+            scanned: inventory.states.len() as u64,
+            fleet: None,
+        })?;
         if let Some(why) = &inventory.incomplete {
             console::say(why);
         }

@@ -1,6 +1,7 @@
 //! `tf locks list --watch`: lists the locks again and again. On a terminal, the table is redrawn in place, and what has
 //! changed since the last round is marked. In a pipe, each change is one more line.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use super::scan::{self, Scan, unless_stopped};
 use super::staleness::Staleness;
 use super::targets::Speed;
 use crate::console::{self, ellipsis, length_of_time, visible};
+use crate::lock::stores::StoreKey;
 use crate::settings;
 use crate::sys::signals::Signals;
 
@@ -68,12 +70,13 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
         let took = begun.elapsed();
         let view = view.get_or_insert_with(View::new);
         let (note, owed) = match round {
-            Ok(Round { entries, note, owed }) => {
-                rows = Some(compared(rows.take(), entries));
+            Ok(Round { entries, note, looked, owed }) => {
+                rows = Some(compared(rows.take(), entries, &looked));
                 (note, owed)
             }
             Err(trouble) => {
-                let reason = trouble.lines().next().unwrap_or_default().to_owned();
+                let reason = trouble.lines().next().unwrap_or_default();
+                rows = rows.map(|rows| compared(Some(rows), Vec::new(), &Looked::nowhere()));
                 (Some(format!("not up to date: {reason}")), None)
             }
         };
@@ -107,9 +110,41 @@ struct Round {
     entries: Vec<ListedEntry>,
     /// Why the entries may not be all. `None` if they are.
     note: Option<String>,
+    looked: Looked,
     /// How long the table must not be read now, because this round has used its capacity. `None` if the capacity of the
     /// target is not limited.
     owed: Option<Duration>,
+}
+
+/// Where a round has looked for locks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Looked {
+    /// The paths of the states. `None` for all states of a table or a bucket.
+    paths: Option<BTreeSet<String>>,
+    /// Whether the lock objects could not be read.
+    no_objects: bool,
+}
+
+impl Looked {
+    /// At every state of a table or a bucket.
+    fn everywhere() -> Self {
+        Self { paths: None, no_objects: false }
+    }
+
+    /// At no state, because the round has failed.
+    fn nowhere() -> Self {
+        Self { paths: Some(BTreeSet::new()), no_objects: false }
+    }
+
+    /// Whether this round would have found an entry that it has not found, if the entry still existed.
+    fn at(&self, entry: &ListedEntry) -> bool {
+        let is_looked_at = self.paths.as_ref().is_none_or(|paths| paths.contains(&key(entry).0));
+        let has_object = match entry {
+            ListedEntry::Lock(lock) => lock.parts.iter().any(|(part, _)| matches!(part, StoreKey::S3 { .. })),
+            ListedEntry::UnreadableLock(unreadable) => matches!(unreadable.place, StoreKey::S3 { .. }),
+        };
+        is_looked_at && !(self.no_objects && has_object)
+    }
 }
 
 /// Reads all locks of `place` once. Connects if `connection` is `None`. The first round shows the progress of a scan on
@@ -132,7 +167,8 @@ async fn round(
         let inventory = unless_stopped(signals, Box::pin(looked)).await.map_err(Interrupted::Signal)??;
         let unseen = inventory.unseen.then(|| inventory::UNSEEN.to_owned());
         let note = inventory.incomplete.or(unseen).map(|note| note.replace('\n', ": "));
-        return Ok(Round { entries: inventory.entries, note, owed: None });
+        let looked = Looked { paths: Some(inventory.states), no_objects: inventory.unseen };
+        return Ok(Round { entries: inventory.entries, note, looked, owed: None });
     }
     let (target, stores) = (target.clone(), stores.clone());
     let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: !is_first };
@@ -151,7 +187,7 @@ async fn round(
         return Err(trouble.into());
     }
     entries.sort_by_key(key);
-    Ok(Round { entries, note: None, owed: scanned.owed })
+    Ok(Round { entries, note: None, looked: Looked::everywhere(), owed: scanned.owed })
 }
 
 /// Returns the time from the beginning of a round to the beginning of the next one. `took` is how long the round took.
@@ -217,8 +253,9 @@ fn state(entry: &ListedEntry) -> (String, Option<String>) {
 }
 
 /// Returns `entries` with what has happened to them since the round with the rows `before`, and after them the entries
-/// that are gone. `before` is `None` in the first round.
-fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>) -> Vec<Row> {
+/// that are gone. An entry that was not found stays as it was if this round has not `looked` for it. `before` is `None`
+/// in the first round.
+fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>, looked: &Looked) -> Vec<Row> {
     let Some(before) = before else {
         return entries.into_iter().map(|entry| Row { mark: Mark::Same, entry }).collect();
     };
@@ -234,9 +271,11 @@ fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>) -> Vec<Row> {
         };
         Row { mark, entry }
     });
-    let gone = before.iter().filter(|row| !now.contains(&key(&row.entry)));
-    let gone: Vec<Row> = gone.map(|row| Row { mark: Mark::Gone, entry: row.entry.clone() }).collect();
-    kept.chain(gone).collect()
+    let rest = before.iter().filter(|row| !now.contains(&key(&row.entry))).map(|row| {
+        let mark = if looked.at(&row.entry) { Mark::Gone } else { Mark::Same };
+        Row { mark, entry: row.entry.clone() }
+    });
+    kept.chain(rest).collect()
 }
 
 /// Returns the first line on a terminal.
@@ -250,14 +289,23 @@ fn title(rows: &[Row], interval: Duration, now: Timestamp) -> String {
 /// Where the rounds are shown.
 enum View {
     Terminal(Screen),
-    /// A pipe, a file, or a terminal that cannot move its cursor. The field is whether a round was shown.
-    Lines(bool),
+    /// A pipe, a file, or a terminal that cannot move its cursor.
+    Lines {
+        /// Whether a round was shown.
+        has_shown: bool,
+        /// The note of the last round. The same note is printed only once.
+        noted: Option<String>,
+    },
 }
 
 impl View {
     fn new() -> Self {
         let is_dumb = std::env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
-        if Term::stdout().is_term() && !is_dumb { Self::Terminal(Screen::enter()) } else { Self::Lines(false) }
+        if Term::stdout().is_term() && !is_dumb {
+            Self::Terminal(Screen::enter())
+        } else {
+            Self::Lines { has_shown: false, noted: None }
+        }
     }
 
     /// Shows a round.
@@ -270,21 +318,20 @@ impl View {
                 title.clone_into(&mut screen.title);
                 screen.draw(rows, note)
             }
-            Self::Lines(has_shown) => {
+            Self::Lines { has_shown, noted } => {
                 let is_first = !std::mem::replace(has_shown, true);
                 let now = Timestamp::now();
                 let mut text = String::new();
-                // The rows of a failed round are those of the round before it.
-                let is_failed = note.is_some_and(|note| note.starts_with("not up to date"));
-                for Row { mark, entry } in rows.iter().filter(|_| !is_failed) {
+                for Row { mark, entry } in rows {
                     if is_first || *mark != Mark::Same {
                         let line = output::line_of(entry, Widths::USUAL, now);
                         let _ = write!(text, "{now:.0}  {:<8}  {line}", mark.word());
                     }
                 }
-                if let Some(note) = note {
+                if let Some(note) = note.filter(|note| noted.as_deref() != Some(note)) {
                     console::say(note);
                 }
+                *noted = note.map(str::to_owned);
                 let mut out = io::stdout().lock();
                 out.write_all(text.as_bytes())?;
                 out.flush()
@@ -408,6 +455,7 @@ mod tests {
 
     #[test]
     fn what_is_new_changed_or_gone_since_the_last_round_is_marked_once() {
+        let compared = |before, entries| compared(before, entries, &Looked::everywhere());
         let marks = |rows: &[Row]| rows.iter().map(|row| (key(&row.entry).0, row.mark)).collect::<Vec<_>>();
         let row = |path: &str, mark| (path.to_owned(), mark);
         let first = compared(None, vec![entry("a", "x"), entry("b", "x")]);
@@ -417,6 +465,29 @@ mod tests {
         let third = compared(Some(second), vec![entry("a", "y"), entry("b", "x"), entry("c", "x")]);
         assert_eq!(marks(&third), [row("a", Mark::Same), row("b", Mark::New), row("c", Mark::Same)]);
         assert_eq!(marks(&compared(Some(Vec::new()), vec![entry("a", "x")])), [row("a", Mark::New)]);
+    }
+
+    #[test]
+    fn what_a_round_has_not_looked_for_is_not_reported_as_released() {
+        let object = |path: &str| {
+            let place = StoreKey::S3 { bucket: "b".into(), key: format!("{path}.tflock"), region: "r".into() };
+            ListedEntry::UnreadableLock(super::super::found::UnreadableLock { place, reason: "x".into(), stored: None })
+        };
+        let marks = |looked: &Looked| {
+            let before = compared(None, vec![entry("b/k", "x"), object("k"), entry("b/l", "x")], &Looked::everywhere());
+            let rows = compared(Some(before), Vec::new(), looked);
+            rows.iter().map(|row| row.mark).collect::<Vec<_>>()
+        };
+        let (same, gone) = (Mark::Same, Mark::Gone);
+        let only_k = Some(BTreeSet::from(["b/k".to_owned()]));
+        for (looked, expected) in [
+            (Looked::everywhere(), [gone, gone, gone]),
+            (Looked::nowhere(), [same, same, same]),
+            (Looked { paths: only_k.clone(), no_objects: false }, [gone, gone, same]),
+            (Looked { paths: only_k, no_objects: true }, [gone, same, same]),
+        ] {
+            assert_eq!(marks(&looked), expected, "{looked:?}");
+        }
     }
 
     #[test]

@@ -185,6 +185,45 @@ fn a_round_that_fails_is_said_and_repeated() {
     assert_eq!(words, ["held", "locked", "released"], "{}", env.dump(&end));
 }
 
+/// A permission that is missing later is no reason to report a lock as released that was not looked for.
+#[test]
+fn a_lock_that_a_round_may_not_look_for_is_not_reported_as_released() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let path = format!("{}/env:/green/dir/prod.tfstate", env.bucket);
+    assert_eq!(cloud().s3("PUT", &path, b"{}").status(), 200);
+    let item = json!({ "TableName": env.table, "Item": {
+        "LockID": {"S": path}, "Info": {"S": lock_json(A, &path)}}});
+    cloud().dynamodb("PutItem", &item);
+    let id = lock_elsewhere(&env, B);
+    let is_denied = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = std::sync::Arc::clone(&is_denied);
+    let rounds = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = std::sync::Arc::clone(&rounds);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        if flag.load(std::sync::atomic::Ordering::SeqCst) && request.start.contains("list-type=2") {
+            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            return ProxyAction::Answer(request.denied());
+        }
+        ProxyAction::Pass
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let run = Run::start(watched(&env, &["--watch=1s"]));
+    run.wait_for_out(A);
+    run.wait_for_out(id);
+    is_denied.store(true, std::sync::atomic::Ordering::SeqCst);
+    run.wait_for_err("permission denied: s3:ListBucket");
+    let three = || (rounds.load(std::sync::atomic::Ordering::SeqCst) >= 3).then_some(());
+    wait_for("three rounds", three, || run.err());
+    env.delete_lock();
+    wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    let words: Vec<&str> = end.out.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
+    assert_eq!(words, ["held", "held", "released"], "{}", env.dump(&end));
+    assert!(end.out.lines().nth(2).unwrap().contains(id), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("s3:ListBucket").count(), 1, "{}", env.dump(&end));
+}
+
 #[test]
 fn an_interval_that_is_none_is_one_clear_line() {
     let env = TestEnv::empty(Lock::File);
