@@ -78,7 +78,7 @@ find_kind() {
     *) fail "there is no tf for this processor: $machine" ;;
     esac
     ;;
-  *) fail "there is no tf for this system: $system" "the release has files for Linux" ;;
+  *) fail "there is no tf for this system: $system" "the release has files for Linux and macOS" ;;
   esac
 }
 
