@@ -34,6 +34,12 @@ def boot_clock():
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def start_of(pid):
+    """When a process was started, in clock ticks since the boot (proc_pid_stat(5), field 22)."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rsplit(")", 1)[1].split()[19])
+
+
 def size(value):
     """The bytes of an attribute's value, as DynamoDB counts them."""
     (kind, value), = value.items()
@@ -141,7 +147,7 @@ class Run:
             "length": {"secs": options.lease, "nanos": 0}, "fence": "stop",
             "holder": {"user": "u" * 32, "host": "h" * 63, "machine": "m" * 32, "boot": "b" * 36, "container": "c" * 64,
                        "ci": "GitHub Actions", "job": "https://example.com/" + "j" * 200, "attempt": "1", "cloud": "i" * 60},
-            "terraform": terraform.pid, "may_have_a_record": False, "withdraws": False, "directory": "/",
+            "terraform": terraform.pid, "start": start_of(terraform.pid), "may_have_a_record": False, "withdraws": False, "directory": "/",
         }
         self.reports, socket_end = socket.socketpair()
         self.fuse, fuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -251,6 +257,8 @@ def report(options, table, runs, begun):
     print(f"runs that were stopped: {sum(run.stopped for run in runs)}")
     print(f"keepers that ended: {sum(run.process.poll() is not None for run in runs)}; "
           f"other reports: {sum(len(run.other) for run in runs)} {[run.other for run in runs if run.other][:1] or ''}")
+    if 0 in counts:
+        sys.exit(f"{counts.count(0)} runs were never renewed, so the figures say nothing")
 
 
 main()
