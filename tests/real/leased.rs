@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,7 +26,7 @@ use crate::support::processes::{
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::relay::Relay;
 use crate::support::terminal::Terminal;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{WAITS, terraform};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Returns a directory in which runs have a lease of `length`.
@@ -543,6 +544,44 @@ fn start_in(cgroup: &Cgroup, env: &TestEnv) -> Run {
     env.wait_for_began(&run);
     wait_for_renewal_after(env, &Value::Null);
     run
+}
+
+/// The kernel's signal to the group would not reach it.
+#[test]
+fn a_terraform_in_a_group_of_its_own_has_a_lease_that_promises_nothing() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "2s");
+        let script = env.bin().join("behind");
+        fs::write(&script, format!("#!/bin/sh\nexec setsid --wait {} \"$@\"\n", terraform().display())).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        env.set("TFW_TERRAFORM", &script);
+        promises_nothing(&env, env.start_apply(Subject::Tf));
+    }
+}
+
+/// Without a timer, nothing ends the fuse in time (timer_create(2), `RLIMIT_SIGPENDING`).
+#[test]
+fn where_no_timer_can_be_had_a_lease_promises_nothing() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let env = leased(lock, "2s");
+        let mut command = env.command("prlimit");
+        command.args(["--sigpending=0", "tf", "apply", "-auto-approve", "-no-color"]);
+        let run = Run::start(command);
+        env.wait_for_began(&run);
+        promises_nothing(&env, run);
+    }
+}
+
+/// Checks that the lease of `run` is renewed, that its records promise nothing, and that nothing stops terraform.
+#[track_caller]
+fn promises_nothing(env: &TestEnv, run: Run) {
+    let mut last = Value::Null;
+    for _ in 0..3 {
+        last = wait_for_renewal_after(env, &last);
+        assert_eq!(last["fence"], "none", "{last}\n{}", env.trace());
+    }
+    assert!(!run.err().contains("terraform was stopped"), "{}", run.err());
+    ends_well(env, run);
 }
 
 /// While terraform is stopped, another run may get its lock. So what a dead terraform has left may not run again, not even
