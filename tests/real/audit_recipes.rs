@@ -59,6 +59,26 @@ fn the_script_of_the_timer_replaces_the_metrics_as_a_whole_and_never_by_nothing(
     assert_eq!(left, ["metrics.prom"]);
 }
 
+/// With `DynamicUser=yes`, systemd puts the directories of a unit below /var/lib/private, which only root can enter
+/// (systemd.exec(5), `RuntimeDirectory=`). tests/systemd runs the unit.
+#[test]
+fn the_service_writes_the_metrics_where_another_user_can_read_them() {
+    let unit = fs::read_to_string(recipe("systemd/tf-locks-audit.service")).unwrap();
+    let values = |key: &str| -> Vec<&str> {
+        unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).collect()
+    };
+    assert!(values("DynamicUser").is_empty(), "{unit}");
+    let [user] = values("User")[..] else { panic!("{unit}") };
+    let users = fs::read_to_string(recipe("systemd/tf-locks-audit.conf")).unwrap();
+    assert!(users.lines().any(|line| line.starts_with(&format!("u {user} "))), "{users}");
+    let [directory] = values("StateDirectory")[..] else { panic!("{unit}") };
+    assert_eq!(values("StateDirectoryMode"), ["0755"]);
+    let [start] = values("ExecStart")[..] else { panic!("{unit}") };
+    let file = start.split(' ').nth(1).unwrap();
+    assert_eq!(Path::new(file).parent().unwrap(), Path::new("/var/lib").join(directory));
+    assert!(unit.contains(&format!("--collector.textfile.directory=/var/lib/{directory}")), "{unit}");
+}
+
 #[test]
 fn the_job_in_kubernetes_fails_if_a_lock_is_stale() {
     let env = audited();
