@@ -99,6 +99,18 @@ fn the_job_in_kubernetes_fails_if_a_lock_is_stale() {
     assert!(end.err.ends_with("tf: total: 1 lock, 1 stale in 2 targets\n"), "{}", end.err);
     env.delete_lock();
     assert_eq!(locks(&env, &words[2..]).code(), Some(0));
+    // The alerts find the CronJob by its name, and their text finds its pods by their label.
+    let name = documents[2]["metadata"]["name"].as_str().unwrap();
+    let label =
+        &documents[2]["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"];
+    let rules = fs::read_to_string(recipe("prometheus/rules.yml")).unwrap();
+    for used in [
+        format!("{{cronjob=\"{name}\"}}"),
+        format!("{{job_name=~\"{name}-[0-9]+\"}}"),
+        format!("app.kubernetes.io/name={} ", label.as_str().unwrap()),
+    ] {
+        assert!(rules.contains(&used), "{used}");
+    }
 }
 
 /// An alert or a panel about a metric that does not exist would never show anything.
