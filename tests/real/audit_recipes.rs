@@ -195,26 +195,64 @@ if [ -n "$input" ]; then set -- "$@" --data-binary "@$input"; fi
 curl -x "$http_proxy" "$@" >gh.answer && jq -r "$filter" gh.answer
 "#;
 
-/// With the real `gh` if it is installed, and with a stand-in for it.
-#[test]
-fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
-    if which("jq").is_none() || which("curl").is_none() {
-        return;
-    }
-    for is_real in [true, false] {
-        if is_real && which("gh").is_none() {
-            continue;
+/// A table with a stale lock, the issues of a repository, and a `gh` that finds them.
+struct Issues {
+    env: TestEnv,
+    state: Arc<Mutex<GitHub>>,
+    _server: Proxy,
+}
+
+impl Issues {
+    /// With the real `gh` if it is installed, and with a stand-in for it.
+    fn all() -> Vec<Self> {
+        if which("jq").is_none() || which("curl").is_none() {
+            return Vec::new();
         }
+        [true, false].into_iter().filter(|is_real| !is_real || which("gh").is_some()).map(Self::new).collect()
+    }
+
+    fn new(is_real: bool) -> Self {
         let mut env = audited();
         if !is_real {
             fs::write(env.bin().join("gh"), STAND_IN).unwrap();
             fs::set_permissions(env.bin().join("gh"), fs::Permissions::from_mode(0o755)).unwrap();
         }
         let state: Arc<Mutex<GitHub>> = Arc::default();
-        let server = Arc::clone(&state);
-        let github = Proxy::start(0, move |request| ProxyAction::Answer(server.lock().unwrap().answer(request)));
+        let answers = Arc::clone(&state);
+        let server = Proxy::start(0, move |request| ProxyAction::Answer(answers.lock().unwrap().answer(request)));
         env.set("GITHUB_REPOSITORY", "o/r").set("GH_TOKEN", "secret").set("GH_HOST", "github.localhost");
-        env.set("http_proxy", format!("http://127.0.0.1:{}", github.port));
+        env.set("http_proxy", format!("http://127.0.0.1:{}", server.port));
+        Self { env, state, _server: server }
+    }
+
+    fn sync(&self) -> Ended {
+        run(&self.env, "github/stale-locks", &["targets.txt", "2"])
+    }
+
+    fn open(&self) -> BTreeSet<String> {
+        let state = self.state.lock().unwrap();
+        state.open().iter().map(|issue| issue["title"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Returns the number of issues, open or closed.
+    fn count(&self) -> usize {
+        self.state.lock().unwrap().issues.len()
+    }
+
+    fn body(&self, title: &str) -> String {
+        let state = self.state.lock().unwrap();
+        let issue = state.issues.iter().find(|issue| issue["title"] == title).unwrap();
+        assert_eq!(issue["labels"], json!(["stale-terraform-lock"]));
+        issue["body"].as_str().unwrap().to_owned()
+    }
+}
+
+const OLD: &str = "2026-01-01T00:00:00.123456Z";
+
+#[test]
+fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
+    for issues in Issues::all() {
+        let env = &issues.env;
         let put = |path: &str, created: &str, operation: &str| {
             let mut info: Value = serde_json::from_str(&lock_json(&format!("id-{path}"), path)).unwrap();
             info["Who"] = "anna@elsewhere".into();
@@ -225,50 +263,89 @@ fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
             cloud().put_item(&env.table, path, &info.to_string());
         };
         put("b/new", "", "OperationTypeApply");
-        put("b/old", "2026-01-01T00:00:00.123456Z", "x\n```\n# @everyone <!-- tf-lock -->\u{202e}\u{1b}[31m");
+        put("b/old", OLD, "x\n```\n# @everyone <!-- tf-lock -->\u{202e}\u{1b}[31m");
         put("b/never", "yesterday", "OperationTypeApply");
         cloud().put_item(&env.table, "b/junk", "{");
-        let sync = || run(&env, "github/stale-locks", &["targets.txt", "2"]);
-        let open_issues = || -> BTreeSet<String> {
-            let state = state.lock().unwrap();
-            state.open().iter().map(|issue| issue["title"].as_str().unwrap().to_owned()).collect()
-        };
         let title_of = |path: &str| format!("Stale state lock: {path}");
         let junk = "Not a lock, in the place of a state lock: b/junk".to_owned();
         let all = BTreeSet::from([title_of(&env.path()), title_of("b/old"), title_of("b/never"), junk.clone()]);
         for _ in 0..2 {
-            let end = sync();
-            assert_eq!(end.code(), Some(0), "real: {is_real} {}", env.dump(&end));
-            assert_eq!((open_issues(), state.lock().unwrap().issues.len()), (all.clone(), 4), "{}", env.dump(&end));
+            let end = issues.sync();
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+            assert_eq!((issues.open(), issues.count()), (all.clone(), 4), "{}", env.dump(&end));
         }
-        let hostile = {
-            let state = state.lock().unwrap();
-            let issue = state.issues.iter().find(|issue| issue["title"] == title_of("b/old")).unwrap();
-            assert_eq!(issue["labels"], json!(["stale-terraform-lock"]));
-            issue["body"].as_str().unwrap().to_owned()
-        };
+        let hostile = issues.body(&title_of("b/old"));
         let told = hostile.lines().find(|line| line.contains("@everyone")).unwrap();
         assert!(told.starts_with("    operation: x?```?# @everyone"), "{hostile}");
         assert!(!hostile.contains(['\u{202e}', '\u{1b}']), "{hostile:?}");
         // A lock that is gone: its issue is closed. The others stay open.
         cloud().delete_item(&env.table, "b/old");
-        assert_eq!(sync().code(), Some(0));
-        assert_eq!(open_issues(), &all - &BTreeSet::from([title_of("b/old")]));
+        assert_eq!(issues.sync().code(), Some(0));
+        assert_eq!(issues.open(), &all - &BTreeSet::from([title_of("b/old")]));
         // What is missing from an incomplete list may still be there.
         cloud().delete_item(&env.table, "b/never");
         env.write("targets.txt", &format!("--table {}\n--table no-such-table\n", env.table));
-        let end = sync();
+        let end = issues.sync();
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-        assert!(open_issues().contains(&title_of("b/never")) && end.err.contains("no issue is closed"), "{}", end.err);
+        assert!(issues.open().contains(&title_of("b/never")) && end.err.contains("no issue is closed"), "{}", end.err);
         // Without the open issues, none is opened twice.
-        state.lock().unwrap().is_down = true;
+        issues.state.lock().unwrap().is_down = true;
         env.write("targets.txt", &format!("--table {}\n", env.table));
-        let end = sync();
+        let end = issues.sync();
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains("the open issues could not be listed"), "{}", end.err);
-        state.lock().unwrap().is_down = false;
-        assert_eq!(sync().code(), Some(0));
-        assert_eq!(open_issues(), BTreeSet::from([title_of(&env.path()), junk]));
-        assert_eq!(state.lock().unwrap().issues.len(), 4);
+        issues.state.lock().unwrap().is_down = false;
+        assert_eq!(issues.sync().code(), Some(0));
+        assert_eq!(issues.open(), BTreeSet::from([title_of(&env.path()), junk]));
+        assert_eq!(issues.count(), 4);
+    }
+}
+
+#[test]
+fn the_text_of_a_lock_never_counts_as_the_marker_of_an_issue() {
+    for issues in Issues::all() {
+        let env = &issues.env;
+        let put = |key: &str, text: &str| {
+            let mut info: Value = serde_json::from_str(&lock_json(&format!("id-{key}"), "b/path")).unwrap();
+            for member in ["Who", "Operation", "Info", "Version", "Path"] {
+                info[member] = text.into();
+            }
+            info["Created"] = OLD.into();
+            cloud().put_item(&env.table, key, &info.to_string());
+        };
+        put("b/victim", "victim");
+        assert_eq!(issues.sync().code(), Some(0));
+        let victim = "Stale state lock: b/victim";
+        let body = issues.body(victim);
+        let marker = body.lines().last().unwrap();
+        assert!(marker.starts_with("<!-- tf-lock "), "{body}");
+        // The marker of a lock that is gone closes no issue of another lock.
+        cloud().delete_item(&env.table, "b/victim");
+        for forged in [marker, &format!("<!-- tf-lock {} -->", "0".repeat(64))] {
+            put(&format!("b/forger {forged}"), &format!("forger\n{forged}\n"));
+            cloud().put_item(&env.table, &format!("b/junk {forged}"), forged);
+        }
+        for _ in 0..2 {
+            let end = issues.sync();
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+            assert_eq!(issues.count(), 6, "{}", env.dump(&end));
+            assert_eq!(issues.open().len(), 5, "{:?}", issues.open());
+        }
+        for issue in issues.state.lock().unwrap().open() {
+            assert_eq!(issue.to_string().matches("<!--").count(), 1, "{issue}");
+        }
+        // An issue whose text contains a forged marker as it is, and which was edited on the page of GitHub.
+        for issue in &mut issues.state.lock().unwrap().issues {
+            let edited = issue["body"].as_str().unwrap().replace("<!- -", "<!--") + "\n\nAnna looks at it.\n";
+            assert!(!edited.contains("holder: forger") || edited.contains("holder: forger?<!-- tf-lock "), "{edited}");
+            issue["body"] = edited.replace('\n', "\r\n").into();
+        }
+        assert_eq!(issues.sync().code(), Some(0));
+        assert_eq!((issues.open().len(), issues.count()), (5, 6));
+        // A marker in the text of an open issue does not keep the issue of the lock from being opened.
+        put("b/victim", "victim");
+        assert_eq!(issues.sync().code(), Some(0));
+        assert_eq!((issues.open().len(), issues.count()), (6, 7));
+        assert!(issues.open().contains(victim), "{:?}", issues.open());
     }
 }
