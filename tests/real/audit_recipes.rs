@@ -87,6 +87,8 @@ fn the_job_in_kubernetes_fails_if_a_lock_is_stale() {
     python.args(["-c", program]).arg(recipe("kubernetes/cronjob.yaml"));
     let documents: Value = serde_json::from_str(&Run::start(python).wait().out).unwrap();
     let targets = documents[1]["data"]["targets.txt"].as_str().unwrap();
+    let file = fs::read_to_string(recipe("targets.txt")).unwrap();
+    assert_eq!(file.split_once('\n').unwrap().1, targets, "the file and the ConfigMap have the same targets");
     let targets = targets.replace("terraform-locks", &env.table).replace("example-state", &env.bucket);
     env.write("targets.txt", &targets.replace("eu-central-1", "us-east-1"));
     let container = &documents[2]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0];
