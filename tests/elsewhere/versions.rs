@@ -217,6 +217,55 @@ fn anothers_lock_is_left_to_him() {
     }
 }
 
+/// A colleague may have another version, and no `tf`.
+#[test]
+fn a_lock_with_the_record_of_a_lease_is_an_ordinary_lock_to_every_other_version() {
+    for (name, lock) in everything() {
+        let mut env = TestEnv::new(lock, WAITS);
+        env.set("TFW_LEASE", "10s").set("TFW_CLOCK", "steady");
+        let other = |arguments: &[&str]| {
+            let mut command = env.command(program(name));
+            command.args(arguments).env("TF_DATA_DIR", ".other").env_remove("TFW_LEASE");
+            Run::start(command)
+        };
+        let end = other(&["init", "-no-color"]).wait();
+        assert_eq!(end.code(), Some(0), "{name}: {}", env.dump(&end));
+
+        let run = env.start_apply(Subject::Tf);
+        env.wait_for_lease();
+        let id = id_of(&env.locks()[0]);
+        let end = other(&["plan", "-no-color"]).wait();
+        assert_eq!(end.code(), Some(1), "{name}: {}", env.dump(&end));
+        for text in ["Error acquiring the state lock", &id, "tf lease 10s"] {
+            assert!(end.err.contains(text), "{name}: no {text} in {}", env.dump(&end));
+        }
+        let waiting = other(&["plan", "-no-color", "-lock-timeout=60s"]);
+        waiting.wait_for_out("Acquiring state lock");
+        env.unblock();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{name}: {}", env.dump(&end));
+        let end = waiting.wait();
+        assert_eq!(end.code(), Some(0), "{name}: {}", env.dump(&end));
+        env.assert_unlocked();
+
+        env.forget_state();
+        for left in ["began", "go"] {
+            std::fs::remove_file(env.directory.join(left)).unwrap();
+        }
+        let run = env.start_apply(Subject::Tf);
+        env.wait_for_lease();
+        let id = id_of(&env.locks()[0]);
+        let end = other(&["force-unlock", "-force", &id]).wait();
+        assert_eq!(end.code(), Some(0), "{name}: {}", env.dump(&end));
+        env.assert_unlocked();
+        run.wait_for_err("somebody has deleted the lock of this run");
+        env.unblock();
+        let end = run.wait();
+        assert_ne!(end.code(), Some(0), "{name}: {}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
 #[test]
 fn a_lock_that_replaced_ours_stands() {
     for (name, lock) in everything() {
