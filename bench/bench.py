@@ -6,6 +6,7 @@ machine does meanwhile meets all of them alike. What is reported is the median o
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -72,16 +73,16 @@ def once(work, command, environment=None):
     return (time.perf_counter() - begun) * 1000, process.returncode
 
 
-def rounds(work, commands, count, environment=None):
+def rounds(work, commands, count, environment=None, code=0):
     """Runs every command once a round, in an order that turns by one from round to round.
 
-    Returns, for each command, its milliseconds in each round in which every command ended with 0.
+    Returns, for each command, its milliseconds in each round in which every command ended with `code`.
     """
     with ahead_of_others(is_busy):
-        return rounds_now(work, commands, count, environment)
+        return rounds_now(work, commands, count, environment, code)
 
 
-def rounds_now(work, commands, count, environment):
+def rounds_now(work, commands, count, environment, expected):
     times = {name: [] for name in commands}
     names = list(commands)
     for attempt in range(2 * count + 20):
@@ -91,11 +92,12 @@ def rounds_now(work, commands, count, environment):
         seen = {}
         for name in names[turn:] + names[:turn]:
             seen[name], code = once(work, commands[name], environment)
-            if code != 0:
+            if code != expected:
                 break
         # The servers on the loopback interface lose an answer now and then; such a round measures something else.
-        if code != 0:
-            work.cloud.unlock(work.key)
+        if code != expected:
+            if expected == 0:
+                work.cloud.unlock(work.key)
             continue
         for name in names:
             times[name].append(seen[name])
@@ -115,6 +117,22 @@ def pairs(work, bare, wrapped, count, environment=None):
 def line(name, bare, quartiles, aim=""):
     low, middle, high = quartiles
     print(f"{name:44} {bare:9.2f} {middle:+9.2f}   {low:+.2f} .. {high:+.2f}   {aim}", flush=True)
+
+
+def refused(cloud, program, few):
+    """What the explanation of a refusal adds, in a bucket with the states of 500 workspaces."""
+    work = Work(cloud, provisioner("true"), key="refused.tfstate", programs=[("tf", program)])
+    for number in range(500):
+        cloud.ask("PUT", f"/bucket/env:/workspace-{number}/{work.key}", b"{}")
+    info = {"ID": "22222222-3333-4444-5555-666666666666", "Operation": "OperationTypeApply", "Info": "", "Who": "anna@ci-7",
+            "Version": "1.11.4", "Created": "2026-01-02T03:04:05.678Z", "Path": f"bucket/{work.key}"}
+    item = {"LockID": {"S": f"bucket/{work.key}"}, "Info": {"S": json.dumps(info)}}
+    cloud.dynamodb("PutItem", {"TableName": "locks", "Item": item})
+    commands = {"bare": ["terraform", "plan"], "wrapped": [str(work.root / "bin/tf"), "plan"]}
+    times = rounds(work, commands, 40 // few, code=1)
+    line("a refused plan, 500 workspaces", statistics.median(times["bare"]), more(times, "wrapped"), "limit: +150")
+    cloud.unlock(work.key)
+    work.remove()
 
 
 def resident(pid):
@@ -244,6 +262,7 @@ def measure(cloud, tf, few):
     bare, quartiles = pairs(many, ["terraform", "plan"], [str(many.root / "bin/tf"), "plan"], 24 // few)
     line("a plan of 500 resources", bare, quartiles, f"ratio {1 + quartiles[1] / bare:.3f}, aim 1.02")
     many.remove()
+    refused(cloud, tf, few)
 
     released, gone, memory = [], [], []
     work = Work(cloud, provisioner(WAITS), key="killed.tfstate", programs=[("tf", tf)])

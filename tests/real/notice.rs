@@ -499,6 +499,34 @@ fn a_preemption_and_a_maintenance_of_google_are_heard_as_soon_as_they_are_known(
     }
 }
 
+/// What the firmware says of its machine. The rest of /sys/class is hidden too, because it cannot be written.
+const AS_EC2: &str = "mount -t tmpfs none /sys/class && mkdir -p /sys/class/dmi/id \
+                      && echo Amazon EC2 > /sys/class/dmi/id/sys_vendor && exec tf apply -auto-approve -no-color";
+
+/// Only root can make such a machine, so this test is listed in tests/left-out.
+#[test]
+fn a_machine_of_ec2_is_asked_without_a_setting() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let (mut env, metadata, instance, writes) = on_ec2(Lock::Both);
+    env.set("TFW_NOTICE", UNSET).set("TFW_CLOCK", UNSET);
+    let mut command = env.command("unshare");
+    command.args(["--mount", "sh", "-c", AS_EC2]);
+    let run = Run::start(command);
+    env.wait_for_began(&run);
+    // A machine of a cloud promises to stop terraform in time, also without TFW_CLOCK.
+    assert_eq!(wait_for_renewal_after(&env, &Value::Null)["fence"], "stop", "{}", env.trace());
+    env.wait_for_trace(" answers");
+    let at = in_two_minutes();
+    instance.lock().unwrap().action = Some(spot("terminate", at));
+    wait_for_interrupted(&env);
+    let at = at.strftime("%H:%M:%SZ");
+    let line = format!("tf: this host will be terminated at {at} (EC2 spot interruption); {NEXT}");
+    ends_interrupted(&env, run, &writes, &line);
+    drop(metadata);
+}
+
 #[test]
 fn nothing_is_asked_without_a_lease_or_on_another_machine_or_if_the_user_does_not_want_it() {
     let instance = Shared::<Instance>::default();
