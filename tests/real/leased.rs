@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -637,13 +638,30 @@ fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
     }
 }
 
+/// Returns a directory whose runs have a lease of 2 s. Their provisioner waits for a line in the returned pipe, so terraform
+/// writes its state a few milliseconds after [`lets_go`], if it may run.
+fn about_to_write(lock: Lock) -> (TestEnv, PathBuf) {
+    let mut env = TestEnv::new(lock, "trap '' INT; touch began; read -r _ < go");
+    env.set("TFW_LEASE", "2s").set("TFW_CLOCK", "steady");
+    let go = env.directory.join("go");
+    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    (env, go)
+}
+
+/// Writes a line into the pipe `go`. It must stay open: a stop interrupts the shell's open(2), which begins anew.
+fn lets_go(go: &Path) -> fs::File {
+    let mut go = fs::OpenOptions::new().read(true).write(true).open(go).unwrap();
+    go.write_all(b"\n").unwrap();
+    go
+}
+
 #[test]
 fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
     let Some(cgroup) = cgroup("taken") else { return };
     // More trials: TF_TEST_TRIALS=200.
     let trials = std::env::var("TF_TEST_TRIALS").map_or(4, |number| number.parse().unwrap());
     for (number, lock) in (0..trials).zip([Lock::DynamoDb, Lock::File, Lock::Both].into_iter().cycle()) {
-        let env = leased(lock, "2s");
+        let (env, go) = about_to_write(lock);
         let run = start_in(&cgroup, &env);
         let fuse = named(&env, "tf-fuse");
         cgroup.freeze(true);
@@ -653,7 +671,7 @@ fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
         let other = env.lock_of_another();
         env.put_lock(&other);
         assert_eq!(cloud().s3("PUT", &env.path(), SUCCESSOR.as_bytes()).status(), 200);
-        env.unblock();
+        let _open = lets_go(&go);
         cgroup.freeze(false);
         let end = run.wait();
         assert_eq!(end.signal(), Some(9), "{number}: {}", env.dump(&end));
@@ -691,10 +709,7 @@ fn a_run_that_was_stopped_and_continued_whole_after_its_lock_was_taken_ends() {
 /// Returns whether terraform has written what it had changed. `is_cut` is whether the service closes its connections while the
 /// run is stopped.
 fn writes_after_it_was_continued(order: Continued, is_cut: bool) -> bool {
-    let mut env = TestEnv::new(Lock::DynamoDb, "trap '' INT; touch began; read -r _ < go");
-    env.set("TFW_LEASE", "2s").set("TFW_CLOCK", "steady");
-    let go = env.directory.join("go");
-    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (mut env, go) = about_to_write(Lock::DynamoDb);
     let proxy = through(&mut env, |_| ProxyAction::Pass);
     let run = start(&env);
     let fuse = named(&env, "tf-fuse");
@@ -710,9 +725,7 @@ fn writes_after_it_was_continued(order: Continued, is_cut: bool) -> bool {
     if is_cut {
         proxy.close_connections();
     }
-    // It stays open: the stop has interrupted the shell's open(2), which begins anew.
-    let mut go = fs::OpenOptions::new().read(true).write(true).open(&go).unwrap();
-    go.write_all(b"\n").unwrap();
+    let _open = lets_go(&go);
     let ours = ours(&env);
     match order {
         Continued::ByAge => {}
