@@ -258,78 +258,139 @@ fn pod(uid: &str, phase: &str, states: &[Value]) -> Value {
         "status": { "phase": phase, "containerStatuses": states, "initContainerStatuses": [over("Completed")] } })
 }
 
-#[test]
-fn only_a_pod_whose_containers_the_kubelet_saw_end_is_dead_or_one_whose_instance_is_terminated() {
-    if which("kubectl").is_none() {
-        return;
+/// With the real `kubectl` if it is installed, and with a stand-in for it: calls `check` with an environment, and with
+/// a function that asks about the pod `runner-1`, given its object and the object of its node.
+fn with_each_kubectl(check: impl Fn(&TestEnv, &dyn Fn(Value, Value) -> (String, String))) {
+    for is_real in [true, false] {
+        if is_real && which("kubectl").is_none() {
+            continue;
+        }
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        if !is_real {
+            put_program(&env, "kubectl", include_str!("../support/kubectl"));
+        }
+        let (_server, stored) = cluster(&mut env);
+        put_program(&env, "aws", "#!/bin/sh\ntouch asked\n");
+        let env = env;
+        check(&env, &|pod, node| {
+            *stored.lock().unwrap() = [pod, node];
+            ask_about(&env, "kubernetes", &format!("pod ci/runner-1 ({UID}) on node node-1"))
+        });
     }
-    let mut env = TestEnv::new(Lock::DynamoDb, "true");
-    let (_server, stored) = cluster(&mut env);
-    let place = format!("pod ci/runner-1 ({UID}) on node node-1");
-    // The witness of EC2 says which instance was asked about.
-    let terminated = "#!/bin/sh\nfor one; do case $one in i-*) printf \"$one\\tSTATE\\n\" ;; esac; done\n";
-    put_program(&env, "aws", &terminated.replace("STATE", "running"));
-    let about = |pod: Value, node: Value| {
-        *stored.lock().unwrap() = [pod, node];
-        ask_about(&env, "kubernetes", &place)
-    };
-    let running = || json!({ "name": "c", "state": { "running": {} }, "lastState": over("Error")["state"] });
-    let waiting = json!({ "name": "c", "state": { "waiting": { "reason": "CrashLoopBackOff" } } });
-    assert_answer(&about(pod(UID, "Failed", &[over("OOMKilled")]), Value::Null), "dead", "have terminated");
-    assert_answer(
-        &about(pod(UID, "Succeeded", &[over("Completed"), over("Error")]), Value::Null),
-        "dead",
-        "ci/runner-1",
-    );
+}
+
+/// Asserts the answer about this pod, whose node does not exist any more.
+fn assert_pod(pod: &Value, verdict: &str, reason: &str) {
+    with_each_kubectl(|_, ask| assert_answer(&ask(pod.clone(), Value::Null), verdict, reason));
+}
+
+fn running() -> Value {
+    json!({ "name": "c", "state": { "running": {} }, "lastState": over("Error")["state"] })
+}
+
+#[test]
+fn a_pod_whose_containers_have_all_terminated_is_dead() {
+    assert_pod(&pod(UID, "Failed", &[over("OOMKilled")]), "dead", "have terminated");
+    assert_pod(&pod(UID, "Succeeded", &[over("Completed"), over("Error")]), "dead", "ci/runner-1");
+}
+
+/// A forced delete removes the object, and the container may run on.
+#[test]
+fn a_pod_that_is_not_found_is_unknown() {
+    assert_pod(&Value::Null, "unknown", "kubectl: ");
+}
+
+#[test]
+fn a_pod_with_the_same_name_is_unknown() {
     let another = "11111111-2222-3333-4444-666666666666";
+    assert_pod(&pod(another, "Failed", &[over("Error")]), "unknown", "is another pod now");
+}
+
+/// The control plane sets the phase `Failed` too, of a pod on a node that does not answer.
+#[test]
+fn a_failed_pod_with_a_running_container_is_unknown() {
+    assert_pod(&pod(UID, "Failed", &[running()]), "unknown", "not known that it has terminated");
+    assert_pod(&pod(UID, "Running", &[over("Error"), running()]), "unknown", "not known that it has terminated");
+}
+
+#[test]
+fn a_pod_with_a_container_that_waits_for_its_restart_is_unknown() {
+    let waiting = json!({ "name": "c", "state": { "waiting": { "reason": "CrashLoopBackOff" } } });
+    assert_pod(&pod(UID, "Failed", &[waiting]), "unknown", "not known that it has terminated");
+}
+
+#[test]
+fn a_pod_with_a_running_sidecar_is_unknown() {
+    let mut with_sidecar = pod(UID, "Failed", &[over("Error")]);
+    with_sidecar["status"]["initContainerStatuses"] = json!([running()]);
+    assert_pod(&with_sidecar, "unknown", "not known that it has terminated");
+}
+
+#[test]
+fn a_pod_with_a_running_debugger_is_unknown() {
+    let mut debugged = pod(UID, "Failed", &[over("Error")]);
+    debugged["spec"]["ephemeralContainers"] = json!([{ "name": "d" }]);
+    assert_pod(&debugged, "unknown", "not known that it has terminated");
+    debugged["status"]["ephemeralContainerStatuses"] = json!([running()]);
+    assert_pod(&debugged, "unknown", "not known that it has terminated");
+    debugged["status"]["ephemeralContainerStatuses"] = json!([over("Completed")]);
+    assert_pod(&debugged, "dead", "have terminated");
+}
+
+#[test]
+fn a_pod_without_the_status_of_a_container_is_unknown() {
     let mut without_status = pod(UID, "Failed", &[over("Error"), over("Error")]);
     without_status["status"]["containerStatuses"].as_array_mut().unwrap().pop();
-    let mut with_sidecar = pod(UID, "Running", &[over("Error")]);
-    with_sidecar["status"]["initContainerStatuses"] = json!([running()]);
-    let mut debugged = pod(UID, "Running", &[over("Error")]);
-    debugged["spec"]["ephemeralContainers"] = json!([{ "name": "d" }]);
-    debugged["status"]["ephemeralContainerStatuses"] = json!([running()]);
-    for (what, pod, reason) in [
-        // A forced delete removes the object, and the container may run on.
-        ("not found", Value::Null, "kubectl: "),
-        ("a pod with the same name", pod(another, "Failed", &[over("Error")]), "is another pod now"),
-        ("a phase of the control plane", pod(UID, "Failed", &[running()]), "not known that it has terminated"),
-        ("one container runs", pod(UID, "Running", &[over("Error"), running()]), "not known"),
-        ("a restart", pod(UID, "Running", &[waiting]), "not known"),
-        ("a sidecar runs", with_sidecar, "not known"),
-        ("a debugger runs", debugged, "not known"),
-        ("no status of a container", without_status, "not known"),
-        ("no status", json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "uid": UID } }), "not known"),
-        ("lost", pod(UID, "Failed", &[over("ContainerStatusUnknown")]), "not known"),
-    ] {
-        let answer = about(pod, Value::Null);
-        assert_eq!(answer.0, "unknown", "{what}: {}", answer.1);
-        assert_answer(&answer, "unknown", reason);
-    }
-    // Its node: only a node that was there before the lock.
+    assert_pod(&without_status, "unknown", "not known that it has terminated");
+    let without_any = json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "uid": UID } });
+    assert_pod(&without_any, "unknown", "not known that it has terminated");
+}
+
+/// The kubelet has not seen this container end: the container was not there any more when the kubelet started.
+#[test]
+fn a_pod_with_a_container_that_the_kubelet_could_not_find_is_unknown() {
+    assert_pod(&pod(UID, "Failed", &[over("ContainerStatusUnknown")]), "unknown", "not known that it has terminated");
+}
+
+/// Only a node that existed before the lock is the node of the holder. Another node may have its name now.
+#[test]
+fn a_pod_is_dead_if_the_instance_of_its_node_is_terminated() {
+    // The witness of EC2 says which instance was asked about.
+    let terminated = "#!/bin/sh\nfor one; do case $one in i-*) printf \"$one\\tSTATE\\n\" ;; esac; done\n";
     let node = |created: &str, provider: &str| {
         json!({ "kind": "Node", "apiVersion": "v1", "metadata": { "name": "node-1", "creationTimestamp": created },
             "spec": { "providerID": provider } })
     };
     let provider = format!("aws:///eu-west-1a/{INSTANCE}");
     let old = || node("2026-01-01T00:00:00Z", &provider);
-    assert_answer(&about(Value::Null, old()), "unknown", "kubectl: ");
-    put_program(&env, "aws", &terminated.replace("STATE", "stopped"));
-    assert_answer(&about(Value::Null, old()), "unknown", "kubectl: ");
-    put_program(&env, "aws", &terminated.replace("STATE", "terminated"));
-    assert_answer(&about(Value::Null, old()), "dead", &format!("instance {INSTANCE} is terminated"));
-    assert_answer(&about(pod(UID, "Running", &[running()]), old()), "dead", "the node of pod ci/runner-1 is gone");
-    let new = node("2026-01-03T00:00:00Z", &provider);
-    assert_answer(&about(Value::Null, new), "unknown", "kubectl: ");
-    let other_cloud = node("2026-01-01T00:00:00Z", "gce://p/z/i-0123456789abcdef0");
-    assert_answer(&about(Value::Null, other_cloud), "unknown", "kubectl: ");
-    // The lock itself may name the instance.
-    let answer = ask_about(&env, "kubernetes", &format!("{place}, Amazon EC2 i-0aaaaaaa"));
-    assert_answer(&answer, "dead", "instance i-0aaaaaaa is terminated");
-    for cloud in ["", "pod ci/runner-1", "pod ci/--all (11111111-2222-3333-4444-555555555555)", "Amazon EC2 i-0aaaaaaa"]
-    {
-        assert_answer(&ask_about(&env, "kubernetes", cloud), "unknown", "no pod with a UID");
-    }
+    with_each_kubectl(|env, ask| {
+        for state in ["running", "stopped"] {
+            put_program(env, "aws", &terminated.replace("STATE", state));
+            assert_answer(&ask(Value::Null, old()), "unknown", "kubectl: ");
+        }
+        put_program(env, "aws", &terminated.replace("STATE", "terminated"));
+        assert_answer(&ask(Value::Null, old()), "dead", &format!("instance {INSTANCE} is terminated"));
+        let answer = ask(pod(UID, "Running", &[running()]), old());
+        assert_answer(&answer, "dead", "the node of pod ci/runner-1 is gone");
+        for created in ["2026-01-03T00:00:00Z", "2026-01-02T00:00:00Z"] {
+            assert_answer(&ask(Value::Null, node(created, &provider)), "unknown", "kubectl: ");
+        }
+        let other_cloud = node("2026-01-01T00:00:00Z", "gce://p/z/i-0123456789abcdef0");
+        assert_answer(&ask(Value::Null, other_cloud), "unknown", "kubectl: ");
+        // The lock itself may name the instance.
+        let named = format!("pod ci/runner-1 ({UID}) on node node-1, Amazon EC2 i-0aaaaaaa");
+        assert_answer(&ask_about(env, "kubernetes", &named), "dead", "instance i-0aaaaaaa is terminated");
+    });
+}
+
+#[test]
+fn a_lock_that_names_no_pod_with_a_uid_is_unknown() {
+    with_each_kubectl(|env, _| {
+        for cloud in ["", "pod ci/runner-1", &format!("pod ci/--all ({UID})"), "Amazon EC2 i-0aaaaaaa"] {
+            assert_answer(&ask_about(env, "kubernetes", cloud), "unknown", "no pod with a UID");
+        }
+        assert!(!env.exists("asked"));
+    });
 }
 
 /// A `gh` that has only what the witness uses.
