@@ -20,6 +20,7 @@ use crate::support::{Lock, TestEnv, wait_for};
 const INSTANCE: &str = "i-0123456789abcdef0";
 const TASK: &str = "0123456789abcdef0123456789abcdef";
 const UID: &str = "11111111-2222-3333-4444-555555555555";
+const CONTAINER: &str = "c0ffee0123456789c0ffee0123456789c0ffee0123456789c0ffee0123456789";
 const JOB: &str = "https://github.localhost/o/r/actions/runs/7/attempts/2";
 
 fn script(name: &str) -> PathBuf {
@@ -246,16 +247,24 @@ fn cluster(env: &mut TestEnv) -> (Proxy, Arc<Mutex<[Value; 2]>>) {
     (server, stored)
 }
 
+/// The status of a container that terminated in the second in which `ask` says that the lock was created.
 fn over(reason: &str) -> Value {
-    json!({ "name": "c", "state": { "terminated": { "exitCode": 137, "reason": reason, "finishedAt": "2026-01-02T00:00:00Z" } } })
+    over_at("2026-01-02T00:00:00Z", reason)
 }
 
-/// Returns a pod with one container for each state, and with an init container that has completed.
+fn over_at(finished: &str, reason: &str) -> Value {
+    json!({ "name": "c", "state": { "terminated": { "exitCode": 137, "reason": reason, "finishedAt": finished,
+        "containerID": format!("containerd://{CONTAINER}") } } })
+}
+
+/// Returns a pod that never restarts a container, with one container for each state, and with an init container that
+/// has completed.
 fn pod(uid: &str, phase: &str, states: &[Value]) -> Value {
     let containers: Vec<Value> = states.iter().map(|_| json!({ "name": "c" })).collect();
     json!({ "kind": "Pod", "apiVersion": "v1", "metadata": { "name": "runner-1", "namespace": "ci", "uid": uid },
-        "spec": { "initContainers": [{ "name": "i" }], "containers": containers },
-        "status": { "phase": phase, "containerStatuses": states, "initContainerStatuses": [over("Completed")] } })
+        "spec": { "restartPolicy": "Never", "initContainers": [{ "name": "i" }], "containers": containers },
+        "status": { "phase": phase, "containerStatuses": states,
+            "initContainerStatuses": [over_at("2026-01-01T23:00:00Z", "Completed")] } })
 }
 
 /// With the real `kubectl` if it is installed, and with a stand-in for it: calls `check` with an environment, and with
@@ -350,6 +359,86 @@ fn a_pod_without_the_status_of_a_container_is_unknown() {
 #[test]
 fn a_pod_with_a_container_that_the_kubelet_could_not_find_is_unknown() {
     assert_pod(&pod(UID, "Failed", &[over("ContainerStatusUnknown")]), "unknown", "not known that it has terminated");
+}
+
+/// The container has ended, and the kubelet has reported it. Then the node loses the API server, and the kubelet starts
+/// the container again. The stored status says nothing of the container that runs now.
+#[test]
+fn a_pod_that_restarts_its_containers_is_unknown() {
+    for policy in [json!("Always"), json!("OnFailure"), Value::Null] {
+        // The control plane may have set the phase `Failed` meanwhile, because the node does not answer.
+        for phase in ["Running", "Failed"] {
+            let mut restarting = pod(UID, phase, &[over("Error")]);
+            restarting["spec"]["restartPolicy"] = policy.clone();
+            assert_pod(&restarting, "unknown", "may start a container again in pod ci/runner-1");
+        }
+        // Only the kubelet sets this phase. It never restarts a container of such a pod.
+        let mut succeeded = pod(UID, "Succeeded", &[over("Completed")]);
+        succeeded["spec"]["restartPolicy"] = policy;
+        assert_pod(&succeeded, "dead", "have terminated");
+    }
+}
+
+/// A container may have a restart policy of its own, and rules for exit codes (KEP-5307, KEP-5532).
+#[test]
+fn a_pod_with_a_container_that_has_its_own_restart_policy_is_unknown() {
+    let always = json!("Always");
+    let rules = json!([{ "action": "Restart", "exitCodes": { "operator": "In", "values": [42] } }]);
+    for (list, name, value) in [
+        ("containers", "restartPolicy", &always),
+        ("containers", "restartPolicyRules", &rules),
+        ("initContainers", "restartPolicyRules", &rules),
+    ] {
+        let mut restarting = pod(UID, "Failed", &[over("Error")]);
+        restarting["spec"][list][0][name] = value.clone();
+        assert_pod(&restarting, "unknown", "may start a container again in pod ci/runner-1");
+    }
+    // A sidecar is not restarted after the containers of its pod have terminated.
+    let mut with_sidecar = pod(UID, "Failed", &[over("Error")]);
+    with_sidecar["spec"]["initContainers"][0]["restartPolicy"] = always;
+    assert_pod(&with_sidecar, "dead", "have terminated");
+}
+
+/// The phase is that of the same report in which all containers have terminated. Without it, the report is of a kubelet
+/// that has not decided yet.
+#[test]
+fn a_pod_whose_phase_is_not_final_is_unknown() {
+    for phase in ["Running", "Pending", "Unknown", ""] {
+        assert_pod(&pod(UID, phase, &[over("Error")]), "unknown", "may start a container again in pod ci/runner-1");
+    }
+}
+
+/// Both times are from the clock of the node. A lock that was created later is of a container that this status does not
+/// show.
+#[test]
+fn a_pod_whose_containers_terminated_before_the_lock_was_created_is_unknown() {
+    for finished in ["2026-01-01T23:59:59Z", "0001-01-01T00:00:00Z"] {
+        let earlier = over_at(finished, "Error");
+        assert_pod(&pod(UID, "Failed", &[earlier]), "unknown", "has terminated after the lock was created");
+    }
+    let mut without_time = over("Error");
+    without_time["state"]["terminated"].as_object_mut().unwrap().remove("finishedAt");
+    assert_pod(&pod(UID, "Failed", &[without_time]), "unknown", "has terminated after the lock was created");
+    let (first, last) = (over_at("2026-01-01T23:00:00Z", "Completed"), over_at("2026-01-02T01:00:00Z", "Error"));
+    assert_pod(&pod(UID, "Failed", &[last, first]), "dead", "have terminated");
+}
+
+/// The lock may name the first 12 digits of its container's ID.
+#[test]
+fn a_pod_that_has_no_container_with_the_id_in_the_lock_is_unknown() {
+    let place = format!("pod ci/runner-1 ({UID}) on node node-1");
+    with_each_kubectl(|env, ask_pod| {
+        ask_pod(pod(UID, "Failed", &[over("Error")]), Value::Null);
+        for (container, verdict, reason) in [
+            ("c0ffee012345", "dead", "have terminated"),
+            ("c0ffee012346", "unknown", "no container c0ffee012346"),
+            ("0ffee0123456", "unknown", "no container 0ffee0123456"),
+            (".*", "unknown", "no container .*"),
+        ] {
+            let answer = ask(env, "kubernetes", &json!({ "cloud": place, "container": container }));
+            assert_answer(&answer, verdict, reason);
+        }
+    });
 }
 
 /// Only a node that existed before the lock is the node of the holder. Another node may have its name now.
@@ -501,7 +590,7 @@ fn all_asks_each_witness_that_the_holder_names() {
 
 #[test]
 fn each_witness_has_fewer_than_80_lines() {
-    for name in ["ec2", "ecs", "kubernetes", "github", "all"] {
+    for name in ["ec2", "ecs", "kubernetes", "github", "all", "common"] {
         let lines = fs::read_to_string(script(name)).unwrap().lines().count();
         assert!(lines < 80, "{name} has {lines} lines");
     }
