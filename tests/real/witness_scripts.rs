@@ -29,7 +29,12 @@ fn script(name: &str) -> PathBuf {
 
 /// Asks a script about a holder, and returns its verdict and its reason.
 fn ask(env: &TestEnv, name: &str, holder: &Value) -> (String, String) {
-    let lock = json!({ "id": "a", "who": "\"cloud\":\"Amazon EC2 i-00000000", "created": "2026-01-02T00:00:00.5Z" });
+    ask_at(env, name, holder, "2026-01-02T00:00:00.5Z")
+}
+
+/// Asks about a holder that has created its lock at this time.
+fn ask_at(env: &TestEnv, name: &str, holder: &Value, created: &str) -> (String, String) {
+    let lock = json!({ "id": "a", "who": "\"cloud\":\"Amazon EC2 i-00000000", "created": created });
     env.write("question", &(json!({ "lock": lock, "holder": holder }).to_string() + "\n"));
     let mut command = env.command("/bin/sh");
     command.args(["-c", "exec \"$0\" < question"]).arg(script(name));
@@ -541,7 +546,7 @@ fn only_completed_jobs_on_runners_of_github_are_dead() {
             ),
             ("no runner", of(vec![job("completed", Some("cancelled"), None, &ago(900))]), "runner of GitHub"),
             ("just now", of(vec![done(), job("completed", Some("cancelled"), hosted, &ago(20))]), "5 minutes"),
-            ("only skipped", of(vec![skipped]), "did not list"),
+            ("only skipped", of(vec![skipped.clone()]), "did not list"),
             ("no job", of(vec![]), "did not list"),
             ("not all", json!({ "total_count": 2, "jobs": [done()] }), "did not list"),
             ("no permission", Value::Null, "gh: "),
@@ -549,6 +554,16 @@ fn only_completed_jobs_on_runners_of_github_are_dead() {
             let answer = about(jobs);
             assert_eq!(answer.0, "unknown", "{what}: {}", answer.1);
             assert_answer(&answer, "unknown", reason);
+        }
+        // The machine has outlived its job.
+        *stored.lock().unwrap() = of(vec![job("completed", Some("failure"), hosted, "2026-01-02T00:00:00Z"), skipped]);
+        for (created, verdict, reason) in [
+            ("2026-01-02T00:00:00.999Z", "dead", "are completed"),
+            ("2026-01-02T00:00:01Z", "unknown", "was created after all jobs"),
+            ("", "unknown", "was created after all jobs"),
+            ("2026-01-01 00:00:00 +0100", "unknown", "was created after all jobs"),
+        ] {
+            assert_answer(&ask_at(&env, "github", &holder(JOB, "Azure"), created), verdict, reason);
         }
         // gh sends its token to the server that it is told, so that must not be one that the lock names.
         *stored.lock().unwrap() = of(vec![done()]);
