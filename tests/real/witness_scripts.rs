@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -601,6 +602,80 @@ fn all_asks_each_witness_that_the_holder_names() {
     for holder in [Value::Null, json!({ "host": "vm", "machine": "m" })] {
         assert_answer(&ask(&env, "all", &holder), "unknown", "no witness knows this holder");
     }
+}
+
+/// The time that `tf` gives a witness.
+const WITNESS_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A client that hangs, and that leaves behind a process which keeps its output open.
+const HANGS: &str = "#!/bin/sh\nsleep 600 &\nexec sleep 600\n";
+
+/// Starts a script with a question about this holder.
+fn start(env: &TestEnv, name: &str, holder: &Value) -> Run {
+    let lock = json!({ "id": "a", "created": "2026-01-02T00:00:00.5Z" });
+    let mut command = env.command("/bin/sh");
+    let question = json!({ "lock": lock, "holder": holder }).to_string();
+    command.args(["-c", "printf '%s\\n' \"$1\" | \"$0\""]).arg(script(name)).arg(question);
+    Run::start(command)
+}
+
+/// Waits for the answer, no longer than `tf` does.
+fn answer_of(run: Run, env: &TestEnv) -> (String, String) {
+    let end = run.wait_at_most(WITNESS_TIMEOUT);
+    let answer: Result<Value, _> = serde_json::from_str(&end.out);
+    assert!(answer.is_ok(), "{}", env.dump(&end));
+    let text = |name: &str| answer.as_ref().unwrap()[name].as_str().unwrap().to_owned();
+    (text("verdict"), text("reason"))
+}
+
+#[test]
+fn a_witness_whose_client_hangs_answers_in_time() {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    for client in ["aws", "kubectl", "gh"] {
+        put_program(&env, client, HANGS);
+    }
+    env.set("WITNESS_ECS_CLUSTERS", "a b c d e f g h i j k l m n o p q r s t u v w x y z");
+    let pod = format!("pod ci/runner-1 ({UID}) on node node-1");
+    let instance = format!("Amazon EC2 {INSTANCE}");
+    let task = format!("ECS task {TASK} (Fargate)");
+    let job = json!({ "ci": "GitHub Actions", "job": JOB.replace(".localhost", ".com"), "cloud": "Azure" });
+    let on = |cloud: &str| json!({ "ci": "GitHub Actions", "job": job["job"], "cloud": cloud });
+    let cases = [
+        ("ec2", on(&instance), "aws: no answer within "),
+        ("ecs", on(&task), "aws: no answer within "),
+        ("kubernetes", on(&pod), "kubectl: no answer within "),
+        ("kubernetes", on(&format!("{pod}, {instance}")), "kubectl: no answer within "),
+        ("github", job.clone(), "gh: no answer within "),
+        ("all", on(&format!("{pod}, {instance}")), "no answer within "),
+        ("all", on(&format!("{task}, {instance}")), "no answer within "),
+        ("all", job.clone(), "gh: no answer within "),
+    ];
+    let runs: Vec<Run> = cases.iter().map(|(name, holder, _)| start(&env, name, holder)).collect();
+    for (run, (name, _, reason)) in runs.into_iter().zip(&cases) {
+        let answer = answer_of(run, &env);
+        assert!(answer.1.contains(reason), "{name}: {answer:?}");
+        assert_answer(&answer, "unknown", reason);
+    }
+}
+
+/// A witness whose client hangs leaves time for the next one.
+#[test]
+fn all_asks_the_next_witness_in_time() {
+    let env = TestEnv::empty(Lock::DynamoDb);
+    put_program(&env, "kubectl", HANGS);
+    put_program(&env, "aws", &format!("#!/bin/sh\nsleep 1\nprintf '{INSTANCE}\\tterminated\\n'\n"));
+    let holder = json!({ "cloud": format!("pod ci/runner-1 ({UID}) on node node-1, Amazon EC2 {INSTANCE}") });
+    let runs = ["kubernetes", "all"].map(|name| start(&env, name, &holder));
+    for run in runs {
+        assert_answer(&answer_of(run, &env), "dead", "is terminated");
+    }
+    let slow = format!(
+        "#!/bin/sh\ncase $2 in describe-instances) sleep 600 ;; esac\n\
+         printf 'arn:aws:ecs:us-east-1:1:task/default/{TASK}\\tFARGATE\\tSTOPPED\\n'\n"
+    );
+    put_program(&env, "aws", &slow);
+    let holder = json!({ "cloud": format!("ECS task {TASK} (Fargate), Amazon EC2 {INSTANCE}") });
+    assert_answer(&answer_of(start(&env, "all", &holder), &env), "dead", "has stopped");
 }
 
 #[test]
