@@ -82,14 +82,43 @@ find_kind() {
   esac
 }
 
-# Without TLS, somebody who can change the archive can also change its checksum.
+# Without TLS, somebody who can change the archive can also change its checksum. So plain HTTP is only for this machine,
+# and a redirect may lead only to https. In http://localhost:80@example.com, the host is example.com.
 check_url() {
+  authority=${url#*://}
+  authority=${authority%%/*}
   case $url in
   '') fail "TF_RELEASES_URL is not set" "set it to the directory with the files of a release" ;;
-  https://?*) protocols='=https' ;;
-  'http://127.0.0.1'[:/]* | 'http://localhost'[:/]* | 'http://[::1]'[:/]*) protocols='=http,https' ;;
-  *) fail "the URL of the release must begin with https://: $url" ;;
   esac
+  case $authority in
+  *@*) fail "the URL of the release must not contain a user name or a password" ;;
+  esac
+  case $url in
+  https://?*) protocols='=https' ;;
+  http://*)
+    case $authority in
+    127.0.0.1 | localhost | '[::1]') ;;
+    127.0.0.1:* | localhost:*) check_port "${authority#*:}" ;;
+    '[::1]:'*) check_port "${authority#'[::1]:'}" ;;
+    *) refuse_url ;;
+    esac
+    protocols='=http,https'
+    # A proxy is another machine.
+    no_proxy=127.0.0.1,localhost,::1,${no_proxy:-${NO_PROXY:-}}
+    export no_proxy
+    ;;
+  *) refuse_url ;;
+  esac
+}
+
+check_port() {
+  case $1 in
+  '' | *[!0-9]*) refuse_url ;;
+  esac
+}
+
+refuse_url() {
+  fail "the URL of the release must begin with https://: $url"
 }
 
 find_downloader() {
@@ -123,27 +152,64 @@ find_checksum_tool() {
 
 # download NAME: from the directory of the release into $work.
 download() {
+  name=$1
+  from=$url/$name
   case $downloader in
   curl)
-    set -- "$1" curl --fail --silent --show-error --location --proto "$protocols" --connect-timeout 20 \
-      --speed-limit 1 --speed-time 60 --output "$work/$1" "$url/$1"
+    fetch curl --fail --silent --show-error --location --proto "$protocols" --proto-redir '=https' --connect-timeout 20 \
+      --speed-limit 1 --speed-time 60 --output "$work/$name" "$from" || could_not_download
     ;;
-  wget) set -- "$1" wget --no-verbose --tries=2 --timeout=60 --output-document="$work/$1" "$url/$1" ;;
-  # With -T, that of Debian 12 crashes.
-  *) set -- "$1" wget -q -O "$work/$1" "$url/$1" ;;
+  wget)
+    # It has no option that allows a redirect only to https. So it follows none, and names the first one.
+    redirects=0
+    until fetch wget --no-verbose --tries=2 --timeout=60 --max-redirect=0 --server-response \
+      --output-document="$work/$name" "$from"; do
+      redirects=$((redirects + 1))
+      find_redirect
+      case $from in
+      https://?*) [ "$redirects" -le 10 ] || could_not_download ;;
+      '') could_not_download ;;
+      *) refuse_redirect ;;
+      esac
+    done
+    ;;
+  *)
+    # It follows every redirect, and names it. With -T, that of Debian 12 crashes.
+    fetch wget -S -O "$work/$name" "$from" || could_not_download
+    find_redirect
+    [ -z "$from" ] || refuse_redirect
+    ;;
   esac
-  name=$1
-  shift
-  # In the background, because a shell runs no trap while it waits for a command in the foreground.
+}
+
+# fetch COMMAND...: runs it in the background, because a shell runs no trap while it waits for a command in the foreground.
+fetch() {
   "$@" >"$work/errors" 2>&1 &
   child=$!
   status=0
   wait "$child" || status=$?
   child=
-  if [ "$status" -ne 0 ]; then
-    cat "$work/errors" >&2
-    fail "could not download $url/$name"
-  fi
+  return "$status"
+}
+
+# Sets `from` to the last redirect that wget has named, or to nothing.
+find_redirect() {
+  carriage_return=$(printf '\r')
+  from=
+  while read -r header value _; do
+    case $header in
+    [Ll]ocation:) from=${value%"$carriage_return"} ;;
+    esac
+  done <"$work/errors"
+}
+
+could_not_download() {
+  cat "$work/errors" >&2
+  fail "could not download $url/$name"
+}
+
+refuse_redirect() {
+  fail "could not download $url/$name: it is redirected to a URL that does not begin with https://: $from" "install curl"
 }
 
 # Sets `archive`, `checksum` and `version` from the one line of SHA256SUMS that is for this machine.
