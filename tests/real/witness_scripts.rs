@@ -2,7 +2,7 @@
 //! do not. Each test is with the platform's real client, if that is installed, or with a stand-in for the client.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -63,10 +63,12 @@ fn put_program(env: &TestEnv, name: &str, text: &str) {
     fs::set_permissions(env.bin().join(name), fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// moto's services, and an [`TestEnv`] whose `aws` uses them. `None` if moto or `aws` is not installed.
+/// moto's services, and a [`TestEnv`] whose `aws` uses them: the one on PATH, or else the one that `make conformance`
+/// installs together with moto. `None` if moto or `aws` is not installed.
 fn moto() -> Option<(Server, TestEnv)> {
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/moto/bin/moto_server");
-    if !program.exists() || which("aws").is_none() {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/moto/bin");
+    let (program, installed) = (tools.join("moto_server"), tools.join("aws"));
+    if !program.exists() || (which("aws").is_none() && !installed.exists()) {
         return None;
     }
     let port = free_port();
@@ -74,6 +76,9 @@ fn moto() -> Option<(Server, TestEnv)> {
     let is_up = || http::ask(port, "GET", "/moto-api/data.json", &[], b"").filter(|answer| answer.status() == 200);
     wait_for("moto", is_up, || format!("port {port}"));
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    if which("aws").is_none() {
+        symlink(installed, env.bin().join("aws")).unwrap();
+    }
     for service in ["EC2", "ECS"] {
         env.set(&format!("AWS_ENDPOINT_URL_{service}"), format!("http://127.0.0.1:{port}"));
     }
