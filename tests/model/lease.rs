@@ -1,11 +1,11 @@
 //! The model of a lease at the service: a run that renews it, and takers on other hosts. It answers one question: is a
 //! lock ever claimed or deleted while its terraform may run?
 //!
-//! Time passes in steps of 12 s, and the lease has 60 s. So the thresholds are 1 step (a renewal), 2 (the quiet window),
-//! 4 (the working time), and 6 (lapsed). A request may arrive at any time after it was sent, in any order, or never, and
-//! its response may be lost or late. A process that is frozen takes its next step late. A host that dies takes no more
-//! steps; so no step is needed for that. The kernel acts even then: it ends the fuse at its deadline, and stops
-//! terraform. The model of the host (`lease_host.rs`) shows that the kernel does so whatever dies.
+//! Time passes in steps of 12 s, and the lease has 60 s. So the thresholds are 1 step (a renewal, at most 9.5 s), 2
+//! (the quiet window), 4 (the working time), and 6 (lapsed). A request may arrive at any time after it was sent, in any
+//! order, or never, and its response may be lost or late. A process that is frozen takes its next step late. A host
+//! that dies takes no more steps; so no step is needed for that. The kernel acts even then: it ends the fuse at its
+//! deadline, and stops terraform. The model of the host (`lease_host.rs`) shows that the kernel does so whatever dies.
 //!
 //! The decisions are those of the program. This file only says which facts a process sees at each step.
 //!
@@ -43,7 +43,7 @@ const LENGTH: u64 = 60;
 /// An age in steps at which a lease and a claim have lapsed, whatever the skew. Ages are not counted further.
 const LAPSED: i8 = 6;
 
-/// The number of steps that a record must not change (18 s), and more than which is not counted.
+/// The number of steps that a record must not change (13 s), and more than which is not counted.
 const QUIET: u8 = 2;
 
 /// The number of renewals that may be under way at once.

@@ -191,7 +191,7 @@ fn a_claim_that_has_lapsed_is_taken_over() {
 /// The holder was not gone: it renews its lease while the lock is watched.
 fn a_holder_that_renews_in_between_keeps_its_lock(lock: Lock) {
     let env = leased(lock, "30s");
-    // It is watched for 9 s.
+    // It is watched for 6 s.
     env.lock_with_lease(&record(40, 30));
     let run = env.start(Subject::Tf, &PLAN);
     run.wait_for_err("if nothing changes for");
@@ -224,7 +224,7 @@ fn an_interrupt_ends_the_wait() {
     let env = leased(Lock::Both, "1m");
     env.lock_with_lease(&record(100, 60));
     let run = env.start(Subject::Tf, &PLAN);
-    run.wait_for_err("if nothing changes for 18 s");
+    run.wait_for_err("if nothing changes for 13 s");
     run.send(Signal::SIGINT);
     let end = run.wait();
     assert_eq!(end.signal(), Some(2), "{}", env.dump(&end));
