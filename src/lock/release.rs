@@ -705,9 +705,9 @@ impl Attempt<'_> {
             };
             let verdict = judge(self.recorded, &info, &self.release_context.run);
             trace!("{part:?} holds {}: {verdict:?}", info.id);
-            if verdict == Match::Ours && !self.is_found.replace(true) {
-                self.limit = self.limit.max(SERVICE_TIMEOUT);
-                limit = self.share(services);
+            if verdict == Match::Ours && !self.is_found.replace(true) && self.limit < SERVICE_TIMEOUT {
+                self.limit = SERVICE_TIMEOUT;
+                limit = begun.elapsed() + self.share(services);
             }
             let read = PartRead {
                 info: &info,
