@@ -106,7 +106,8 @@ fn a_nested_tf_saves_its_state_and_releases_its_lock_when_the_outer_terraform_is
     let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     kill(terraform_below(run.pid()), Signal::SIGKILL).unwrap();
-    env.wait_for_trace("Request: [InterruptGroup]");
+    // It hears of the death by its SIGTERM, or by its output, which nobody reads any more.
+    env.wait_for_trace(": [InterruptGroup]");
     // Longer than the time after which a process that is not a tf is killed.
     std::thread::sleep(std::time::Duration::from_secs(7));
     proxy.let_go();

@@ -260,7 +260,8 @@ fn a_host_that_works_never_loses_its_lock(lock: Lock) {
     let end = run.wait();
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
     let end = waiting.wait();
-    assert_eq!((end.code(), releases(&end)), (Some(0), 0), "{}", waits.dump(&end));
+    assert!(end.code() == Some(0) || end.met_a_lock_that_went(), "{}", waits.dump(&end));
+    assert_eq!(releases(&end), 0, "{}", waits.dump(&end));
     holder.env.assert_unlocked();
     wait_until_all_is_gone(&holder.env);
 }

@@ -29,6 +29,13 @@ impl Ended {
         self.status.signal()
     }
 
+    /// Whether a terraform with `-lock-timeout` has given up because the lock that refused it was gone when it read it.
+    /// Bare terraform does so, too.
+    pub fn met_a_lock_that_went(&self) -> bool {
+        self.code() == Some(1)
+            && ["unexpected end of JSON input", "NoSuchKey"].iter().any(|text| self.err.contains(text))
+    }
+
     /// Returns stdout without the lines that terraform prints if it waits more than 400 ms for a lock or an unlock
     /// (clistate/state.go, `LockThreshold`). On a busy machine, any terraform may print them.
     pub fn out_without_slow_locks(&self) -> String {

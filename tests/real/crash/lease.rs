@@ -141,12 +141,9 @@ impl<'a> Contender<'a> {
     fn has_ended(&mut self) -> bool {
         let Some(run) = self.run.take_if(|run| is_gone(run.pid())) else { return self.end.is_some() };
         let end = run.wait();
-        // Terraform gives up if the lock that refused it is gone when it reads it.
-        let is_terraforms_race =
-            ["unexpected end of JSON input", "NoSuchKey"].iter().any(|text| end.err.contains(text));
         // A terraform that dies between the writes of its state and of the digest leaves this. It is repaired on request.
         let is_torn = end.err.contains("does not have the expected content");
-        if end.code() != Some(0) && (is_terraforms_race || is_torn) {
+        if end.code() != Some(0) && (end.met_a_lock_that_went() || is_torn) {
             if is_torn {
                 let mended = self.env.run(Subject::Tf, &["locks", "doctor", "--fix-digest", "--yes"]);
                 assert_eq!(mended.code(), Some(0), "{}", self.env.dump(&mended));
