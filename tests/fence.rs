@@ -10,7 +10,7 @@
 
 macro_rules! modules {
     ($($name:ident $path:literal)*) => {
-        $(#[allow(dead_code, unused_imports, unused_macros, clippy::allow_attributes)] #[path = $path] mod $name;)*
+        $(#[allow(dead_code, unreachable_pub, unused_imports, unused_macros, clippy::allow_attributes)] #[path = $path] mod $name;)*
     };
 }
 
