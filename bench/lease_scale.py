@@ -147,7 +147,8 @@ class Run:
             "length": {"secs": options.lease, "nanos": 0}, "fence": "stop",
             "holder": {"user": "u" * 32, "host": "h" * 63, "machine": "m" * 32, "boot": "b" * 36, "container": "c" * 64,
                        "ci": "GitHub Actions", "job": "https://example.com/" + "j" * 200, "attempt": "1", "cloud": "i" * 60},
-            "terraform": terraform.pid, "start": start_of(terraform.pid), "may_have_a_record": False, "withdraws": False, "directory": "/",
+            "terraform": terraform.pid, "start": start_of(terraform.pid),
+            "may_have_a_record": False, "withdraws": False, "directory": "/",
         }
         self.reports, socket_end = socket.socketpair()
         self.fuse, fuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

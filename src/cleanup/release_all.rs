@@ -282,8 +282,8 @@ fn not_believed(
 }
 
 /// Tries to release the lock at each of `candidates`, until it is released at one of them. For `effort`, see
-/// [`release::release`]. Returns "released" if the lock was released, otherwise the last "not released", and "absent" only if the
-/// lock was absent at all locations. `None` if `candidates` is empty.
+/// [`release::release`]. Returns "released" if the lock was released, otherwise the last "not released", and "absent"
+/// only if the lock was absent at all locations. `None` if `candidates` is empty.
 fn release_where_found(
     recorded: &RecordedLock,
     candidates: &[LockLocation],

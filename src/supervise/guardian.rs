@@ -711,10 +711,7 @@ impl<'a> Watch<'a> {
         self.context.pipes.discard_output();
         let ended = self.stop_terraform();
         if let Some(lease) = &mut self.context.lease {
-            if lease.died_while_stopped(ended) {
-                self.context.tree.kill_rest();
-            }
-            lease.end();
+            lease.end(ended, self.context.tree);
         }
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");

@@ -247,10 +247,7 @@ impl<'a> Prepared<'a> {
         // No renewal may come between a read and a delete of the lock. And the fuse must not stop what terraform has
         // left on purpose.
         if let Some(lease) = &mut self.lease {
-            if lease.died_while_stopped(Some(ended)) {
-                self.tree.kill_rest();
-            }
-            lease.end();
+            lease.end(Some(ended), &self.tree);
         }
         crash_point::reached("tf: terraform ended");
         let tried = waiting.finish(&mut Waiter::Interactive(signals));

@@ -777,18 +777,16 @@ impl RunLease {
         Some(stopped.interrupts)
     }
 
-    /// Whether terraform died while it was stopped for its lease: `ended` is how it ended, `None` if that is unknown. Then
-    /// another run may have its lock by now, and what terraform has left must not run again. But [`RunLease::end`]
-    /// continues the group, for a process that terraform has left on purpose. So kill what is left before that.
+    /// Ends the lease, because terraform has ended. `ended` is how, `None` if that is unknown. The keeper has ended when
+    /// this returns, so that no renewal comes between a read and a delete of the lock.
     ///
-    /// A terraform that exited by itself was not stopped then.
-    pub(crate) fn died_while_stopped(&self, ended: Option<Ended>) -> bool {
-        !matches!(ended, Some(Ended::Exited(_))) && (self.is_stopped() || self.is_blown())
-    }
-
-    /// Ends the lease, because terraform has ended. The keeper has ended when this returns, so that no renewal comes between
-    /// a read and a delete of the lock.
-    pub(crate) fn end(&mut self) {
+    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and what terraform has
+    /// left must not run again. But the end of the fence continues the group, for a process that terraform has left on
+    /// purpose. So this kills what is left before that. A terraform that exited by itself was not stopped then.
+    pub(crate) fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
+        if !matches!(ended, Some(Ended::Exited(_))) && (self.is_stopped() || self.is_blown()) {
+            tree.kill_rest();
+        }
         crash_point::reached("lease: ends");
         self.let_go();
         self.keepers.end();
