@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::given_back::{is_dynamodb, takes_item, through};
+use super::given_back::{is_dynamodb, takes_item, through, writes_state};
 use super::locks_doctor::unfit;
 use super::survived::records;
 use crate::support::cloud::{cloud, tool};
@@ -55,10 +55,6 @@ fn reads_lock(request: &Message) -> bool {
 pub fn deletes_lock(request: &Message) -> bool {
     let item = is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression");
     item || (request.start.starts_with("DELETE ") && request.header("if-match").is_some())
-}
-
-fn writes_state(request: &Message) -> bool {
-    request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")
 }
 
 /// Returns the two ends of a switch in a proxy's rule. It is off until the test turns it on.

@@ -25,7 +25,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{in_source, tell};
-use crate::given_back::through;
+use crate::given_back::{through, writes_state};
 use crate::leased::{record, wait_for_renewal_after};
 use crate::locks_recover::recover;
 use crate::support::cloud::cloud;
@@ -64,9 +64,9 @@ enum Situation {
     FuseKilled,
     /// The holder has no network until the other host has the lock.
     CutOff,
-    /// `tf` was killed.
+    /// `tf` was killed, and the terraform that its guardian has interrupted needs long for its end.
     TfKilled,
-    /// `tf` was killed, and then the keeper of the guardian.
+    /// The same, and then the keeper of the guardian was killed.
     GuardiansKeeperKilled,
     /// `tf` and its guardian were killed.
     Unsupervised,
@@ -98,6 +98,8 @@ struct Hosts {
     other: TestEnv,
     _proxy: Proxy,
     is_away: Arc<AtomicBool>,
+    /// Whether the service does not answer the holder's terraform when it writes the state.
+    holds_state: Arc<AtomicBool>,
     _kill_on_drop: [KillOnDrop; 2],
 }
 
@@ -168,9 +170,16 @@ impl<'a> Contender<'a> {
 impl Hosts {
     fn new(lock: Lock) -> Self {
         let mut holder = TestEnv::new(lock, WAITS);
-        let is_away = Arc::new(AtomicBool::new(false));
-        let away = is_away.clone();
-        let rule = move |_: &Message| if away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass };
+        let (is_away, holds_state) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (away, holds) = (is_away.clone(), holds_state.clone());
+        let rule = move |request: &Message| {
+            let is_held = writes_state(request) && holds.load(Ordering::SeqCst);
+            while is_held && holds.load(Ordering::SeqCst) {
+                sleep(POLL_INTERVAL);
+            }
+            // A terraform that is still running sends it again. What a dead one has sent must not arrive now.
+            if is_held || away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass }
+        };
         let proxy = through(&mut holder, rule);
         let mut other = TestEnv::empty(lock);
         other.bucket.clone_from(&holder.bucket);
@@ -181,7 +190,7 @@ impl Hosts {
         holder.set("TFW_LEASE", format!("{}s", lease())).set("TFW_CLOCK", "steady");
         other.set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady");
         let kill_on_drop = [KillOnDrop(home(&holder)), KillOnDrop(home(&other))];
-        Self { holder, other, _proxy: proxy, is_away, _kill_on_drop: kill_on_drop }
+        Self { holder, other, _proxy: proxy, is_away, holds_state, _kill_on_drop: kill_on_drop }
     }
 
     /// The directory that makes the points count ([`Hosts::start`]).
@@ -189,8 +198,15 @@ impl Hosts {
         self.holder.directory.join("armed")
     }
 
+    /// Lets the holder's terraform come to its end.
+    fn unblock(&self) {
+        self.holds_state.store(false, Ordering::SeqCst);
+        self.holder.unblock();
+    }
+
     fn clear(&self) {
         self.is_away.store(false, Ordering::SeqCst);
+        self.holds_state.store(false, Ordering::SeqCst);
         let _ = fs::remove_dir_all(self.armed());
         for env in [&self.holder, &self.other] {
             for name in ["began", "go", "trace"] {
@@ -312,6 +328,8 @@ impl Hosts {
                 return self.until(run, "the end of all", is_over);
             }
             Situation::TfKilled | Situation::GuardiansKeeperKilled => {
+                // The guardian interrupts terraform, which then saves the state. It must not end before the renewals.
+                self.holds_state.store(true, Ordering::SeqCst);
                 let first = self.find("tf-keeper");
                 let _ = kill(run.pid(), Signal::SIGKILL);
                 if situation == Situation::GuardiansKeeperKilled {
@@ -349,7 +367,7 @@ impl Hosts {
             }
             Situation::KeptOnPurpose => self.kill_named("terraform"),
         }
-        self.holder.unblock();
+        self.unblock();
         self.until(run, "the end of all", is_over)
     }
 
@@ -433,7 +451,7 @@ impl Hosts {
         }
         let written = self.holder.state();
         self.is_away.store(false, Ordering::SeqCst);
-        self.holder.unblock();
+        self.unblock();
         let mut is_killed_late = false;
         let end_of_all = || {
             sleep(POLL_INTERVAL);
