@@ -1,6 +1,7 @@
 //! S3, DynamoDB and STS on loopback. They are simulated by MiniStack, which is started once and exits with the tests.
 
-use std::net::TcpListener;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -12,9 +13,20 @@ use super::http::{self, Message};
 use super::proxy::{Proxy, ProxyAction};
 use super::wait_for;
 
-/// Returns a port on which nothing listens.
+/// Returns a port on 127.0.0.1 for a server that cannot choose one itself. Nothing listens on it, and for a minute only a
+/// socket that asks for this very port with `SO_REUSEADDR` gets it, as servers do.
+///
+/// A port that was merely bound and closed again would be free for the next server that takes any port, and for the next
+/// connection. But no such socket gets a port with a connection in TIME-WAIT. The end of a connection that is closed
+/// first is in that state (RFC 9293, 3.6; tcp(7)).
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    drop(listener.accept().unwrap());
+    // After this, the accepted end is the one that was closed first.
+    assert_eq!((&client).read(&mut [0]).unwrap(), 0);
+    port
 }
 
 /// Returns the path of a program in the tests' own virtual environment, which `make test` sets up.
