@@ -6,6 +6,7 @@
     unsafe_code,
     unreachable_pub,
     dead_code,
+    unused_macros,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::disallowed_methods,

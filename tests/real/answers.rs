@@ -186,7 +186,7 @@ fn an_absence_is_looked_at_twice() {
         let mut env = TestEnv::new(lock, WAITS);
         let (killed, is_killed) = switch();
         let left = AtomicUsize::new(1);
-        through(&mut env, move |request| {
+        let _proxy = through(&mut env, move |request| {
             let bad = is_killed.load(Ordering::SeqCst) && reads_lock(request);
             if bad && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
                 let no_key = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>";
@@ -220,7 +220,7 @@ fn a_lock_that_nobody_answers_for_is_named_and_kept_for_the_next_tf() {
         let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
         let mut env = TestEnv::new(lock, WAITS);
         let (portal, is_portal) = switch();
-        through(&mut env, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if is_portal.load(Ordering::SeqCst) && reads_lock(request) {
                 ProxyAction::Answer(answer.clone())
             } else {
@@ -254,7 +254,7 @@ fn a_delete_that_deleted_nothing_is_not_called_a_release() {
         let answer = no_answers().into_iter().find(|(known, _)| *known == name).unwrap().1;
         let mut env = TestEnv::new(lock, WAITS);
         let (portal, is_portal) = switch();
-        through(&mut env, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if is_portal.load(Ordering::SeqCst) && deletes_lock(request) {
                 ProxyAction::Answer(answer.clone())
             } else {

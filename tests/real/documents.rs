@@ -244,7 +244,8 @@ fn every_link_of_the_documents_leads_somewhere() {
 fn every_invariant_of_the_protocol_has_a_test_that_is_there() {
     let text = fs::read_to_string(root().join("docs/protocol.md")).unwrap();
     let tables = text.split("\n| what is always true").skip(1);
-    let rows: Vec<_> = tables.flat_map(|table| table.lines().skip(2).take_while(|line| line.starts_with('|'))).collect();
+    let rows: Vec<_> =
+        tables.flat_map(|table| table.lines().skip(2).take_while(|line| line.starts_with('|'))).collect();
     assert!(rows.len() >= 15, "both tables are read: {rows:?}");
     for row in rows {
         let cell = row.trim_matches('|').split(" | ").nth(2).unwrap_or_default();

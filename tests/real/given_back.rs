@@ -273,7 +273,7 @@ fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
     let run = |subject: Subject, left: bool, (lock, takes): (Lock, Takes)| {
         let mut env = TestEnv::new(lock, "true");
         let once = AtomicBool::new(true);
-        through(&mut env, move |request| {
+        let _proxy = through(&mut env, move |request| {
             if takes(request) && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
         });
         let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
@@ -295,7 +295,7 @@ fn a_failing_unlock_leaves_no_lock() {
         for lock in Lock::ALL {
             let mut env = TestEnv::new(lock, "true");
             // Every unlock of terraform fails. It is recognized by its lack of a condition.
-            through(&mut env, move |request| {
+            let _proxy = through(&mut env, move |request| {
                 let item = unlocks_item(request);
                 let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
                 if item || file { ProxyAction::Answer(Message::answer("403 Forbidden", "")) } else { ProxyAction::Pass }
@@ -473,7 +473,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
         Lock::DynamoDb,
         "nohup sh -c 'touch began; while test -e began && ! test -e go; do sleep 0.02; done; touch ended' >/dev/null 2>&1 &",
     );
-    through(&mut env, |request| {
+    let _proxy = through(&mut env, |request| {
         if unlocks_item(request) {
             ProxyAction::Answer(Message::answer("403 Forbidden", ""))
         } else {
@@ -574,7 +574,7 @@ fn a_service_that_cuts_our_own_deletes_answer_is_no_error() {
     for lock in [Lock::DynamoDb, Lock::File] {
         let mut env = TestEnv::new(lock, WAITS);
         let once = AtomicBool::new(true);
-        through(&mut env, move |request| {
+        let _proxy = through(&mut env, move |request| {
             let ours = (is_dynamodb(request, ".DeleteItem") && request.text().contains("ConditionExpression"))
                 || (request.start.starts_with("DELETE ") && request.header("if-match").is_some());
             if ours && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }

@@ -146,7 +146,7 @@ fn a_lock_request_that_it_gave_up_is_released_when_it_lands() {
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let asked = std::sync::Arc::new(std::sync::Mutex::new(None));
     let seen = std::sync::Arc::clone(&asked);
-    through(&mut env, move |request| {
+    let _proxy = through(&mut env, move |request| {
         if !takes_item(request) {
             return ProxyAction::Pass;
         }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::http::{Kind, Message};
+use super::listener::Listener;
 use super::wait_for;
 
 /// What the stand-in does with a request.
@@ -45,22 +46,20 @@ struct Seen {
 pub struct Metadata {
     pub port: u16,
     seen: Arc<Mutex<Seen>>,
+    _listener: Listener,
 }
 
 impl Metadata {
     /// Starts a stand-in on every address of this machine. `rule` may wait: each connection has its own thread.
     pub fn start(rule: impl Fn(&Message) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind(("0.0.0.0", 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
         let (seen, rule) = (Arc::<Mutex<Seen>>::default(), Arc::new(rule));
         let for_listener = Arc::clone(&seen);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (seen, rule) = (Arc::clone(&for_listener), Arc::clone(&rule));
-                std::thread::spawn(move || serve(BufReader::new(stream), &seen, &*rule));
-            }
+        let listener = Listener::start_on(listener, move |stream| {
+            let (seen, rule) = (Arc::clone(&for_listener), Arc::clone(&rule));
+            std::thread::spawn(move || serve(BufReader::new(stream), &seen, &*rule));
         });
-        Self { port, seen }
+        Self { port: listener.port, seen, _listener: listener }
     }
 
     pub fn asked(&self) -> Vec<Asked> {

@@ -6,6 +6,7 @@ pub mod clean;
 pub mod cloud;
 pub mod http;
 pub mod lease;
+pub mod listener;
 pub mod metadata;
 pub mod process;
 pub mod processes;

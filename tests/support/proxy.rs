@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::authority::Authority;
 use super::http::{Kind, Message};
+use super::listener::Listener;
 use super::wait_for;
 
 /// What the proxy does with a request.
@@ -44,9 +45,19 @@ struct Shared {
     clients: Mutex<HashMap<usize, TcpStream>>,
 }
 
+#[must_use]
 pub struct Proxy {
     pub port: u16,
     shared: Arc<Shared>,
+    _listener: Listener,
+}
+
+impl Drop for Proxy {
+    /// Ends the threads that serve connections.
+    fn drop(&mut self) {
+        self.let_go();
+        self.close_connections();
+    }
 }
 
 impl Proxy {
@@ -68,8 +79,6 @@ impl Proxy {
         rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
         serve: impl Fn(TcpStream, &Shared) + Clone + Send + 'static,
     ) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
         let shared = Arc::new(Shared {
             rule: Box::new(rule),
             upstream,
@@ -79,20 +88,20 @@ impl Proxy {
             clients: Mutex::default(),
         });
         let for_listener = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for (number, stream) in listener.incoming().flatten().enumerate() {
-                let (shared, serve) = (Arc::clone(&for_listener), serve.clone());
-                if let Ok(copy) = stream.try_clone() {
-                    shared.clients.lock().unwrap().insert(number, copy);
-                }
-                std::thread::spawn(move || {
-                    serve(stream, &shared);
-                    // The connection is closed only when no copy is left.
-                    shared.clients.lock().unwrap().remove(&number);
-                });
+        let mut number = 0;
+        let listener = Listener::start(move |stream| {
+            let (shared, serve) = (Arc::clone(&for_listener), serve.clone());
+            number += 1;
+            if let Ok(copy) = stream.try_clone() {
+                shared.clients.lock().unwrap().insert(number, copy);
             }
+            std::thread::spawn(move || {
+                serve(stream, &shared);
+                // The connection is closed only when no copy is left.
+                shared.clients.lock().unwrap().remove(&number);
+            });
         });
-        Self { port, shared }
+        Self { port: listener.port, shared, _listener: listener }
     }
 
     /// Like [`Proxy::start_changing`], but its clients use TLS, for the host 127.0.0.1.

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
+use super::listener::Listener;
 use super::wait_for;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,7 @@ enum Phase {
 pub struct Relay {
     pub port: u16,
     phase: Arc<(Mutex<Phase>, Condvar)>,
+    _listener: Listener,
 }
 
 /// The bytes that a connection takes which nobody reads.
@@ -34,26 +36,23 @@ impl Relay {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         // Each accepted connection inherits it (tcp(7)).
         rustix::net::sockopt::set_socket_recv_buffer_size(&listener, BUFFER).unwrap();
-        let port = listener.local_addr().unwrap().port();
         let phase = Arc::new((Mutex::new(Phase::Passing), Condvar::new()));
         let of_listener = phase.clone();
-        std::thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                let Ok(server) = TcpStream::connect(("127.0.0.1", upstream)) else { continue };
-                let (from_client, to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-                let phase = of_listener.clone();
-                std::thread::spawn(move || {
-                    let back = std::thread::spawn(move || copy(&server, &client, |_| ()));
-                    let mut was_stalled = false;
-                    copy(&from_client, &to_server, |bytes| was_stalled |= stalls_at_write(bytes, &phase));
-                    back.join().unwrap();
-                    if was_stalled {
-                        *phase.0.lock().unwrap() = Phase::Ended;
-                    }
-                });
-            }
+        let listener = Listener::start_on(listener, move |client| {
+            let Ok(server) = TcpStream::connect(("127.0.0.1", upstream)) else { return };
+            let (from_client, to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            let phase = of_listener.clone();
+            std::thread::spawn(move || {
+                let back = std::thread::spawn(move || copy(&server, &client, |_| ()));
+                let mut was_stalled = false;
+                copy(&from_client, &to_server, |bytes| was_stalled |= stalls_at_write(bytes, &phase));
+                back.join().unwrap();
+                if was_stalled {
+                    *phase.0.lock().unwrap() = Phase::Ended;
+                }
+            });
         });
-        Self { port, phase }
+        Self { port: listener.port, phase, _listener: listener }
     }
 
     /// Waits until a write of the state has begun, whose rest is not read.
