@@ -482,7 +482,7 @@ impl Supervision<'_> {
         if lease.follow(self.recorder.log(), candidates, self.tree)
             && let Some(orders) = lease.orders()
         {
-            self.run_record.tell_lease(orders, self.recorder);
+            self.run_record.tell_lease(Some(orders), self.recorder);
         }
         if let Some(lock) = lease.lock_without_lease(self.recorder.log()) {
             console::say(&messages::lock_without_lease(&lock.path));
@@ -509,11 +509,7 @@ impl Supervision<'_> {
             trace!("terraform was continued by another process, and is stopped again");
         }
         let recorder = &mut *self.recorder;
-        let phase = |id: &str| match recorder.read().unreleased().find(|lock| lock.id == id) {
-            None => LockPhase::Gone,
-            Some(lock) if lock.progress.is_before_unlock() => LockPhase::Held,
-            Some(_) => LockPhase::Unlocking,
-        };
+        let phase = |id: &str| LockPhase::of(id, recorder.read());
         for effect in lease.step(has_person, phase) {
             trace!("lease: {effect:?}");
             match effect {
@@ -544,9 +540,9 @@ impl Supervision<'_> {
             }
         }
         if let Some(lease) = &mut self.lease
-            && let Some(orders) = lease.new_orders()
+            && lease.has_new_orders()
         {
-            self.run_record.tell_lease(orders, self.recorder);
+            self.run_record.tell_lease(lease.orders(), self.recorder);
         }
     }
 

@@ -32,6 +32,7 @@ use crate::cleanup::clean_up::SilentReporter;
 use crate::cleanup::process_tree::identities;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::state_directory::Durability;
+use crate::lease::fence::EndReason;
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -52,7 +53,7 @@ use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::lock::reached::Reached;
 use crate::supervise::keeper::Orders;
 use crate::supervise::pipes::Pipes;
-use crate::supervise::run_lease::{RunLease, STOP_AGAIN_INTERVAL};
+use crate::supervise::run_lease::{LockPhase, RunLease, STOP_AGAIN_INTERVAL};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
@@ -241,12 +242,13 @@ impl Guardian {
         self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
 
-    /// Sends what a keeper of the run's lease needs to know, for a keeper that the guardian starts if `tf` dies.
+    /// Sends what a keeper of the run's lease needs to know, for a keeper that the guardian starts if `tf` dies or is
+    /// suspended. `None` if there is no lease any more.
     ///
     /// # Errors
     /// Fails if the guardian is gone.
-    pub(crate) fn tell_lease(&mut self, orders: &Orders) -> io::Result<()> {
-        self.send(LEASE, &serde_json::to_vec(orders)?)
+    pub(crate) fn tell_lease(&mut self, orders: Option<&Orders>) -> io::Result<()> {
+        self.send(LEASE, &serde_json::to_vec(&orders)?)
     }
 
     /// Reports that the run is over. The guardian then exits without further work. [`Guardian::wait`] waits for its
@@ -406,7 +408,7 @@ struct Watch<'a> {
     /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
     /// `None` if there is no such log.
     news: Option<(u64, Log)>,
-    /// What a keeper of the run's lease needs to know. `None` as long as no lease has begun.
+    /// What a keeper of the run's lease needs to know. `None` if no lease has begun, or if it has ended.
     orders: Option<Orders>,
     /// Whether the guardian renews the lease, because `tf` is suspended.
     has_lease: bool,
@@ -581,7 +583,9 @@ impl<'a> Watch<'a> {
             self.has_lease = true;
             lease.take_over(Some(orders.clone()), self.context.tree);
         }
-        lease.step_as_guardian();
+        // A suspended terraform does nothing, and `tf` acts on a loss when it goes on.
+        let recorder = &mut *self.context.recorder;
+        let _ = lease.step_as_guardian(|id| LockPhase::of(id, recorder.log()));
     }
 
     /// Ends the guardian's own keeper, if it has one.
@@ -655,13 +659,16 @@ impl<'a> Watch<'a> {
                     let _ = self.context.stop.decide(event, self.context.run.begun.elapsed());
                 }
             }
-            STILL => self.still = payload == [1],
+            STILL => {
+                self.still = payload == [1];
+                trace!("guardian: tf is suspended: {}", self.still);
+            }
             OUTSIDE_GROUP => {
                 let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };
                 self.context.tree.add_members(&processes);
                 write_survivors(self.context.entry, self.context.record.as_mut(), processes);
             }
-            LEASE => self.orders = serde_json::from_slice(payload).ok(),
+            LEASE => self.orders = serde_json::from_slice(payload).unwrap_or_default(),
             NEWS => {
                 if let Ok((offset, log)) = serde_json::from_slice::<(u64, Log)>(payload) {
                     self.news = Some((offset, log));
@@ -766,7 +773,13 @@ impl<'a> Watch<'a> {
             let is_stopped = Process::look_up(terraform.pid).is_some_and(|process| process.state == 'T');
             match &mut self.context.lease {
                 Some(lease) => {
-                    lease.step_as_guardian();
+                    let recorder = &mut *self.context.recorder;
+                    if lease.step_as_guardian(|id| LockPhase::of(id, recorder.read())) {
+                        trace!("guardian: the lock of terraform is another run's");
+                        let lost = StopEvent::LeaseEnded(EndReason::LockLost);
+                        effects = self.context.stop.decide(lost, self.context.run.begun.elapsed());
+                        continue;
+                    }
                     if is_stopped {
                         lease.continue_group();
                     }

@@ -79,6 +79,17 @@ pub(crate) enum LockPhase {
     Gone,
 }
 
+impl LockPhase {
+    /// Returns the phase of the lock with the ID `id` in `log`.
+    pub(crate) fn of(id: &str, log: &Log) -> Self {
+        match log.unreleased().find(|lock| lock.id == id) {
+            None => Self::Gone,
+            Some(lock) if lock.progress.is_before_unlock() => Self::Held,
+            Some(_) => Self::Unlocking,
+        }
+    }
+}
+
 /// A terraform that the kernel has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stopped {
@@ -204,13 +215,9 @@ impl RunLease {
         self.is_lost_in_unlock
     }
 
-    /// Returns what a keeper needs to know, if it has changed since the last call. `None` if it has not, or if no lock is
-    /// held.
-    pub(crate) fn new_orders(&mut self) -> Option<&Orders> {
-        if !std::mem::take(&mut self.has_new_orders) {
-            return None;
-        }
-        self.orders()
+    /// Whether [`RunLease::orders`] have changed since the last call.
+    pub(crate) fn has_new_orders(&mut self) -> bool {
+        std::mem::take(&mut self.has_new_orders)
     }
 
     /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped it.
@@ -257,7 +264,7 @@ impl RunLease {
         latest.zip(written).is_some_and(|(latest, written)| written > latest)
     }
 
-    /// Returns what a keeper needs to know. `None` if no lock is held.
+    /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
     pub(crate) fn orders(&self) -> Option<&Orders> {
         self.orders.as_ref().filter(|_| !self.is_over)
     }
@@ -377,13 +384,31 @@ impl RunLease {
         (self.orders, self.terraform) = (None, None);
     }
 
-    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`]. Its terraform is
-    /// being stopped already, so nothing that a keeper reports makes a difference.
-    pub(crate) fn step_as_guardian(&mut self) {
+    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`].
+    /// `phase` as in [`RunLease::step`]. Returns whether the lock is lost and terraform must be killed: it writes its state
+    /// even after an interrupt. Until then, it is stopped. A lock that is only gone does not kill it, as under
+    /// [`RunLease::step`]; the fuse ends it at its deadline.
+    pub(crate) fn step_as_guardian(&mut self, mut phase: impl FnMut(&str) -> LockPhase) -> bool {
+        let mut is_lost = false;
         while let Some(news) = self.keepers.hear() {
             trace!("guardian: the keeper: {news:?}");
-            if let News::Report(Report::Notice(notice)) = news {
-                self.note_notice(notice);
+            match news {
+                News::Report(Report::Notice(notice)) => {
+                    self.note_notice(notice);
+                }
+                News::Report(Report::Lost(loss)) if loss != Loss::Gone => {
+                    let of = self.orders.as_ref().map(|orders| phase(&orders.lock));
+                    if of == Some(LockPhase::Held) {
+                        self.cut_off();
+                        is_lost = true;
+                    }
+                    self.loss = Some(loss);
+                }
+                News::Report(Report::NoLease(_)) => {
+                    self.keepers.let_go();
+                    self.orders = None;
+                }
+                News::Report(_) | News::Failing(_) => {}
             }
         }
         if self.keepers.is_restart_due() {
@@ -391,6 +416,15 @@ impl RunLease {
             self.start_keeper();
             crash_point::reached("lease: the guardian replaced its keeper");
         }
+        is_lost
+    }
+
+    /// Keeps terraform from sending anything more, until it is killed.
+    fn cut_off(&self) {
+        if let Some(group) = self.group {
+            let _ = killpg(group, Signal::SIGSTOP);
+        }
+        self.abort_requests();
     }
 
     /// Returns the descriptors that the guardian must keep.
@@ -591,11 +625,7 @@ impl RunLease {
             }
             Report::Lost(loss) => {
                 self.loss = Some(loss);
-                if let Some(group) = self.group.filter(|_| self.stopped.is_none()) {
-                    // It is killed next. Until then, it must not open another connection.
-                    let _ = killpg(group, Signal::SIGSTOP);
-                }
-                self.abort_requests();
+                self.cut_off();
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
@@ -798,6 +828,8 @@ impl RunLease {
     fn let_go(&mut self) {
         self.keepers.let_go();
         crash_point::reached("lease: told the keeper");
+        // The guardian must not renew it either.
+        self.has_new_orders |= self.orders.is_some() && !self.is_over;
         (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
             fence.end(self.group);
@@ -896,6 +928,20 @@ mod tests {
             lease.heard(looked, &mut |_| phase);
             assert_eq!(lease.is_lost_in_unlock(), expected, "{phase:?} {loss:?}");
             assert_eq!(lease.loss(), Some(&loss));
+        }
+    }
+
+    #[test]
+    fn the_guardian_is_told_that_there_is_no_lease_any_more() {
+        let reports: [fn(&mut RunLease); 2] = [
+            |lease| drop(lease.heard(Report::NoLease("refused".to_owned()), &mut |_| LockPhase::Held)),
+            RunLease::let_go,
+        ];
+        for ends in reports {
+            let mut lease = lease_of_a_stopped_run();
+            assert!(lease.orders().is_some() && !lease.has_new_orders());
+            ends(&mut lease);
+            assert!(lease.orders().is_none() && lease.has_new_orders() && !lease.has_new_orders());
         }
     }
 

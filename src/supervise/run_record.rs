@@ -90,8 +90,8 @@ impl RunRecord {
         }
     }
 
-    /// Tells the guardian what a keeper of the run's lease needs to know.
-    pub(crate) fn tell_lease(&mut self, orders: &Orders, recorder: &Recorder) {
+    /// Tells the guardian what a keeper of the run's lease needs to know. `None` if there is no lease any more.
+    pub(crate) fn tell_lease(&mut self, orders: Option<&Orders>, recorder: &Recorder) {
         if let Some(guardian) = &mut self.guardian
             && guardian.tell_lease(orders).is_err()
         {

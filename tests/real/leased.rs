@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::given_back::{is_dynamodb, through, writes_state};
+use super::given_back::{holds_state, is_dynamodb, through, writes_state};
 use super::in_flight::with_large_state;
 use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
@@ -245,6 +246,105 @@ fn the_guardian_stops_terraform_gracefully_and_its_own_keeper_renews_meanwhile()
     drop(run);
     wait_until_unlocked(&env);
     wait_until_all_is_gone(&env);
+}
+
+/// The guardian has interrupted terraform, which writes its state nevertheless.
+#[test]
+fn a_terraform_whose_tf_is_dead_is_killed_before_it_writes_if_another_run_holds_its_lock() {
+    for lock in Lock::ALL {
+        let mut env = leased(lock, "2m");
+        let is_slow = Arc::new(AtomicBool::new(true));
+        let slow = is_slow.clone();
+        let _proxy =
+            through(
+                &mut env,
+                move |request| {
+                    if holds_state(request, &slow) { ProxyAction::Close } else { ProxyAction::Pass }
+                },
+            );
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        let state = env.state();
+        kill(tf_of(&env), Signal::SIGKILL).unwrap();
+        env.wait_for_trace("guardian: the keeper: Report(Renewed");
+        let other = env.lock_of_another();
+        env.delete_lock();
+        env.put_lock(&other);
+        // The next renewal comes after 20 s, but a new keeper renews at once.
+        kill(named(&env, "tf-keeper"), Signal::SIGKILL).unwrap();
+        wait_until_gone(&env, terraform);
+        is_slow.store(false, Ordering::SeqCst);
+        drop(run);
+        wait_until_all_is_gone(&env);
+        assert_eq!(env.state(), state, "{}", env.trace());
+        assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
+    }
+}
+
+/// The record of a dead run promises that nothing of it goes on after the lease. Its keeper and its fuse are all that is left
+/// to keep that promise.
+#[test]
+fn what_a_killed_run_leaves_is_killed_before_its_lease_lapses() {
+    for lock in Lock::ALL {
+        let busy = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
+        let mut env = TestEnv::new(lock, busy);
+        env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
+        let run = start(&env);
+        let tf = tf_of(&env);
+        let dead = [tf, guardian_of(&env, tf), terraform_below(run.pid())];
+        for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+            for pid in dead {
+                kill(pid, signal).unwrap();
+            }
+        }
+        let last = record(&env).unwrap();
+        wait_until_all_is_gone(&env);
+        let renewed = last["renewed"].as_i64().unwrap();
+        let now = Timestamp::now().as_second();
+        assert!(now <= renewed + 4, "{renewed} {now} {}", env.trace());
+        assert_eq!(record(&env).as_ref().map(|record| &record["fence"]), Some(&"stop".into()));
+        drop(run);
+    }
+}
+
+/// The guardian has a keeper of its own while `tf` is suspended. It must know that there is no lease.
+#[test]
+fn a_suspended_run_that_goes_on_without_a_lease_writes_no_record() {
+    for lock in Lock::ALL {
+        let mut env = leased(lock, "3s");
+        let (is_denied, has_renewed) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+        let (denied, renewed) = (is_denied.clone(), has_renewed.clone());
+        let _proxy = through(&mut env, move |request| {
+            let is_renewal = request.text().contains("\"beat\"");
+            if is_renewal && denied.load(Ordering::SeqCst) {
+                let refusal = if request.header("x-amz-target").is_some() {
+                    "{\"__type\":\"AccessDeniedException\",\"message\":\"no\"}"
+                } else {
+                    "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+                };
+                return ProxyAction::Answer(Message::answer("403 Forbidden", refusal));
+            }
+            renewed.fetch_or(is_renewal, Ordering::SeqCst);
+            ProxyAction::Pass
+        });
+        let mut terminal = shell(&env);
+        terminal.type_in(&line_of("tf", APPLY));
+        terminal.wait_for("goes on without a lease");
+        env.wait_for_file("began");
+        is_denied.store(false, Ordering::SeqCst);
+        terminal.type_in("\x1a");
+        terminal.wait_for("Stopped");
+        env.wait_for_trace("guardian: tf is suspended: true");
+        // A keeper renews several times in one lease.
+        let since = Timestamp::now().as_second();
+        let is_later = || (Timestamp::now().as_second() > since + 3).then_some(());
+        wait_for("the length of a lease", is_later, || format!("{since}"));
+        terminal.type_in("fg\n");
+        env.unblock();
+        terminal.wait_for("Apply complete!");
+        assert!(!has_renewed.load(Ordering::SeqCst), "{lock:?} {}", env.trace());
+        wait_until_unlocked(&env);
+    }
 }
 
 /// The network of the proxy's clients: while it is away, no request arrives and no response comes.

@@ -25,7 +25,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::{in_source, tell};
-use crate::given_back::{through, writes_state};
+use crate::given_back::{holds_state, through};
 use crate::leased::{record, wait_for_renewal_after};
 use crate::locks_recover::recover;
 use crate::support::cloud::cloud;
@@ -99,7 +99,7 @@ struct Hosts {
     _proxy: Proxy,
     is_away: Arc<AtomicBool>,
     /// Whether the service does not answer the holder's terraform when it writes the state.
-    holds_state: Arc<AtomicBool>,
+    state_is_slow: Arc<AtomicBool>,
     _kill_on_drop: [KillOnDrop; 2],
 }
 
@@ -170,15 +170,11 @@ impl<'a> Contender<'a> {
 impl Hosts {
     fn new(lock: Lock) -> Self {
         let mut holder = TestEnv::new(lock, WAITS);
-        let (is_away, holds_state) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let (away, holds) = (is_away.clone(), holds_state.clone());
+        let (is_away, state_is_slow) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (away, slow) = (is_away.clone(), state_is_slow.clone());
         let rule = move |request: &Message| {
-            let is_held = writes_state(request) && holds.load(Ordering::SeqCst);
-            while is_held && holds.load(Ordering::SeqCst) {
-                sleep(POLL_INTERVAL);
-            }
-            // A terraform that is still running sends it again. What a dead one has sent must not arrive now.
-            if is_held || away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass }
+            let is_closed = holds_state(request, &slow) || away.load(Ordering::SeqCst);
+            if is_closed { ProxyAction::Close } else { ProxyAction::Pass }
         };
         let proxy = through(&mut holder, rule);
         let mut other = TestEnv::empty(lock);
@@ -190,7 +186,7 @@ impl Hosts {
         holder.set("TFW_LEASE", format!("{}s", lease())).set("TFW_CLOCK", "steady");
         other.set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady");
         let kill_on_drop = [KillOnDrop(home(&holder)), KillOnDrop(home(&other))];
-        Self { holder, other, _proxy: proxy, is_away, holds_state, _kill_on_drop: kill_on_drop }
+        Self { holder, other, _proxy: proxy, is_away, state_is_slow, _kill_on_drop: kill_on_drop }
     }
 
     /// The directory that makes the points count ([`Hosts::start`]).
@@ -200,13 +196,13 @@ impl Hosts {
 
     /// Lets the holder's terraform come to its end.
     fn unblock(&self) {
-        self.holds_state.store(false, Ordering::SeqCst);
+        self.state_is_slow.store(false, Ordering::SeqCst);
         self.holder.unblock();
     }
 
     fn clear(&self) {
         self.is_away.store(false, Ordering::SeqCst);
-        self.holds_state.store(false, Ordering::SeqCst);
+        self.state_is_slow.store(false, Ordering::SeqCst);
         let _ = fs::remove_dir_all(self.armed());
         for env in [&self.holder, &self.other] {
             for name in ["began", "go", "trace"] {
@@ -329,7 +325,7 @@ impl Hosts {
             }
             Situation::TfKilled | Situation::GuardiansKeeperKilled => {
                 // The guardian interrupts terraform, which then saves the state. It must not end before the renewals.
-                self.holds_state.store(true, Ordering::SeqCst);
+                self.state_is_slow.store(true, Ordering::SeqCst);
                 let first = self.find("tf-keeper");
                 let _ = kill(run.pid(), Signal::SIGKILL);
                 if situation == Situation::GuardiansKeeperKilled {
