@@ -33,6 +33,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nix::errno::Errno;
+use nix::sys::signal::killpg;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -515,7 +517,7 @@ impl KeeperProcess {
         // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
         let ending = process.renew().await;
         crash_point::reached("keeper: ends");
-        if ending == Ending::TerraformEnded && process.link.is_abandoned {
+        if ending == Ending::TerraformEnded && process.link.is_abandoned && process.renewals.may_end_fuse().await {
             process.renewals.end_fuse();
             crash_point::reached("keeper: ended the fuse");
         }
@@ -530,6 +532,7 @@ impl KeeperProcess {
                 Wake::End(ending) => return ending,
                 Wake::Due | Wake::Hurry => {}
             }
+            self.renewals.note_fence();
             let before = before_renewal(KeeperSight {
                 is_told_to_end: false,
                 terraform_has_ended: false,
@@ -609,6 +612,8 @@ enum Ending {
 struct Renewals {
     orders: Orders,
     terms: Terms,
+    /// Terraform's process group. `None` if terraform had already ended.
+    group: Option<Pid>,
     /// `None` if the records promise nothing.
     fence: Option<KeeperFence>,
     /// What the records promise. Once it is [`Promise::None`], it stays so.
@@ -652,7 +657,10 @@ struct Renewals {
 impl Renewals {
     fn new(orders: Orders, terms: Terms, fence: Option<KeeperFence>, interrupted: Rc<Cell<Option<Notice>>>) -> Self {
         let history = History { may_have_a_record: orders.may_have_a_record, has_interrupted: false };
+        // It is looked up now, because the process may be gone later.
+        let group = Process::look_up(Pid::from_raw(orders.terraform)).map(|terraform| terraform.group);
         Self {
+            group,
             promised: if fence.is_some() { orders.fence } else { Promise::None },
             orders,
             terms,
@@ -697,6 +705,14 @@ impl Renewals {
     fn is_stopped(&self) -> bool {
         // A fence that was taken down, and a record that promises nothing, stop nobody.
         self.promised == Promise::Stop && self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up())
+    }
+
+    /// Promises nothing any more if the fence was taken down: the pipe has hung up, and signals nobody. Then `tf` was killed
+    /// before it could tell the guardian. A stopped terraform does not show that there is a fence: ^Z stops it, too.
+    fn note_fence(&mut self) {
+        if self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up() && !fence.stop_pipe.is_armed()) {
+            self.promised = Promise::None;
+        }
     }
 
     /// Whether terraform is stopped, for whatever reason.
@@ -885,9 +901,13 @@ impl Renewals {
         self.history.has_interrupted = false;
         let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
         crash_point::reached("keeper: told the deadline");
+        // `tf` continues a stopped terraform only after the answer of its new fuse. Another keeper may have read it, or it may
+        // come late.
+        let lacks_answer = self.promised == Promise::Stop && has_fuse && fuse.is_none() && self.terraform_is_stopped();
+        let pause = if lacks_answer { FUSE_PAUSE } else { self.until_next_renewal() };
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };
-        Step { report: Some(report), pause: self.until_next_renewal() }
+        Step { report: Some(report), pause }
     }
 
     /// Sends the fuse the deadline of a confirmed renewal, and returns its answer. `None` if it does not answer.
@@ -1030,6 +1050,29 @@ impl Renewals {
         (self.store, self.last, self.lock, self.is_armed) = (None, None, None, false);
         for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             connect::forget_credentials(&location.backend);
+        }
+    }
+
+    /// Whether the fuse of a run can end whose terraform has ended, and of which only keeper and fuse are left. What
+    /// terraform has left in its group goes on then.
+    ///
+    /// If the group is empty, there is nothing to stop. If the lock is gone, it was released, so terraform ended well or a
+    /// person knows better. But as long as the lock stands, its record promises others that nothing of the run goes on
+    /// after the lease: so the fuse stays, and its end kills the group in time. Waits until the service answers or the
+    /// fuse is gone.
+    async fn may_end_fuse(&mut self) -> bool {
+        loop {
+            if self.group.is_some_and(|group| killpg(group, None) == Err(Errno::ESRCH)) {
+                return true;
+            }
+            let pause = match self.read().await {
+                Ok(loss) => return loss.is_some(),
+                Err((answer, _)) => self.retry_pause(answer),
+            };
+            if self.fence.as_ref().is_none_or(|fence| fence.stop_pipe.has_hung_up()) {
+                return false;
+            }
+            tokio::time::sleep(pause).await;
         }
     }
 
