@@ -29,7 +29,7 @@ use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{digest, dynamodb, s3};
 use crate::notice::requests;
 use crate::notice::service::Service;
-use crate::settings::LeaseSettings;
+use crate::settings::{LeaseSettings, Settings};
 use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
 use crate::terraform::command_line::CommandLine;
@@ -132,7 +132,13 @@ impl Doctor {
         let mut findings = Findings { wrong: false };
         terraform(&mut findings, &own_files);
         journal(&mut findings);
-        lease(&mut findings, lease_settings);
+        let settings = Settings::read(|name| std::env::var_os(name));
+        let shares_terminal = settings.as_ref().is_ok_and(|settings| settings.shared_terminal);
+        if let Err(reason) = settings {
+            let next = "correct or unset this variable: tf does not start terraform with it";
+            findings.wrong("settings", &reason.to_string(), Next::Do(next));
+        }
+        lease(&mut findings, lease_settings, shares_terminal);
         notice(&mut findings, lease_settings)?;
         let backend_there = DataDirectory::read(&own_files).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
@@ -171,7 +177,7 @@ impl Doctor {
         super::block_on(async {
             match place.reach().await {
                 Ok(Connection { target: ScanTarget::Directory(directory), stores }) => {
-                    backend(&mut findings, &directory, &stores).await;
+                    backend(&mut findings, &directory, &stores, lease_settings.terms.is_some()).await;
                 }
                 Ok(_) => {}
                 Err(trouble) => findings.wrong("backend", &trouble.to_string(), Next::Nothing),
@@ -280,9 +286,8 @@ fn test_file(state: &StateDirectory) -> std::io::Result<tempfile::NamedTempFile>
 const RECORD_BYTES: usize = 16 << 10;
 
 /// Says whether this host can promise to stop terraform before its lease lapses. Says nothing if there is no lease.
-fn lease(findings: &mut Findings, settings: LeaseSettings) {
+fn lease(findings: &mut Findings, settings: LeaseSettings, shares_terminal: bool) {
     let Some(terms) = settings.terms else { return };
-    let shares_terminal = std::env::var_os("TFW_TTY").is_some_and(|value| value == "shared");
     let grade = grade::grade(&HostFacts::read(), shares_terminal, settings.clock);
     let length = length_of_time(terms.length());
     match grade {
@@ -356,7 +361,7 @@ const VOUCH: &str = "if this host is never paused (not by a person, a snapshot o
      other hosts then release its lock without asking when its lease has lapsed";
 const CANNOT_VOUCH: &str = "TFW_CLOCK=steady does not change that";
 
-async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores) {
+async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores, wants_leases: bool) {
     let Directory { bucket, key, workspace, .. } = directory;
     let table = directory.table.as_deref();
     let locks = match (directory.lock_file, table) {
@@ -430,7 +435,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         let if_none_match =
             if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };
         conditional_put(findings, bucket, if_none_match);
-        if table.is_none() && answer.is_ok() && wants_leases() {
+        if table.is_none() && answer.is_ok() && wants_leases {
             let lock = stores.object(bucket, &lock_key);
             let treatment = stores.treatment_of_renewals(&lock, SERVICE_TIMEOUT).await;
             renewals(findings, bucket, treatment.unwrap_or(IfMatch::Unknown));
@@ -523,11 +528,6 @@ fn conditional_delete(findings: &mut Findings, bucket: &str, if_match: IfMatch) 
             findings.note("If-Match", "could not find out whether conditional deletes are obeyed", Next::Nothing);
         }
     }
-}
-
-/// Whether the user has asked for leases.
-fn wants_leases() -> bool {
-    std::env::var_os("TFW_LEASE").is_some_and(|length| !length.is_empty() && length != "off")
 }
 
 fn renewals(findings: &mut Findings, bucket: &str, if_match: IfMatch) {

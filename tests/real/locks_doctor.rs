@@ -59,6 +59,20 @@ fn what_it_tries_leaves_a_standing_lock_alone(lock: Lock) {
 }
 for_each_lock!(what_it_tries_leaves_a_standing_lock_alone);
 
+#[test]
+fn a_setting_with_which_no_run_starts_is_wrong() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    for (name, value) in [("TFW_TTY", "none"), ("TFW_STOP_TIMEOUT", "soon")] {
+        env.set(name, value);
+        let run = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert_eq!(run.code(), Some(1), "{}", env.dump(&run));
+        let end = locks(&env, &["doctor"]);
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+        assert!(end.out.contains(&format!("settings: {name} is ")), "{}", env.dump(&end));
+        env.set(name, "");
+    }
+}
+
 /// The host of this test decides whether it needs `TFW_CLOCK=steady`. The unit tests of the grade have the files of
 /// every kind of host.
 #[test]
