@@ -416,17 +416,18 @@ fn an_outage_of_two_fifths_of_the_lease_goes_unnoticed(lock: Lock) {
 for_each_lock!(an_outage_of_two_fifths_of_the_lease_goes_unnoticed);
 
 /// A host of the service may have a clock that is late. The records with its time replace none with a later time. So the
-/// lock must not look as if it had lapsed, while its holder is connected and works.
+/// lock must not look as if it had lapsed, while its holder is connected and works. A clock that jumps forward looks like
+/// the clock of a host that has stood still.
 #[test]
-fn a_service_whose_clock_is_set_back_makes_the_record_promise_nothing() {
+fn a_service_whose_clock_jumps_makes_the_record_promise_nothing() {
     for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
-        for seconds in [8, 3600] {
+        for seconds in [-8, -3600, 30, 3600] {
             let mut env = leased(lock, "4s");
             let is_late = Arc::new(AtomicBool::new(false));
             let late = is_late.clone();
             let rule = move |request: &Message| {
                 if request.is_ours() && late.load(Ordering::SeqCst) {
-                    ProxyAction::PassDated(-seconds)
+                    ProxyAction::PassDated(seconds)
                 } else {
                     ProxyAction::Pass
                 }
@@ -442,6 +443,27 @@ fn a_service_whose_clock_is_set_back_makes_the_record_promise_nothing() {
             ends_well(&env, run);
         }
     }
+}
+
+/// Such a service would let a late renewal bring a released lock back.
+#[test]
+fn at_a_service_that_ignores_the_condition_of_a_write_a_run_has_no_lease() {
+    let mut env = leased(Lock::File, "4s");
+    let _proxy = through(&mut env, |request| {
+        if !request.start.starts_with("PUT ") || request.header("if-match").is_none() {
+            return ProxyAction::Pass;
+        }
+        let path = request.start.split(' ').nth(1).unwrap().split('?').next().unwrap();
+        ProxyAction::Answer(cloud().s3("PUT", path.trim_start_matches('/'), &request.body))
+    });
+    let run = env.start_apply(Subject::Tf);
+    run.wait_for_err("this run goes on without a lease");
+    assert_eq!(record(&env), None);
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("without a lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 #[test]
