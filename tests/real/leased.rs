@@ -625,21 +625,32 @@ fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not
 
 #[test]
 fn a_tf_that_is_killed_while_terraform_is_stopped_takes_terraform_with_it() {
-    let mut env = leased(Lock::DynamoDb, "4s");
-    let (_proxy, is_away) = network(&mut env);
-    let run = start(&env);
-    let terraform = terraform_below(run.pid());
-    is_away.store(true, Ordering::SeqCst);
-    wait_until_stopped(&env, terraform);
-    let state = env.state();
-    env.unblock();
-    kill(tf_of(&env), Signal::SIGKILL).unwrap();
-    wait_until_gone(&env, terraform);
-    is_away.store(false, Ordering::SeqCst);
-    assert_eq!(env.state(), state);
-    drop(run);
-    wait_until_unlocked(&env);
-    wait_until_all_is_gone(&env);
+    // More trials: TF_TEST_TRIALS=17, which are 102 deaths.
+    let trials = std::env::var("TF_TEST_TRIALS").map_or(1, |number| number.parse().unwrap());
+    for (lock, program) in Lock::ALL.into_iter().flat_map(|lock| ["tf", "nohup"].map(|program| (lock, program))) {
+        for _ in 0..trials {
+            let (mut env, go) = about_to_write(lock);
+            let (_proxy, is_away) = network(&mut env);
+            let mut command = env.command(program);
+            command.args((program == "nohup").then_some("tf")).args(["apply", "-auto-approve", "-no-color"]);
+            let run = Run::start(command);
+            wait_for_renewal_after(&env, &Value::Null);
+            env.wait_for_file("began");
+            let terraform = terraform_below(run.pid());
+            let state = env.state();
+            is_away.store(true, Ordering::SeqCst);
+            wait_until_stopped(&env, terraform);
+            let _open = lets_go(&go);
+            kill(run.pid(), Signal::SIGKILL).unwrap();
+            // The network is back, so a terraform that ran again would write.
+            is_away.store(false, Ordering::SeqCst);
+            wait_until_gone(&env, terraform);
+            drop(run);
+            wait_until_unlocked(&env);
+            wait_until_all_is_gone(&env);
+            assert_eq!(env.state(), state, "{lock:?} {program} {}", env.trace());
+        }
+    }
 }
 
 #[test]

@@ -154,9 +154,27 @@ impl Run {
     }
 }
 
+/// Whether a SIGKILL to the process has not ended it yet. Its descriptors may be closed by then, so that others act on its
+/// death, while it still has children.
+fn is_dying(pid: Pid) -> bool {
+    /// The bit of SIGKILL in the sets of proc_pid_status(5).
+    const KILL: u64 = 1 << (Signal::SIGKILL as u64 - 1);
+    /// The flag of the kernel's include/linux/sched.h, in field 9 of proc_pid_stat(5).
+    const PF_EXITING: u64 = 4;
+    let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let (status, stat) = (read("status"), read("stat"));
+    let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+    let is_pending = pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & KILL != 0);
+    let flags = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(6)?.parse::<u64>().ok());
+    is_pending || flags.is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
 impl Drop for Run {
+    /// Kills a run that has not ended, with all its processes. The guardian of a `tf` that the test has killed works on.
     fn drop(&mut self) {
-        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+        if is_dying(self.pid()) {
+            let _ = self.child.wait();
+        } else if self.child.try_wait().is_ok_and(|status| status.is_none()) {
             kill_tree(self.pid());
             let _ = self.child.kill();
             let _ = self.child.wait();
