@@ -429,8 +429,8 @@ pub(crate) fn lapsed_lease(lapsed: &Lapsed) -> String {
     )
 }
 
-/// Reports a step of a takeover.
-pub(crate) fn takeover(progress: Progress<'_>) -> String {
+/// Reports a step of a takeover. `command` returns the `tf locks` command with the given arguments.
+pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String) -> String {
     match progress {
         Progress::Watches(lapsed, missing) => format!(
             "a state lock blocks this run: {}; {}\nreleasing the lock if nothing changes for {}; to stop waiting, press ^C",
@@ -451,11 +451,19 @@ pub(crate) fn takeover(progress: Progress<'_>) -> String {
         Progress::Renewed(lapsed) => {
             format!("the lock is still held: {}; {} has renewed its lease", lock(&lapsed.info), leaseholder(lapsed))
         }
-        Progress::Leaves(lapsed, reason) => format!(
-            "the lock was not released: {}; {}\n{}\nfor details, type: tf locks show {}",
-            lock(&lapsed.info),
-            lapsed_lease(lapsed),
-            match reason {
+        Progress::Leaves(lapsed, reason) => {
+            let id = argument(&lapsed.info.id);
+            let next = match reason {
+                Reason::NotTaken(failure) => {
+                    let when = failure.denied().map_or_else(
+                        || "if you know that no terraform is using this state".to_owned(),
+                        |action| format!("with the permission {action}"),
+                    );
+                    format!("{when}, type: {} {id}", command("release"))
+                }
+                _ => format!("for details, type: {} {id}", command("show")),
+            };
+            let why = match reason {
                 Reason::Obstacle(Obstacle::AnotherRegion) => {
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
@@ -465,10 +473,10 @@ pub(crate) fn takeover(progress: Progress<'_>) -> String {
                         .to_owned()
                 }
                 Reason::GlobalTable(reason) => visible_lines(reason),
-                Reason::Failure(failure) => visible_lines(&failure.to_string()),
-            },
-            argument(&lapsed.info.id)
-        ),
+                Reason::Failure(failure) | Reason::NotTaken(failure) => visible_lines(&failure.to_string()),
+            };
+            format!("the lock was not released: {}; {}\n{why}\n{next}", lock(&lapsed.info), lapsed_lease(lapsed))
+        }
     }
 }
 

@@ -4,8 +4,8 @@
 
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::Child;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 use nix::poll::PollFlags;
@@ -23,7 +23,7 @@ use crate::holder::ci_job::CiJob;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
-use crate::lock::takeover::{self, End, Progress, Taker, Until};
+use crate::lock::takeover::{self, End, Progress, Reason, Taker, Until};
 use crate::panics;
 use crate::sys::poll;
 use crate::sys::session;
@@ -40,6 +40,9 @@ const NO_CREDENTIALS: u8 = 1;
 /// The exit code of a taker whose requests failed.
 const FAILED: u8 = 2;
 
+/// The exit code of a taker that has given up ([`End::GaveUp`]).
+const GAVE_UP: u8 = 3;
+
 /// What a taker needs to know.
 #[derive(Serialize, Deserialize)]
 struct Orders {
@@ -49,6 +52,8 @@ struct Orders {
     length: Duration,
     /// Whether terraform waits for a lock, so that the taker watches until its stdin ends.
     is_awaited: bool,
+    /// Whether an earlier taker has reported that it gave up, so that this one does not report it again.
+    is_said: bool,
     /// Terraform's working directory. Relative paths in the settings are relative to it.
     directory: PathBuf,
 }
@@ -71,11 +76,22 @@ pub(crate) enum Ended {
     Over,
     NoCredentials,
     Failed,
+    /// The lock cannot be taken, and the taker has said so.
+    GaveUp,
+}
+
+/// The result of [`before_run`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Before {
+    /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
+    pub(crate) asked: Option<Signal>,
+    /// Whether the lock cannot be taken ([`Ended::GaveUp`]).
+    pub(crate) has_given_up: bool,
 }
 
 impl TakeoverProcess {
     /// Starts a taker for the lock at `location`. `is_awaited` is true if terraform waits for a lock. The taker then
-    /// watches until it is told to end.
+    /// watches until it is told to end. `is_said` is whether an earlier taker has reported that it gave up.
     ///
     /// # Errors
     /// If the process cannot be started.
@@ -83,12 +99,13 @@ impl TakeoverProcess {
         location: &LockLocation,
         here: &CandidateBackends,
         terms: Terms,
-        is_awaited: bool,
+        (is_awaited, is_said): (bool, bool),
     ) -> std::io::Result<Self> {
         let orders = Orders {
             location: location.to_json(),
             length: terms.length(),
             is_awaited,
+            is_said,
             directory: here.working_directory.clone(),
         };
         Ok(Self { child: ordered_process::start(WORD, &orders)?, rests: false })
@@ -118,12 +135,7 @@ impl TakeoverProcess {
 
     /// Returns how the process has ended. `None` if it is still running.
     pub(crate) fn ended(&mut self) -> Option<Ended> {
-        let status = self.child.try_wait().ok()??;
-        Some(match status.code().and_then(|code| u8::try_from(code).ok()) {
-            Some(0) => Ended::Over,
-            Some(NO_CREDENTIALS) => Ended::NoCredentials,
-            _ => Ended::Failed,
-        })
+        Some(how(self.child.try_wait().ok()??))
     }
 
     /// Tells the process to end, and returns its child process for the wait.
@@ -134,9 +146,9 @@ impl TakeoverProcess {
 
     /// Waits until the process has ended. A signal that asks `tf` to stop tells the process to end, and is returned. A
     /// second SIGINT kills it. If it had claimed the lock, the claim lapses.
-    fn wait(mut self, signals: &mut Signals) -> Option<Signal> {
+    fn wait(mut self, signals: &mut Signals) -> Before {
         let mut asked = None;
-        let stdout = self.child.stdout.take()?;
+        let Some(stdout) = self.child.stdout.take() else { return Before::default() };
         loop {
             let awaited = [(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
             let ready = poll::wait(&awaited, None);
@@ -148,22 +160,32 @@ impl TakeoverProcess {
                 asked.get_or_insert(signal);
             }
             if ready.first() == Some(&true) {
-                let _ = self.child.wait();
-                return asked;
+                let has_given_up = self.child.wait().is_ok_and(|status| how(status) == Ended::GaveUp);
+                return Before { asked, has_given_up };
             }
         }
     }
 }
 
-/// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. Returns the
-/// signal that asked `tf` to stop meanwhile. `None` if there was none. This process must have only one thread.
-pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut Signals) -> Option<Signal> {
-    let location = here.selected()?;
-    match TakeoverProcess::start(&location, here, terms, false) {
+/// Returns how a taker with this status has ended.
+fn how(status: ExitStatus) -> Ended {
+    match status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(0) => Ended::Over,
+        Some(NO_CREDENTIALS) => Ended::NoCredentials,
+        Some(GAVE_UP) => Ended::GaveUp,
+        _ => Ended::Failed,
+    }
+}
+
+/// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. This process
+/// must have only one thread.
+pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut Signals) -> Before {
+    let Some(location) = here.selected() else { return Before::default() };
+    match TakeoverProcess::start(&location, here, terms, (false, false)) {
         Ok(process) => process.wait(signals),
         Err(error) => {
             trace!("no process for the takeover: {error}");
-            None
+            Before::default()
         }
     }
 }
@@ -172,8 +194,9 @@ pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut S
 pub(crate) fn run() -> u8 {
     session::become_helper(c"tf-takeover");
     let Some((orders, stdin)) = ordered_process::Orders::read() else { return FAILED };
-    let Orders { location, length, is_awaited, directory } = orders;
+    let Orders { location, length, is_awaited, is_said, directory } = orders;
     let (Some(location), Some(terms)) = (LockLocation::of_json(&location), Terms::new(length)) else { return FAILED };
+    let chdir = chdir(std::env::current_dir().ok().as_deref(), &directory);
     working_directory::go(&directory);
     crash_point::reached("takeover: begun");
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
@@ -185,6 +208,10 @@ pub(crate) fn run() -> u8 {
         let _ = tell_rest.send(byte == RESTS);
     };
     let Some(told) = stdin.end(hear) else { return FAILED };
+    let note = |progress: Progress<'_>| {
+        let is_repeated = is_said && matches!(progress, Progress::Leaves(_, Reason::NotTaken(_)));
+        note(progress, chdir.as_deref(), is_repeated);
+    };
     let end = panics::caught(|| runtime.block_on(takeover::take_over(&location, &taker, told, note)));
     // Do not wait for a name lookup that hangs in a thread of its own.
     runtime.shutdown_background();
@@ -193,6 +220,7 @@ pub(crate) fn run() -> u8 {
     match end {
         Some(End::Over) => 0,
         Some(End::NoCredentials) => NO_CREDENTIALS,
+        Some(End::GaveUp) => GAVE_UP,
         Some(End::Failed) | None => FAILED,
     }
 }
@@ -203,13 +231,47 @@ pub(crate) fn by() -> String {
     if job.contains("://") { job } else { who() }
 }
 
-/// Reports what a taker has seen or done, and writes the history.
-fn note(progress: Progress<'_>) {
+/// Returns the value of `--chdir` for a command that a person types in `current`, if terraform works in `directory`.
+/// `None` if none is needed.
+fn chdir(current: Option<&Path>, directory: &Path) -> Option<String> {
+    let shown = match current {
+        Some(current) if current == directory => return None,
+        Some(current) => directory.strip_prefix(current).unwrap_or(directory),
+        None => directory,
+    };
+    Some(shown.to_string_lossy().into_owned()).filter(|shown| !shown.is_empty())
+}
+
+/// Reports what a taker has seen or done, unless `is_repeated`, and writes the history. `chdir` is as [`chdir`].
+fn note(progress: Progress<'_>, chdir: Option<&str>, is_repeated: bool) {
     trace!("takeover: {progress:?}");
     if let Progress::Took(lapsed) = progress {
         let why = messages::lapsed_lease(lapsed);
         history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
     }
     crash_point::reached("takeover: before the message");
-    console::say(&messages::takeover(progress));
+    if !is_repeated {
+        let workspace = std::env::var("TF_WORKSPACE").ok();
+        let command = |words: &str| messages::locks_command(words, chdir, workspace.as_deref());
+        console::say(&messages::takeover(progress, command));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_names_the_directory_in_which_terraform_works_if_it_is_another_one() {
+        for (current, directory, expected) in [
+            (Some("/a"), "/a", None),
+            (Some("/a"), "/a/", None),
+            (Some("/a"), "/a/b/c", Some("b/c")),
+            (Some("/a/b"), "/a", Some("/a")),
+            (None, "/a", Some("/a")),
+        ] {
+            let found = chdir(current.map(Path::new), Path::new(directory));
+            assert_eq!(found.as_deref(), expected, "{current:?} {directory}");
+        }
+    }
 }

@@ -243,6 +243,49 @@ impl AfterClaim {
     }
 }
 
+/// How many attempts to take a lock may fail in a row before that is reported.
+const MAX_FAILED_ATTEMPTS: u32 = 3;
+
+/// The longest time between two attempts of a taker for which terraform waits.
+const MAX_ATTEMPT_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Why an attempt to take a lock has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AttemptFailure {
+    /// The same attempt would fail again.
+    Final,
+    ExpiredCredentials,
+    /// A later attempt may succeed.
+    Passing,
+}
+
+/// What a taker does after an attempt to take a lock has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AfterFailure {
+    /// It reports the failure and ends.
+    GiveUp,
+    /// It ends without a report. Its credentials have expired, and the next taker asks for new ones.
+    Reconnect,
+    /// It reads the lock again after this time, and takes it if it may. `is_said` is whether it reports the failure now.
+    TryAgain { pause: Duration, is_said: bool },
+}
+
+/// Decides what a taker does after `failures` attempts in a row have failed, the last one because of `last`.
+/// `is_awaited` is whether the taker watches the lock while terraform waits. Otherwise the start of terraform waits for
+/// the taker.
+pub(crate) fn after_failure(failures: u32, last: AttemptFailure, is_awaited: bool) -> AfterFailure {
+    match last {
+        AttemptFailure::ExpiredCredentials if is_awaited => AfterFailure::Reconnect,
+        AttemptFailure::Final | AttemptFailure::ExpiredCredentials => AfterFailure::GiveUp,
+        AttemptFailure::Passing if !is_awaited && failures >= MAX_FAILED_ATTEMPTS => AfterFailure::GiveUp,
+        AttemptFailure::Passing => {
+            let doubled = 1_u64.checked_shl(failures.saturating_sub(1)).unwrap_or(u64::MAX);
+            let pause = Duration::from_secs(doubled).min(MAX_ATTEMPT_INTERVAL);
+            AfterFailure::TryAgain { pause, is_said: failures == MAX_FAILED_ATTEMPTS }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::record::{Claim, Renewal};
@@ -357,6 +400,30 @@ mod tests {
         unchanged.miss();
         assert_eq!(unchanged.see('b', at(18), at(19)), at(0));
         assert_eq!(unchanged.see('b', at(20), at(21)), at(1));
+    }
+
+    #[test]
+    fn a_taker_whose_attempt_fails_for_good_gives_up_and_one_that_may_succeed_later_tries_less_and_less_often() {
+        let again = |seconds, is_said| AfterFailure::TryAgain { pause: Duration::from_secs(seconds), is_said };
+        for failures in [1, 2, 3, 100] {
+            for is_awaited in [false, true] {
+                assert_eq!(after_failure(failures, AttemptFailure::Final, is_awaited), AfterFailure::GiveUp);
+            }
+            let expired = |is_awaited| after_failure(failures, AttemptFailure::ExpiredCredentials, is_awaited);
+            assert_eq!((expired(false), expired(true)), (AfterFailure::GiveUp, AfterFailure::Reconnect));
+        }
+        for (failures, before_terraform, while_it_waits) in [
+            (1, again(1, false), again(1, false)),
+            (2, again(2, false), again(2, false)),
+            (3, AfterFailure::GiveUp, again(4, true)),
+            (4, AfterFailure::GiveUp, again(8, false)),
+            (6, AfterFailure::GiveUp, again(32, false)),
+            (7, AfterFailure::GiveUp, again(60, false)),
+            (100, AfterFailure::GiveUp, again(60, false)),
+        ] {
+            let next = |is_awaited| after_failure(failures, AttemptFailure::Passing, is_awaited);
+            assert_eq!((next(false), next(true)), (before_terraform, while_it_waits), "{failures}");
+        }
     }
 
     #[test]

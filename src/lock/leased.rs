@@ -207,13 +207,17 @@ impl Stores {
 
     /// Tests how the service at `store_key` treats the condition of a delete. Only [`IfMatch::Obeyed`] permits a takeover
     /// of an object without a claim: its delete is the decision, and the holder may renew just before it.
-    pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey) -> IfMatch {
+    ///
+    /// # Errors
+    /// Returns the [`Failure`] of the test, if its first delete fails.
+    pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey) -> Result<IfMatch, Failure> {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
                 let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
-                probe::delete_object(&self.s3, bucket, &key).await.1
+                let (trial, treatment) = probe::delete_object(&self.s3, bucket, &key).await;
+                trial.answer.map(|()| treatment)
             }
-            StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => IfMatch::Obeyed,
+            StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => Ok(IfMatch::Obeyed),
         }
     }
 

@@ -24,7 +24,8 @@ use crate::aws::failure::{Cause, Failure};
 use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
-    Circumstances, Obstacle, Permission, TakerStep, Unchanged, WatchStep, permission, watch_step,
+    AfterFailure, AttemptFailure, Circumstances, Obstacle, Permission, TakerStep, Unchanged, WatchStep, after_failure,
+    permission, watch_step,
 };
 use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
@@ -97,8 +98,10 @@ pub(crate) enum Reason {
     Obstacle(Obstacle),
     /// As [`release::global_table`] says it.
     GlobalTable(String),
-    /// A request has failed after the lock was seen.
+    /// A read has failed after the lock was seen.
     Failure(Failure),
+    /// The claim or the delete has failed.
+    NotTaken(Failure),
 }
 
 /// A lock with a lapsed lease, for a message.
@@ -157,6 +160,8 @@ pub(crate) async fn take_over(
         }
     };
     let Some(mut watch) = Watch::new(location, &stores, taker) else { return End::Over };
+    // How many attempts to take the lock with this ID have failed in a row.
+    let mut failed: (String, u32) = Default::default();
     loop {
         let decision = tokio::select! {
             () = &mut told => return End::Over,
@@ -175,23 +180,54 @@ pub(crate) async fn take_over(
                 _ = rest => {}
             }
         }
-        match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
-            Ok(Ok(Taken::Yes)) => report(Progress::Took(&lapsed)),
-            Ok(Ok(Taken::Gone)) => report(Progress::Gone(&lapsed)),
-            Ok(Ok(Taken::Changed)) => {
-                trace!("takeover: the lock changed before it was claimed");
+        let failure = match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
+            Ok(Ok(end @ (Taken::Yes | Taken::Gone))) => {
+                report(if end == Taken::Yes { Progress::Took(&lapsed) } else { Progress::Gone(&lapsed) });
+                watch.lapsed = None;
+                if taker.until == Until::Decided {
+                    return End::Over;
+                }
                 continue;
             }
+            Ok(Ok(Taken::Changed)) => Failure::no_answer(watch.part.service(), "the lock changed while tf released it"),
             // The claim or the delete may have succeeded. The next read shows it.
-            Ok(Err(failure)) => watch.failed(failure),
-            Err(_) => watch.failed(Failure::no_answer(watch.part.service(), "the request timed out")),
+            Ok(Err(failure)) => failure,
+            Err(_) => Failure::no_answer(watch.part.service(), "the request timed out"),
+        };
+        trace!("takeover: the lock was not taken: {failure}");
+        watch.unchanged.miss();
+        if failed.0 != lapsed.info.id {
+            failed = (lapsed.info.id.clone(), 0);
         }
-        if watch.failure.is_none() {
-            watch.lapsed = None;
-            if taker.until == Until::Decided {
-                return End::Over;
+        failed.1 += 1;
+        let mut say = || report(Progress::Leaves(&lapsed, &Reason::NotTaken(failure.clone())));
+        match after_failure(failed.1, attempt_failure(&failure), taker.until == Until::Told) {
+            AfterFailure::GiveUp => {
+                say();
+                return if failure.is_final() { End::GaveUp } else { End::Failed };
+            }
+            AfterFailure::Reconnect => {
+                connect::forget_credentials(&location.backend);
+                return End::Failed;
+            }
+            AfterFailure::TryAgain { pause, is_said } => {
+                if is_said {
+                    say();
+                }
+                tokio::select! {
+                    () = &mut told => return End::Over,
+                    () = sleep(pause) => {}
+                }
             }
         }
+    }
+}
+
+fn attempt_failure(failure: &Failure) -> AttemptFailure {
+    match failure.cause() {
+        Cause::ExpiredCredentials => AttemptFailure::ExpiredCredentials,
+        cause if cause.is_final() => AttemptFailure::Final,
+        _ => AttemptFailure::Passing,
     }
 }
 
@@ -204,6 +240,8 @@ pub(crate) enum End {
     NoCredentials,
     /// A request has failed.
     Failed,
+    /// The lock cannot be taken: the same attempt would fail again. That was reported.
+    GaveUp,
 }
 
 enum Decision {
@@ -559,7 +597,7 @@ async fn claim_and_delete(
             (TakerStep::ClaimAgain | TakerStep::Delete, _) => sleep(RETRY_INTERVAL).await,
         }
     }
-    Err(Failure::no_answer(item.service(), "the service does not store the claim of the lock"))
+    Err(Failure::refusal(item.service(), "the service does not store the claim of the lock"))
 }
 
 /// Deletes both parts of a lock that this taker has claimed.
@@ -577,18 +615,31 @@ async fn delete(
         // Only another taker changes a claimed lock, and only after the claim has lapsed.
         Removed::Anothers => Ok(Taken::Changed),
         Removed::Refused => {
-            Err(Failure::no_answer(item.service(), "the service confirmed the delete, but the lock is still there"))
+            Err(Failure::refusal(item.service(), "the service confirmed the delete, but the lock is still there"))
         }
     }
 }
 
+/// Why a lock without a table is not taken, if the test of the service had no result.
+const UNTESTED: &str = "tf could not test whether the service obeys the condition of a delete (If-Match)";
+
 /// Deletes a lock that is an object alone. The condition of the delete is the decision: the lock and its record are
 /// still what was read.
 async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> Result<Taken, Failure> {
-    if stores.treatment_of_deletes(object).await != IfMatch::Obeyed {
-        let reason = "it is not certain that the service obeys the condition of a delete (If-Match), so only a person can \
-                      release this lock: tf locks release";
-        return Err(Failure::refusal(object.service(), reason));
+    let only_a_person =
+        |why: &str| Failure::refusal(object.service(), &format!("{why}, so only a person can release this lock"));
+    match stores.treatment_of_deletes(object).await {
+        Ok(IfMatch::Obeyed) => {}
+        Ok(IfMatch::Ignored) => {
+            return Err(only_a_person("the service ignores the condition of a delete (If-Match)"));
+        }
+        Ok(IfMatch::Unknown) => {
+            return Err(only_a_person(UNTESTED));
+        }
+        Err(failure) if failure.is_final() => {
+            return Err(only_a_person(&format!("{UNTESTED} ({failure})")));
+        }
+        Err(failure) => return Err(failure),
     }
     crash_point::reached("takeover: before the delete");
     for attempt in 0..ATTEMPTS {
@@ -604,7 +655,7 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
         }
         sleep(RETRY_INTERVAL).await;
     }
-    Err(Failure::no_answer(object.service(), "the service confirmed the delete, but the lock is still there"))
+    Err(Failure::refusal(object.service(), "the service confirmed the delete, but the lock is still there"))
 }
 
 /// Returns the result of a conditional delete of `lock`. `now` is what is there after the delete. `None` if that does

@@ -110,17 +110,21 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         tried = recovery.tried;
     }
     let takes_over = settings.lease.terms.filter(|_| settings.release);
+    let mut has_given_up = false;
     // If a recovery got no credentials, a taker gets none either. Each attempt may send a message to a person's phone.
     if let Some(terms) = takes_over
         && !tried.iter().any(|tried| tried.lacks_credentials)
         && invocation.command_line.locks_selected_state(&invocation.arguments)
-        && let Some(signal) = takeover_process::before_run(&context.candidates, terms, &mut signals)
     {
-        return Ok(Ended::Killed(signal));
+        let takeover = takeover_process::before_run(&context.candidates, terms, &mut signals);
+        if let Some(signal) = takeover.asked {
+            return Ok(Ended::Killed(signal));
+        }
+        has_given_up = takeover.has_given_up;
     }
     crash_point::reached("tf: begun");
     match Prepared::new(context, settings, &signals) {
-        Ok(prepared) => prepared.run(Waiting::new(tried, takes_over, settings.release), &mut signals),
+        Ok(prepared) => prepared.run(Waiting::new(tried, (takes_over, has_given_up), settings.release), &mut signals),
         Err(error) => {
             signals.stop_listening();
             Err(Unprepared(error))

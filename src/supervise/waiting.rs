@@ -44,6 +44,10 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(15);
 /// lock an account.
 const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
+/// How long to wait before the lock of another host is tried again that could not be taken, for example because a
+/// permission is missing.
+const REFUSAL_RETRY_INTERVAL: Duration = Duration::from_mins(10);
+
 /// The exit code of `tf locks recover --say` if no credentials were available.
 const LACKS_CREDENTIALS: i32 = 1;
 
@@ -65,6 +69,8 @@ pub(crate) struct Waiting {
     /// When to start the next one, if the last one has ended by itself, or if a recovery got no credentials
     /// before terraform started.
     take_at: Option<Instant>,
+    /// When to start the next one, if one has reported that a lock cannot be taken. `None` if none has.
+    given_up_until: Option<Instant>,
     /// What is done to explain the wait.
     explaining: Explaining,
     /// The process that explains the wait, and the ID of the lock for which terraform waits. `None` if none was started
@@ -76,15 +82,17 @@ pub(crate) struct Waiting {
 
 impl Waiting {
     /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished before
-    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock. `recovers` is
-    /// whether dead runs may be finished.
-    pub(crate) fn new(tried: Vec<Tried>, takes_over: Option<Terms>, recovers: bool) -> Self {
+    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock, and
+    /// `has_given_up` is whether a lock could not be taken before terraform started. `recovers` is whether dead runs may
+    /// be finished.
+    pub(crate) fn new(tried: Vec<Tried>, (takes_over, has_given_up): (Option<Terms>, bool), recovers: bool) -> Self {
         let now = Instant::now();
         let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
         let take_at = lacks_credentials.then(|| now + retry_interval(true));
+        let given_up_until = has_given_up.then(|| now + REFUSAL_RETRY_INTERVAL);
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { recovers, tried: tried.collect(), takes_over, take_at, ..Self::default() }
+        Self { recovers, tried: tried.collect(), takes_over, take_at, given_up_until, ..Self::default() }
     }
 
     /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs and
@@ -162,13 +170,18 @@ impl Waiting {
             Some(None) => return,
             Some(Some(ended)) => {
                 self.taker = None;
-                self.take_at = Some(now + retry_interval(ended == Ended::NoCredentials));
+                if ended == Ended::GaveUp {
+                    self.given_up_until = Some(now + REFUSAL_RETRY_INTERVAL);
+                } else {
+                    self.take_at = Some(now + retry_interval(ended == Ended::NoCredentials));
+                }
             }
             None => {}
         }
-        let Some(terms) = self.takes_over.filter(|_| self.take_at.is_none_or(|at| at <= now)) else { return };
+        let is_due = [self.take_at, self.given_up_until].iter().flatten().all(|at| *at <= now);
+        let Some(terms) = self.takes_over.filter(|_| is_due) else { return };
         let Some(location) = here.of(awaited).into_iter().next().or_else(|| here.selected()) else { return };
-        match TakeoverProcess::start(&location, here, terms, true) {
+        match TakeoverProcess::start(&location, here, terms, (true, self.given_up_until.is_some())) {
             Ok(process) => {
                 if let Ok(pid) = i32::try_from(process.pid()) {
                     tree.exclude(Pid::from_raw(pid));
@@ -418,7 +431,7 @@ mod tests {
         assert_eq!(retry_interval(true), Duration::from_mins(10));
         let tried = |run: &str, lacks_credentials| Tried { run: run.into(), lacks_credentials };
         let before = Instant::now();
-        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], None, true);
+        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], (None, false), true);
         let after = Instant::now();
         for (run, interval) in [("a", Duration::from_secs(15)), ("b", Duration::from_mins(10))] {
             let due = waiting.tried[run];
@@ -428,6 +441,18 @@ mod tests {
         // A process that takes over a lock would ask for the same credentials.
         let take_at = waiting.take_at.unwrap();
         assert!(before + Duration::from_mins(10) <= take_at && take_at <= after + Duration::from_mins(10));
-        assert_eq!(Waiting::new(vec![tried("a", false)], None, true).take_at, None);
+        assert_eq!(Waiting::new(vec![tried("a", false)], (None, false), true).take_at, None);
+    }
+
+    #[test]
+    fn a_lock_that_could_not_be_taken_before_terraform_started_is_tried_again_ten_minutes_later() {
+        let before = Instant::now();
+        let waiting = Waiting::new(Vec::new(), (None, true), true);
+        let after = Instant::now();
+        let until = waiting.given_up_until.unwrap();
+        assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
+        // The wait is explained nevertheless.
+        assert_eq!(waiting.take_at, None);
+        assert_eq!(Waiting::new(Vec::new(), (None, false), true).given_up_until, None);
     }
 }

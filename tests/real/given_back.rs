@@ -156,7 +156,16 @@ fn killed_at_any_moment_it_leaves_no_lock() {
 }
 
 pub fn through(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static) -> Proxy {
-    let proxy = Proxy::start(cloud().port, rule);
+    through_changing(env, |_| {}, rule)
+}
+
+/// As [`through`], but changes each request before it is forwarded.
+pub fn through_changing(
+    env: &mut TestEnv,
+    change: fn(&mut Message),
+    rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
+) -> Proxy {
+    let proxy = Proxy::start_changing(cloud().port, change, rule);
     let url = format!("http://127.0.0.1:{}", proxy.port);
     env.set("AWS_ENDPOINT_URL", &url);
     proxy

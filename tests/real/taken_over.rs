@@ -1,15 +1,20 @@
 //! The lock of a host that is gone: its lease has lapsed, and the next run takes it over.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use super::given_back::{is_dynamodb, through_changing};
 use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, killed_whole};
 use crate::support::cloud::cloud;
+use crate::support::http::Message;
 use crate::support::lease::{LEASED, record};
 use crate::support::process::Run;
+use crate::support::proxy::ProxyAction;
 use crate::support::test_env::{id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -150,6 +155,101 @@ fn a_hostile_record_never_leads_to_a_takeover(lock: Lock) {
     }
 }
 for_each_lock!(a_hostile_record_never_leads_to_a_takeover);
+
+/// Whether this is the claim of a taker.
+fn claims(request: &Message) -> bool {
+    request.is_ours() && is_dynamodb(request, ".PutItem") && request.text().contains("ConditionExpression")
+}
+
+/// Whether this is a delete by `tf`: of a part of the lock, or of an object that tests the service.
+fn deletes(request: &Message) -> bool {
+    request.is_ours() && (is_dynamodb(request, ".DeleteItem") || request.start.starts_with("DELETE "))
+}
+
+/// Removes the condition of the deletes in S3, as a service does that ignores it.
+fn ignore_if_match(request: &mut Message) {
+    if request.start.starts_with("DELETE ") {
+        request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("if-match"));
+    }
+}
+
+/// A kind of lock, how its service treats a taker, and what `tf` then says beside the fact and the command.
+type Service = (Lock, fn(&Message) -> ProxyAction, fn(&mut Message), [&'static str; 2]);
+
+fn refusing_services() -> Vec<Service> {
+    let deny_claims = |request: &Message| {
+        if claims(request) { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+    };
+    let deny_deletes = |request: &Message| {
+        if deletes(request) { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+    };
+    let pass = |_: &Message| ProxyAction::Pass;
+    let permission = |action| ["AccessDenied", action];
+    let person = "so only a person can release this lock";
+    vec![
+        (Lock::DynamoDb, deny_claims, |_| {}, permission("with the permission dynamodb:PutItem, type: ")),
+        (Lock::Both, deny_claims, |_| {}, permission("with the permission dynamodb:PutItem, type: ")),
+        (Lock::DynamoDb, deny_deletes, |_| {}, permission("with the permission dynamodb:DeleteItem, type: ")),
+        (Lock::Both, deny_deletes, |_| {}, permission("with the permission s3:DeleteObject, type: ")),
+        (Lock::File, deny_deletes, |_| {}, permission(person)),
+        (Lock::File, pass, ignore_if_match, ["the service ignores the condition of a delete (If-Match)", person]),
+    ]
+}
+
+/// Checks that `tf` says once that it did not release the lock, why, and what to type.
+#[track_caller]
+fn assert_said_once(env: &TestEnv, end: &Ended, said: [&str; 2]) {
+    assert_not_taken(env, end);
+    let lines: Vec<_> = end.err.lines().filter(|line| line.starts_with("tf: ")).collect();
+    let facts: Vec<_> = (0..lines.len()).filter(|line| lines[*line].contains("the lock was not released: ")).collect();
+    let [fact] = facts[..] else { panic!("{}", env.dump(end)) };
+    assert!(lines[fact].contains(&env.path()) && lines[fact].contains(LEASED), "{}", env.dump(end));
+    let rest = lines[fact + 1..fact + 3].join("\n");
+    assert!(said.iter().all(|said| rest.contains(said)), "{said:?}: {}", env.dump(end));
+    assert!(rest.ends_with(&format!("type: tf locks release {LEASED}")), "{}", env.dump(end));
+}
+
+/// The same attempt would fail again, so terraform starts and is refused.
+#[test]
+fn a_lock_that_cannot_be_taken_is_left_with_one_message() {
+    for (lock, rule, change, said) in refusing_services() {
+        let mut env = leased(lock, "5m");
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let _proxy = through_changing(&mut env, change, rule);
+        let begun = std::time::Instant::now();
+        let end = env.run(Subject::Tf, &PLAN);
+        assert!(begun.elapsed().as_secs() < 20, "{:?}: {}", begun.elapsed(), env.dump(&end));
+        assert_said_once(&env, &end, said);
+        // With the permission, the command works, even if the taker has claimed the lock.
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
+        let end = env.run(Subject::Tf, &["locks", "release", LEASED, "--yes"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
+/// A taker that watches while terraform waits gives up too, and no other one is started 15 s later.
+#[test]
+fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once() {
+    let refused = |(lock, rule, change, said): Service| {
+        let mut env = leased(lock, "5s");
+        // It lapses while terraform waits.
+        env.lock_with_lease(&record(3, 5));
+        let tries = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&tries);
+        let _proxy = through_changing(&mut env, change, move |request| {
+            // A test of the service puts one object.
+            let is_test = request.is_ours() && request.start.starts_with("PUT ");
+            seen.fetch_add(usize::from(claims(request) || is_test), Ordering::Relaxed);
+            rule(request)
+        });
+        let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=25s"]);
+        assert_said_once(&env, &end, said);
+        assert_eq!(tries.load(Ordering::Relaxed), 1, "{}", env.dump(&end));
+    };
+    let services = refusing_services().into_iter().enumerate().filter(|(number, _)| matches!(number, 1 | 5));
+    std::thread::scope(|scope| services.for_each(|(_, service)| drop(scope.spawn(move || refused(service)))));
+}
 
 /// Twenty times, two plans meet the same lapsed lease. Exactly one of them takes the lock.
 fn of_two_takers_one_takes(lock: Lock) {
