@@ -467,6 +467,9 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                 Reason::Obstacle(Obstacle::AnotherRegion) => {
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
+                Reason::Obstacle(Obstacle::RunsHere) => {
+                    "tf does not release it, because a process of that run is still running on this host".to_owned()
+                }
                 Reason::Obstacle(_) => {
                     "tf does not release it, because its lease does not promise that terraform was stopped: that host \
                      cannot stop terraform in every case, or its tf has kept the lock on purpose"

@@ -20,6 +20,7 @@ use crate::cleanup::working_directory;
 use crate::console;
 use crate::crash_point;
 use crate::holder::ci_job::CiJob;
+use crate::holder::host::HostView;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
@@ -28,7 +29,7 @@ use crate::panics;
 use crate::sys::poll;
 use crate::sys::session;
 use crate::sys::signals::Signals;
-use crate::terraform::lock_info::who;
+use crate::terraform::lock_info::{LockInfo, who};
 use crate::trace::trace;
 
 /// The word after `tf locks` that makes this program a taker. It is internal, so clap does not know it.
@@ -202,7 +203,8 @@ pub(crate) fn run() -> u8 {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
-    let taker = Taker { by: by(), terms, until, rests };
+    let runs_here = |lock: &LockInfo| HostView::look().runs_here(lock);
+    let taker = Taker { by: by(), terms, until, rests, runs_here };
     let hear = move |byte| {
         // Nobody listens any more when the work is over.
         let _ = tell_rest.send(byte == RESTS);

@@ -92,6 +92,13 @@ pub(crate) enum Claim {
     Foreign { why: &'static str, may_run_here: bool },
 }
 
+impl Claim {
+    /// Whether a process of the run is or may be running on this host.
+    pub(crate) fn runs_here(&self) -> bool {
+        matches!(self, Self::Living { .. } | Self::Foreign { may_run_here: true, .. })
+    }
+}
+
 /// A process that may be the holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PossibleHolder {

@@ -103,6 +103,12 @@ impl HostView {
         judge(lock, &seen)
     }
 
+    /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host.
+    /// Its lock then stays, whatever its lease says.
+    pub(crate) fn runs_here(&self, lock: &LockInfo) -> bool {
+        self.claim(lock).is_some_and(|claim| claim.runs_here())
+    }
+
     /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
     /// there is no such run.
     pub(crate) fn dead_run(&self, id: &str) -> Option<&str> {
@@ -283,6 +289,24 @@ mod tests {
         ] {
             assert_eq!(view(Some(state), None).dead_run(ID), expected);
             assert_eq!(view(Some(state), None).dead_run("other"), None);
+        }
+    }
+
+    #[test]
+    fn a_run_is_running_here_if_the_journal_has_a_process_that_is_or_may_be_its_own() {
+        for (state, expected) in [
+            (Some(RunState::Living), true),
+            (Some(RunState::Foreign(DOUBTFUL)), true),
+            (Some(RunState::Foreign("it ran on another machine")), false),
+            (Some(RunState::Recovering), false),
+            (Some(RunState::Dead), false),
+            (None, false),
+        ] {
+            for late in [None, Some(true), Some(false)] {
+                let view = view(state, late);
+                assert_eq!(view.runs_here(&stored(ID, "root@vm")), expected);
+                assert!(!view.runs_here(&stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm")));
+            }
         }
     }
 

@@ -66,6 +66,8 @@ pub(crate) struct Circumstances {
     pub(crate) unchanged_for: Duration,
     /// Whether this host's clock agrees with the service's time ([`Terms::agrees`]).
     pub(crate) host_agrees: bool,
+    /// Whether the journal of this host shows that a process of the run that holds the lock is or may be running.
+    pub(crate) runs_here: bool,
 }
 
 /// Why a lock may not be taken over without being asked.
@@ -78,6 +80,8 @@ pub(crate) enum Obstacle {
     NoFence,
     AnotherRegion,
     NoConsent,
+    /// A process of the holder's run is or may be running on this host.
+    RunsHere,
 }
 
 /// Whether a taker may claim the lock.
@@ -114,6 +118,10 @@ pub(crate) fn permission(
     if !circumstances.consent {
         return Permission::No(Obstacle::NoConsent);
     }
+    // The fence stops terraform's group. A process outside it works on.
+    if circumstances.runs_here {
+        return Permission::No(Obstacle::RunsHere);
+    }
     let (Some(renewed), Some(terms)) = (record.renewed_at(), record.terms()) else {
         return Permission::No(Obstacle::NoLease(NotBelieved::Malformed));
     };
@@ -146,15 +154,21 @@ pub(crate) enum WatchStep {
 /// the lapse it begins to compare, beside the quiet window, so that the quiet window does not delay the takeover. A
 /// connected holder renews its lease long before that. `None`: it does not begin before the lapse.
 ///
-/// The other arguments are those of [`permission`]. The watcher has the consent of its user.
+/// The other arguments are those of [`permission`]. The watcher has the consent of its user, and has not looked into
+/// the journal yet.
 pub(crate) fn watch_step(
     record: Result<&Record, NotBelieved>,
     now: Timestamp,
     is_same_region: bool,
     notice: Option<Duration>,
 ) -> WatchStep {
-    let circumstances =
-        Circumstances { consent: true, is_same_region, unchanged_for: Duration::ZERO, host_agrees: true };
+    let circumstances = Circumstances {
+        consent: true,
+        is_same_region,
+        unchanged_for: Duration::ZERO,
+        host_agrees: true,
+        runs_here: false,
+    };
     match permission(record, now, circumstances) {
         Permission::Yes => WatchStep::Claim,
         Permission::Wait(_) => WatchStep::Compare,
@@ -330,17 +344,18 @@ mod tests {
         for age in [0, 311, 1201] {
             for claimed in [None, Some(0), Some(71)] {
                 for fence in [Fence::Stop, Fence::None] {
-                    for bits in 0..8_u8 {
+                    for bits in 0..16_u8 {
                         for unchanged in [0, 78, 79] {
                             let circumstances = Circumstances {
                                 consent: bits & 1 != 0,
                                 is_same_region: bits & 2 != 0,
                                 unchanged_for: Duration::from_secs(unchanged),
                                 host_agrees: bits & 4 == 0,
+                                runs_here: bits & 8 != 0,
                             };
                             let record = record(age, claimed, fence);
                             let lapsed = age > 310 && claimed.is_none_or(|age| age > 70);
-                            let may = lapsed && fence == Fence::Stop && bits & 3 == 3;
+                            let may = lapsed && fence == Fence::Stop && bits & 0b1011 == 0b11;
                             let is_old = age >= 1201 && bits & 4 == 0;
                             let needs_quiet = claimed.is_none() && !is_old && unchanged < 79;
                             let found = permission(Ok(&record), now(), circumstances);

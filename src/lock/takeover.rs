@@ -59,6 +59,8 @@ pub(crate) struct Taker {
     /// Whether the terraform that waits for the lock is between two attempts to get it. If the lock is deleted during an
     /// attempt, terraform may give up.
     pub(crate) rests: watch::Receiver<bool>,
+    /// Returns whether a process of the run that holds the lock is or may be running on this host.
+    pub(crate) runs_here: fn(&LockInfo) -> bool,
 }
 
 /// How long a taker waits until terraform is between two attempts. Terraform's longest pause is 16 s. If terraform's
@@ -178,6 +180,10 @@ pub(crate) async fn take_over(
                 biased;
                 () = &mut told => return End::Over,
                 _ = rest => {}
+            }
+            // The wait may have been long.
+            if !watch.has_claimed(&lock) && (taker.runs_here)(&lapsed.info) {
+                continue;
             }
         }
         let failure = match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
@@ -437,17 +443,36 @@ impl<'a> Watch<'a> {
             return Ok(self.leaves(lapsed, &Reason::GlobalTable(reason), report));
         }
         let host_agrees = Terms::agrees(now, Timestamp::now());
-        let circumstances = |unchanged_for| Circumstances { consent: true, is_same_region, unchanged_for, host_agrees };
-        let mut may = permission(record, now, circumstances(Duration::ZERO));
+        let mut circumstances = Circumstances {
+            consent: true,
+            is_same_region,
+            unchanged_for: Duration::ZERO,
+            host_agrees,
+            runs_here: false,
+        };
+        let mut may = permission(record, now, circumstances);
         if may != Permission::Yes {
             let rest = self.rest().await?;
-            let unchanged_for = self.unchanged.see((lock.clone(), rest), sent, self.begun.elapsed());
-            may = permission(record, now, circumstances(unchanged_for));
+            circumstances.unchanged_for = self.unchanged.see((lock.clone(), rest), sent, self.begun.elapsed());
+            may = permission(record, now, circumstances);
+        }
+        // The journal is read only for a lock that is about to be watched or taken.
+        let is_watched = matches!(self.lapsed, Some((Reported::Watches, _)));
+        if may == Permission::Yes || (matches!(may, Permission::Wait(_)) && !is_watched) {
+            circumstances.runs_here = (self.taker.runs_here)(&lapsed.info);
+            may = permission(record, now, circumstances);
         }
         Ok(match may {
+            Permission::No(obstacle @ Obstacle::RunsHere) => {
+                // The explanation of the refusal or of the wait says why.
+                if self.lapsed.take().is_some() {
+                    report(Progress::Leaves(&lapsed, &Reason::Obstacle(obstacle)));
+                }
+                self.leave()
+            }
             Permission::Yes => Next::Decided(Decision::Take(Box::new((lock, lapsed)))),
             Permission::Wait(missing) => {
-                if !matches!(self.lapsed, Some((Reported::Watches, _))) {
+                if !is_watched {
                     report(Progress::Watches(&lapsed, missing));
                     self.lapsed = Some((Reported::Watches, lapsed));
                 }
@@ -528,13 +553,18 @@ impl<'a> Watch<'a> {
         timeout(limit, Box::pin(work)).await.unwrap_or_else(|_| Err(failed()))
     }
 
+    /// Whether this taker has claimed `lock`.
+    fn has_claimed(&self, lock: &LeasedLock) -> bool {
+        let is_claimed = |claim: &Claim| record_of(lock).is_some_and(|record| record.taken.as_ref() == Some(claim));
+        self.claim.as_ref().is_some_and(is_claimed)
+    }
+
     /// Claims and deletes `lock`, which was read at the service's time `now`.
     async fn take(&mut self, lock: &LeasedLock, now: Timestamp) -> Result<Taken, Failure> {
         if matches!(self.part, StoreKey::S3 { .. }) {
             return take_object(self.stores, &self.part, lock).await;
         }
-        let is_claimed = |claim: &Claim| record_of(lock).is_some_and(|record| record.taken.as_ref() == Some(claim));
-        if self.claim.as_ref().is_some_and(is_claimed) {
+        if self.has_claimed(lock) {
             return delete(self.stores, &self.part, self.object.as_ref(), lock).await;
         }
         let claim = Claim { by: self.taker.by.clone(), at: now.as_second(), number: random() };

@@ -87,7 +87,8 @@ pub fn killed_whole(lock: Lock) -> TestEnv {
     env
 }
 
-pub fn kill_whole(env: &TestEnv) {
+/// Starts an apply, and waits until the journal has its lock.
+pub fn start_recorded(env: &TestEnv) -> Run {
     let run = env.start_apply(Subject::Tf);
     env.assert_locked();
     let id = id_of(&env.locks()[0]);
@@ -106,6 +107,11 @@ pub fn kill_whole(env: &TestEnv) {
         },
         || format!("{:?}\n{}", records(env), env.trace()),
     );
+    run
+}
+
+pub fn kill_whole(env: &TestEnv) {
+    let run = start_recorded(env);
     kill_all(env);
     drop(run);
     env.assert_locked();

@@ -4,18 +4,19 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through_changing};
 use super::locks_recover::recover;
-use super::survived::{assert_nothing_left, killed_whole};
+use super::survived::{assert_nothing_left, killed_whole, start_recorded};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::lease::{LEASED, record};
 use crate::support::process::Run;
+use crate::support::processes::{home, marked};
 use crate::support::proxy::ProxyAction;
-use crate::support::test_env::{id_of, lock_json};
+use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const PLAN: [&str; 2] = ["plan", "-no-color"];
@@ -403,6 +404,48 @@ fn a_recovery_and_a_takeover_release_a_lock_once() {
         }
     }
 }
+
+/// A provisioner has started a process in a session of its own. Then `tf`, its guardian, terraform and the keeper were
+/// killed.
+fn a_lock_whose_run_still_has_a_process_on_this_host_stays(lock: Lock) {
+    let mut env = TestEnv::empty(lock);
+    let child = "while test -e main.tf && ! test -e child-go; do sleep 0.02; done";
+    env.write_main(
+        "",
+        &format!("env -i PATH=$PATH setsid sh -c '{child}; touch child-over' < /dev/null > /dev/null 2>&1 & {WAITS}"),
+    );
+    env.init();
+    env.set("TFW_LEASE", "5m").set("TFW_CLOCK", "steady");
+    let run = start_recorded(&env);
+    wait_for("a renewal", || super::leased::record(&env).map(drop), || env.trace());
+    // The child has no mark.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in marked(&home(&env)) {
+            let _ = kill(pid, signal);
+        }
+    }
+    run.wait();
+    wait_for("the end of the others", || marked(&home(&env)).is_empty().then_some(()), || env.trace());
+    let mut info: Value = serde_json::from_str(&env.locks()[0]).unwrap();
+    info.as_object_mut().unwrap().remove("tf");
+    let info = info.to_string();
+    let mut lapsed = record(LONG_AGO, 300);
+    lapsed["lock"] = id_of(&info).into();
+    env.put_lease(&info, &lapsed);
+    for arguments in [&PLAN[..], &["plan", "-no-color", "-lock-timeout=8s"]] {
+        let end = env.run(Subject::Tf, arguments);
+        assert_not_taken(&env, &end);
+        assert!(end.err.contains("the holder is alive: held by terraform apply on this host"), "{}", env.dump(&end));
+    }
+    assert!(!env.exists("child-over"), "{}", env.trace());
+    env.write("child-go", "");
+    env.wait_for_file("child-over");
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+for_each_lock!(a_lock_whose_run_still_has_a_process_on_this_host_stays);
 
 /// A lock without a record, and an entry that is not a lock, are left alone.
 #[test]
