@@ -394,6 +394,11 @@ impl Claim {
     pub(crate) fn at(&self) -> Option<Timestamp> {
         Timestamp::from_second(self.at).ok()
     }
+
+    /// Whether `other` is this claim. [`Claim::by`] does not count, because [`Record::cut`] may leave it out.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.number == other.number && self.at == other.at
+    }
 }
 
 #[cfg(test)]

@@ -139,7 +139,7 @@ fn after_claim(claim: &Claim, read: &LeasedLock, now: Option<&LeasedLock>) -> Op
 
 fn has_claim(lock: &LeasedLock, claim: &Claim) -> bool {
     let taken = lock.record.as_ref().and_then(|record| record.as_ref().ok()?.taken.as_ref());
-    taken.is_some_and(|taken| taken.number == claim.number && taken.at == claim.at)
+    taken.is_some_and(|taken| taken.is_same(claim))
 }
 
 /// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has one.

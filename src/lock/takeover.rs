@@ -408,7 +408,7 @@ impl<'a> Watch<'a> {
             .map_or(Err(NotBelieved::Malformed), |record| record.as_ref().map_err(|reason| *reason));
         let Ok(seen) = record else { return Ok(self.leave()) };
         let lapsed = Lapsed { info, record: seen.clone(), path: self.location.lock_path(), now };
-        if self.claim.is_some() && seen.taken == self.claim {
+        if is_own(self.claim.as_ref(), seen) {
             return Ok(Next::Decided(Decision::Take(Box::new((lock, lapsed)))));
         }
         if self.lapsed.as_ref().is_some_and(|(_, before)| before.info.id != lapsed.info.id) {
@@ -555,8 +555,7 @@ impl<'a> Watch<'a> {
 
     /// Whether this taker has claimed `lock`.
     fn has_claimed(&self, lock: &LeasedLock) -> bool {
-        let is_claimed = |claim: &Claim| record_of(lock).is_some_and(|record| record.taken.as_ref() == Some(claim));
-        self.claim.as_ref().is_some_and(is_claimed)
+        record_of(lock).is_some_and(|record| is_own(self.claim.as_ref(), record))
     }
 
     /// Claims and deletes `lock`, which was read at the service's time `now`.
@@ -599,6 +598,12 @@ enum Next {
 
 fn record_of(lock: &LeasedLock) -> Option<&Record> {
     lock.record.as_ref()?.as_ref().ok()
+}
+
+/// Whether `record` has the claim `own` of this taker. Its [`Claim::by`] does not count: it is left out if lock and record
+/// would be longer than 1 KiB.
+fn is_own(own: Option<&Claim>, record: &Record) -> bool {
+    own.zip(record.taken.as_ref()).is_some_and(|(own, taken)| own.is_same(taken))
 }
 
 /// Returns a random number for a claim.
@@ -702,5 +707,34 @@ fn taken(deleted: &Deleted, lock: &LeasedLock, now: Option<&LeasedLock>) -> Opti
         Deleted::Yes(_) if is_same => None,
         Deleted::Yes(_) | Deleted::Unclear => Some(Taken::Yes),
         Deleted::Changed => Some(Taken::Gone),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::record::{Fence, Renewal};
+
+    #[test]
+    fn a_taker_recognizes_its_claim_by_number_and_time() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        let renewal = Renewal { renewed: 1_790_000_000, beat: 7 };
+        let own = Claim { by: "https://ci.example/job/8".into(), at: 1_790_000_400, number: 9 };
+        let with = |taken| {
+            let mut record = Record::new("id", terms, renewal, Fence::Stop);
+            record.taken = taken;
+            record
+        };
+        for (taken, expected) in [
+            (Some(own.clone()), true),
+            // There was no room for it.
+            (Some(Claim { by: String::new(), ..own.clone() }), true),
+            (Some(Claim { number: 8, ..own.clone() }), false),
+            (Some(Claim { at: 1_790_000_401, ..own.clone() }), false),
+            (None, false),
+        ] {
+            assert_eq!(is_own(Some(&own), &with(taken.clone())), expected, "{taken:?}");
+            assert!(!is_own(None, &with(taken)));
+        }
     }
 }
