@@ -350,6 +350,7 @@ impl<'a> Watch<'a> {
     /// Reads the lock until it may be claimed, or until the watch is over.
     async fn decide(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Decision {
         loop {
+            let begun = Instant::now();
             let pause = match self.step(report).await {
                 Ok(Next::Decided(decision)) => return decision,
                 Ok(Next::Pause(pause)) => pause,
@@ -369,7 +370,7 @@ impl<'a> Watch<'a> {
                 }
                 return Decision::End(End::Failed);
             }
-            sleep(pause).await;
+            sleep(pause.saturating_sub(begun.elapsed())).await;
         }
     }
 
@@ -530,19 +531,19 @@ impl<'a> Watch<'a> {
     /// Reads everything that must not change beside the part with the record.
     async fn rest(&self) -> Result<Rest, Failure> {
         let Self { location: LockLocation { bucket, key, table, .. }, stores, object, .. } = self;
+        // At the same time, so that a slow service does not make the time between two reads too long (`Unchanged`).
+        let state = Box::pin(s3::fingerprint(&stores.s3, bucket, key));
+        let digest = Box::pin(async {
+            let Some(table) = table else { return Ok(None) };
+            let path = &self.location.lock_path();
+            nothing_if_excluded(dynamodb::digest(&stores.dynamodb, ItemKey { table, path }).await)
+        });
+        let object = Box::pin(async {
+            let Some(object) = object else { return Ok(None) };
+            nothing_if_excluded(stores.read(object).await)
+        });
         let read = async {
-            let state = s3::fingerprint(&stores.s3, bucket, key).await?;
-            let digest = match table {
-                Some(table) => {
-                    let path = &self.location.lock_path();
-                    nothing_if_excluded(dynamodb::digest(&stores.dynamodb, ItemKey { table, path }).await)?
-                }
-                None => None,
-            };
-            let object = match object {
-                Some(object) => nothing_if_excluded(stores.read(object).await)?,
-                None => None,
-            };
+            let (state, digest, object) = tokio::try_join!(state, digest, object)?;
             Ok(Rest { state, digest, object })
         };
         self.within(SERVICE_TIMEOUT, read).await
@@ -592,7 +593,7 @@ pub(crate) async fn release_item(
 
 enum Next {
     Decided(Decision),
-    /// Read again after this time.
+    /// Read again this long after the begin of this read.
     Pause(Duration),
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
-use super::given_back::{is_dynamodb, through_changing};
+use super::given_back::{is_dynamodb, through, through_changing};
 use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, killed_whole, start_recorded};
 use crate::support::cloud::cloud;
@@ -310,11 +310,28 @@ fn a_write_in_flight_is_waited_for() {
     let run = env.start(Subject::Tf, &PLAN);
     run.wait_for_err("if nothing changes for 3 s");
     let state = json!({ "version": 4, "serial": 1, "lineage": "l", "terraform_version": "1.11.4", "outputs": {}, "resources": [] });
+    // The lock must not change for 2.2 s. Without the write, it would be taken 1.2 s after this pause.
+    std::thread::sleep(std::time::Duration::from_secs(1));
     let begun = std::time::Instant::now();
     cloud().s3("PUT", &env.path(), state.to_string().as_bytes());
     let end = run.wait();
     assert_taken(&env, &end);
-    assert!(begun.elapsed().as_secs() >= 3, "{:?}: {}", begun.elapsed(), env.dump(&end));
+    assert!(begun.elapsed().as_secs() >= 2, "{:?}: {}", begun.elapsed(), env.dump(&end));
+}
+
+/// Each response takes 1.2 s. The watch reads the lock, the state, the digest and the object.
+#[test]
+fn a_slow_service_does_not_prevent_a_takeover() {
+    let mut env = leased(Lock::Both, "5s");
+    let _proxy = through(&mut env, |request| {
+        if request.is_ours() {
+            std::thread::sleep(std::time::Duration::from_millis(1200));
+        }
+        ProxyAction::Pass
+    });
+    env.lock_with_lease(&record(8, 5));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_taken(&env, &end);
 }
 
 #[test]
