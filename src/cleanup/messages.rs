@@ -141,7 +141,8 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
     let how = match loss {
         Some(Loss::Claimed(claim)) => {
             let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
-            format!("{} has taken over the lock of this run{at}, because its lease had lapsed", visible(&claim.by))
+            // The lease may have lapsed, or a person may have typed `tf locks release --force`.
+            format!("{} has claimed the lock of this run{at}", visible(&claim.by))
         }
         Some(Loss::Another { who, created }) => {
             format!("the lock is held by another run now: {}, since {}", visible(who), visible(created))
@@ -439,10 +440,10 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
             length_of_time(Duration::from_secs(missing.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)))
         ),
         Progress::WaitsFor(lapsed, claim) => format!(
-            "a state lock blocks this run: {}\n{} is releasing that lock, because {}; waiting for that",
+            "a state lock blocks this run: {}; {}\n{} is releasing that lock; waiting for that",
             lock(&lapsed.info),
-            visible(&claim.by),
-            lapsed_lease(lapsed)
+            lapsed_lease(lapsed),
+            visible(&claim.by)
         ),
         Progress::Took(lapsed) => {
             format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
@@ -1206,7 +1207,7 @@ mod tests {
         let claim = Claim { by: "ci@other".into(), at: 1_790_000_000, number: 7 };
         let another = Loss::Another { who: "bert@vm".into(), created: "2026-11-26T12:00:00Z".into() };
         for (loss, who) in [
-            (Some(Loss::Claimed(claim)), "ci@other has taken over the lock of this run"),
+            (Some(Loss::Claimed(claim)), "ci@other has claimed the lock of this run at 2026-09-21T14:13:20Z\n"),
             (Some(another), "the lock is held by another run now: bert@vm"),
             (Some(Loss::Gone), "the lock of this run is gone: somebody has released or deleted it"),
             (None, "the lock of this run is gone: somebody has released or deleted it"),
@@ -1214,7 +1215,7 @@ mod tests {
             let has_another = !matches!(loss, Some(Loss::Gone) | None);
             for has_run_on in [false, true] {
                 let said = lock_lost(loss.as_ref(), has_run_on, "terraform");
-                assert!(said.starts_with(who), "{said}");
+                assert!(said.starts_with(who) && !said.contains("lapsed"), "{said}");
                 assert_eq!(said.contains("the state of the other run"), has_run_on && has_another, "{said}");
                 assert_eq!(said.contains("was killed before it could write"), !has_run_on, "{said}");
             }

@@ -234,10 +234,7 @@ fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static 
             };
             let rest = if has_lapsed { ", but has not released it" } else { "" };
             let age = length_of_time(age);
-            (
-                format!("{by} claimed the lock {age} ago, because its lease had lapsed{rest}"),
-                "that the holder is likely dead",
-            )
+            (format!("{by} claimed the lock {age} ago{rest}"), "that the holder is likely dead")
         }
         (None, Fence::Stop) => (
             format!("its {length} lease was last renewed {age} ago"),
@@ -745,11 +742,11 @@ mod tests {
             ),
             (
                 lease("id", 2820, Some(5), Fence::Stop),
-                "bert@ci-8 claimed the lock 5 s ago, because its lease had lapsed".to_owned(),
+                "bert@ci-8 claimed the lock 5 s ago".to_owned(),
             ),
             (
                 lease("id", 2820, Some(100), Fence::Stop),
-                "bert@ci-8 claimed the lock 1 min 40 s ago, because its lease had lapsed, but has not released it"
+                "bert@ci-8 claimed the lock 1 min 40 s ago, but has not released it"
                     .to_owned(),
             ),
             (
