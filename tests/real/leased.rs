@@ -4,8 +4,8 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -149,6 +149,44 @@ fn a_fuse_that_is_killed_before_the_lock_is_taken_is_replaced() {
     // The new one stops terraform, too.
     kill(spare, Signal::SIGKILL).unwrap();
     run.wait_for_err("the lease was renewed, and terraform goes on");
+    ends_well(&env, run);
+}
+
+#[test]
+fn the_fuses_exist_before_the_lock_is_requested_and_the_keeper_only_while_it_is_held() {
+    let env = leased(Lock::Both, "10s");
+    env.lock_of_another();
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=2m"]);
+    run.wait_for_out("Acquiring state lock");
+    let count = |name: &str| marked(&home(&env)).into_iter().filter(|pid| is_named(*pid, name)).count();
+    assert_eq!(["tf-fuse", "tf-spare", "tf-keeper"].map(count), [1, 1, 0], "{}", env.trace());
+    env.delete_lock();
+    env.wait_for_began(&run);
+    wait_for_renewal_after(&env, &Value::Null);
+    assert_eq!(["tf-fuse", "tf-spare", "tf-keeper"].map(count), [1, 1, 1], "{}", env.trace());
+    ends_well(&env, run);
+}
+
+/// The lock is an object alone, and the service is not AWS itself, so its treatment of `If-Match` is tested first.
+#[test]
+fn five_requests_come_before_the_first_renewal_of_an_object() {
+    let mut env = leased(Lock::File, "10s");
+    let requests = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&requests);
+    let _proxy = through(&mut env, move |request| {
+        let is_lock = request.start.contains("prod.tfstate.tflock");
+        let mut seen = seen.lock().unwrap();
+        if !request.is_ours() && is_lock && request.start.starts_with("PUT ") {
+            // Terraform takes the lock. What `tf` has sent before is the look before terraform starts.
+            seen.clear();
+        } else if request.is_ours() {
+            seen.push((request.start.clone(), is_lock && request.text().contains("\"renewed\"")));
+        }
+        ProxyAction::Pass
+    });
+    let run = start(&env);
+    let before: Vec<_> = requests.lock().unwrap().iter().take_while(|(_, renews)| !renews).cloned().collect();
+    assert_eq!(before.len(), 5, "{before:?}");
     ends_well(&env, run);
 }
 
