@@ -1,8 +1,8 @@
 //! The lock of a host that is gone: its lease has lapsed, and the next run takes it over.
 
 use std::fs;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
@@ -368,13 +368,21 @@ fn a_watcher_ends_when_terraform_gives_up() {
     assert!(env.trace().contains("takeover: Some(Over)"), "{}", env.dump(&end));
 }
 
-/// Where no lock is, the service gets one more read.
+/// Where no lock is, the service gets one more read before terraform starts.
 #[test]
 fn a_lock_that_is_free_is_said_nothing_about() {
     for lock in Lock::ALL {
-        let env = leased(lock, "5m");
+        let mut env = leased(lock, "5m");
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let _proxy = through(&mut env, move |request| {
+            seen.lock().unwrap().push((request.is_ours(), request.start.clone()));
+            ProxyAction::Pass
+        });
         let end = env.run(Subject::Tf, &PLAN);
         assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+        let asked = asked.lock().unwrap();
+        assert_eq!(asked.iter().take_while(|(is_ours, _)| *is_ours).count(), 1, "{lock:?}: {asked:?}");
     }
 }
 
