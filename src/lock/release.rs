@@ -35,6 +35,7 @@ use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
     COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step, needs_quiet,
+    still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
@@ -62,6 +63,12 @@ pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The reason if the run's own lock was not found within [`EXPLANATION_TIMEOUT`].
 const SILENT: &str = "the lock service did not answer in time";
+
+/// The time limit for the last look at the parts whose deletes got no response in time ([`Attempt::look_after_failure`]).
+const LAST_LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The time that must be left for another attempt. Within less, most services cannot be read and changed.
+const MIN_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The time limit for checking the digest of a state after a release. The lock is already deleted then, and the result
 /// is only added to the report.
@@ -165,9 +172,14 @@ fn within<T>(
 ) -> impl Future<Output = Result<T, Failure>> {
     let work = Box::pin(work);
     async move {
-        let failed = || Failure::no_answer(service, &format!("no answer within {}", console::length_of_time(limit)));
+        let failed = || Failure::no_answer(service, &format!("no answer within {}", length_of_limit(limit)));
         timeout(limit, work).await.unwrap_or_else(|_| Err(failed()))
     }
+}
+
+/// Returns the text for a time limit: whole seconds, or milliseconds if it is shorter than 1 s.
+fn length_of_limit(limit: Duration) -> String {
+    if limit < Duration::from_secs(1) { format!("{} ms", limit.as_millis()) } else { console::length_of_time(limit) }
 }
 
 /// Returns how much of `limit` is left, counted from `begun`. The result is at least [`POLL_INTERVAL`], which is enough
@@ -243,6 +255,7 @@ async fn attempts(
         begun: Instant::now(),
         found: Vec::new(),
         asked_to_go: Vec::new(),
+        unconfirmed: Vec::new(),
         claim: None,
         created: None,
         deleted: false,
@@ -256,6 +269,9 @@ async fn attempts(
             Err(failure) => {
                 trace!("release of {}: {failure}", recorded.id);
                 if !is_retried(&failure, attempt.begun.elapsed() + interval, attempt.limit) {
+                    if let Some(released) = attempt.look_after_failure(&failure).await {
+                        return Outcome::Released(released);
+                    }
                     let part = if attempt.deleted { "; the other part of the lock was released" } else { "" };
                     return Outcome::failed(&failure, part);
                 }
@@ -269,9 +285,10 @@ async fn attempts(
     }
 }
 
-/// Whether to make another attempt after `failure`. The attempt would begin at `next` after the start of the release.
+/// Whether to make another attempt after `failure`. The attempt would begin at `next` after the start of the release. It
+/// must have [`MIN_ATTEMPT_TIMEOUT`] at least.
 fn is_retried(failure: &Failure, next: Duration, limit: Duration) -> bool {
-    !failure.is_final() && next < limit
+    !failure.is_final() && next.saturating_add(MIN_ATTEMPT_TIMEOUT) <= limit
 }
 
 /// Requests and caches the credentials for `location`. The caller does this before its own time limit begins, because a
@@ -587,6 +604,8 @@ struct Attempt<'a> {
     found: Vec<StoreKey>,
     /// Those of them that a delete request of this release may have deleted.
     asked_to_go: Vec<StoreKey>,
+    /// Those of them for which it is not known whether the latest delete request has deleted them.
+    unconfirmed: Vec<StoreKey>,
     created: Option<jiff::Timestamp>,
     /// Whether this release has deleted at least one part.
     deleted: bool,
@@ -651,16 +670,48 @@ impl Attempt<'_> {
     async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
         let mut judged = Vec::new();
         for part in &services.parts {
-            judged.push(self.part(services, part).await);
+            let to_do = still_to_do(services.parts.len(), &judged);
+            judged.push(self.part(services, part, to_do).await);
         }
         self.deleted |= judged.iter().any(|part| matches!(part, Ok(Judged::Deleted)));
         judged
     }
 
-    /// Returns how long the requests for one part may take. Each part has an equal share of the time that is left.
-    /// Otherwise a service that does not respond would leave no time for the other one.
-    fn share(&self, services: &Services<'_>) -> Duration {
-        remaining(self.limit, self.begun) / u32::try_from(services.parts.len().max(1)).unwrap_or(1)
+    /// Reads the parts once more after `failure`, which ends the release. A delete may have succeeded although its
+    /// response, or the read after it, has not arrived in time. Returns the facts about the released lock if this look
+    /// shows that each part is gone. `None` if it does not, or if the result of each delete is known.
+    async fn look_after_failure(&mut self, failure: &Failure) -> Option<Released> {
+        if failure.is_final() || self.unconfirmed.is_empty() {
+            return None;
+        }
+        let services = Services::connect(self.location, self.purpose).await.ok()?;
+        let reads = services.parts.iter().map(|part| services.stores.read(part));
+        let reads = timeout(LAST_LOOK_TIMEOUT, futures_util::future::join_all(reads)).await.ok()?;
+        let parts = services.parts.iter().zip(reads).map(|(part, read)| {
+            Judged::of_last_look(nothing_if_excluded(read), &self.recorded.id, self.asked_to_go.contains(part))
+                .ok_or_else(|| failure.clone())
+        });
+        let parts: Vec<_> = parts.collect();
+        trace!("the last look: {parts:?}");
+        let look = PartsLook {
+            parts: &parts,
+            was_had: self.recorded.progress.held.is_some(),
+            is_quiet: self.write.is_some(),
+            was_deleted: self.deleted || parts.contains(&Ok(Judged::Deleted)),
+            before: None,
+            request_may_land: false,
+            is_time_up: true,
+        };
+        match look.combine() {
+            Step::Released => Some(self.released(&services).await),
+            _ => None,
+        }
+    }
+
+    /// Returns how long the requests for one of `to_do` parts may take. Each of them has an equal share of the time that
+    /// is left. Otherwise a service that does not respond would leave no time for the other one.
+    fn share(&self, to_do: usize) -> Duration {
+        remaining(self.limit, self.begun) / u32::try_from(to_do.max(1)).unwrap_or(1)
     }
 
     /// Collects the facts that are reported about the lock after its release.
@@ -676,10 +727,10 @@ impl Attempt<'_> {
     }
 
     /// Reads one part, judges it and deletes it. Starts again if the part changed between the read and the delete. The
-    /// requests share the time of the part ([`Attempt::share`]).
-    async fn part(&mut self, services: &Services<'_>, part: &StoreKey) -> Result<Judged, Failure> {
+    /// requests share the time of the part, which is one of `to_do` parts that are still to do ([`Attempt::share`]).
+    async fn part(&mut self, services: &Services<'_>, part: &StoreKey, to_do: usize) -> Result<Judged, Failure> {
         let begun = Instant::now();
-        let mut limit = self.share(services);
+        let mut limit = self.share(to_do);
         let was_asked_to_go = self.asked_to_go.contains(part);
         loop {
             // Both requests run concurrently, so that a slow service causes only one delay.
@@ -707,7 +758,7 @@ impl Attempt<'_> {
             trace!("{part:?} holds {}: {verdict:?}", info.id);
             if verdict == Match::Ours && !self.is_found.replace(true) && self.limit < SERVICE_TIMEOUT {
                 self.limit = SERVICE_TIMEOUT;
-                limit = begun.elapsed() + self.share(services);
+                limit = begun.elapsed() + self.share(to_do);
             }
             let read = PartRead {
                 info: &info,
@@ -727,7 +778,11 @@ impl Attempt<'_> {
             if !self.asked_to_go.contains(part) {
                 self.asked_to_go.push(part.clone());
             }
-            match within(remaining(limit, begun), part.service(), services.stores.remove(part, &stored)).await? {
+            self.unconfirmed.push(part.clone());
+            let removed =
+                within(remaining(limit, begun), part.service(), services.stores.remove(part, &stored)).await?;
+            self.unconfirmed.retain(|unconfirmed| unconfirmed != part);
+            match removed {
                 Removed::Gone(claim) => {
                     trace!("deleted {} in {part:?}", info.id);
                     crash_point::reached("release: half deleted");
@@ -981,7 +1036,8 @@ mod tests {
         }
         for failure in &passing {
             assert!(is_retried(failure, seconds(19), seconds(20)), "{failure}");
-            assert!(!is_retried(failure, seconds(20), seconds(20)), "{failure}");
+            let too_late = seconds(19) + Duration::from_millis(1);
+            assert!(!is_retried(failure, too_late, seconds(20)), "{failure}");
         }
     }
 
@@ -990,6 +1046,13 @@ mod tests {
         let begun = Instant::now();
         assert!(remaining(seconds(20), begun) > seconds(19));
         assert_eq!(remaining(Duration::ZERO, begun), Duration::from_millis(250));
+    }
+
+    #[test]
+    fn a_limit_is_never_said_to_be_0_s() {
+        for (milliseconds, expected) in [(250, "250 ms"), (999, "999 ms"), (1000, "1 s"), (7500, "7 s")] {
+            assert_eq!(length_of_limit(Duration::from_millis(milliseconds)), expected);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::outcome::{AnothersLock, Because, Outcome, Write};
 use super::proof::Match;
+use super::stores::StoredLock;
 use crate::aws::failure::Failure;
 use crate::sys::connections::UNSEEN_PAUSE;
 use crate::terraform::lock_info::LockInfo;
@@ -84,6 +85,12 @@ impl PartRead<'_> {
             },
         })
     }
+}
+
+/// Returns how many of `parts` parts are still to do after `judged`, the results so far. The part that comes next is one
+/// of them. A part that could not be read or deleted is still to do: it needs time for another attempt.
+pub(crate) fn still_to_do(parts: usize, judged: &[Result<Judged, Failure>]) -> usize {
+    parts.saturating_sub(judged.iter().filter(|part| part.is_ok()).count())
 }
 
 /// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
@@ -191,6 +198,19 @@ impl Judged {
     /// the part, and only the response to it was lost.
     pub(crate) fn of_no_part(was_asked_to_go: bool) -> Self {
         if was_asked_to_go { Self::Deleted } else { Self::Absent }
+    }
+
+    /// Returns the result for a part that was read once more after the time limit. `read` is what the read found.
+    /// `was_asked_to_go` is whether a delete request was sent for the part. `None` if the part of the lock `id` is or
+    /// may be still there.
+    pub(crate) fn of_last_look(
+        read: Result<Option<StoredLock>, Failure>,
+        id: &str,
+        was_asked_to_go: bool,
+    ) -> Option<Self> {
+        let Some(stored) = read.ok()? else { return Some(Self::of_no_part(was_asked_to_go)) };
+        let info = stored.info().filter(|info| info.id != id)?;
+        Some(if was_asked_to_go { Self::Deleted } else { Self::Anothers(info.id) })
     }
 
     /// Returns the outcome "not released" if this part prevents the release of the whole lock. `None` otherwise.
@@ -306,6 +326,7 @@ impl QuietWait {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock::dynamodb::InfoAttribute;
     use crate::terraform::logged_lock::Phase;
 
     /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
@@ -353,6 +374,39 @@ mod tests {
         }
         assert_eq!(Judged::of_no_part(true), Judged::Deleted);
         assert_eq!(Judged::of_no_part(false), Judged::Absent);
+    }
+
+    #[test]
+    fn the_time_is_divided_among_the_parts_that_are_still_to_do() {
+        let silent = || Err(Failure::no_answer("S3", "x"));
+        for (judged, expected) in [
+            (vec![], 2),
+            (vec![Ok(Judged::Deleted)], 1),
+            (vec![Ok(Judged::Absent)], 1),
+            (vec![silent()], 2),
+            (vec![silent(), Ok(Judged::Deleted)], 1),
+        ] {
+            assert_eq!(still_to_do(2, &judged), expected, "{judged:?}");
+        }
+        assert_eq!(still_to_do(1, &[]), 1);
+    }
+
+    #[test]
+    fn a_last_look_finds_a_part_deleted_only_if_it_is_gone_and_was_asked_to_go() {
+        let text = |text: &str| Some(StoredLock::Item(InfoAttribute::of_text(text)));
+        let lock = |id: &str| text(&format!(r#"{{"ID":"{id}"}}"#));
+        for (read, was_asked_to_go, expected) in [
+            (Ok(None), true, Some(Judged::Deleted)),
+            (Ok(None), false, Some(Judged::Absent)),
+            (Ok(lock("b")), true, Some(Judged::Deleted)),
+            (Ok(lock("b")), false, Some(Judged::Anothers("b".to_owned()))),
+            (Ok(lock("a")), true, None),
+            (Ok(lock("a")), false, None),
+            (Ok(text("<html>")), true, None),
+            (Err(Failure::no_answer("S3", "x")), true, None),
+        ] {
+            assert_eq!(Judged::of_last_look(read.clone(), "a", was_asked_to_go), expected, "{read:?}");
+        }
     }
 
     fn look(state: &str, lock: &str, holds: bool) -> Look {

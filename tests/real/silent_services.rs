@@ -71,6 +71,66 @@ fn a_run_that_its_own_lock_refuses_releases_it_from_a_slow_service(lock: Lock) {
 }
 for_each_lock!(a_run_that_its_own_lock_refuses_releases_it_from_a_slow_service);
 
+/// How long the service takes for each response to `tf`. A part of a lock takes three of them: it is read, deleted, and
+/// read again.
+const SLOW_RESPONSE: Duration = Duration::from_millis(2500);
+
+/// The time for a part of the lock is not what an earlier part has left of a share of its own.
+fn a_service_that_takes_long_for_each_response_has_time_for_every_part(lock: Lock) {
+    let mut env = TestEnv::new(lock, WAITS);
+    let is_slow = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&is_slow);
+    let _proxy = through(&mut env, move |request| {
+        if flag.load(Ordering::SeqCst) && request.is_ours() {
+            std::thread::sleep(SLOW_RESPONSE);
+        }
+        ProxyAction::Pass
+    });
+    let run = env.start_apply(Subject::Tf);
+    is_slow.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    is_slow.store(false, Ordering::SeqCst);
+    assert!(end.err.contains("released the lock"), "{lock:?}: {}", env.dump(&end));
+    assert!(!end.err.contains("not released"), "{lock:?}: {}", env.dump(&end));
+    env.assert_unlocked();
+    let recovered = locks(&env, &["recover"]);
+    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
+}
+for_each_lock!(a_service_that_takes_long_for_each_response_has_time_for_every_part);
+
+/// The service has deleted the last part, and answers the read that shows it only after the time limit.
+fn a_part_whose_delete_is_confirmed_late_is_looked_at_before_it_counts_as_not_released(lock: Lock) {
+    const LATE: Duration = Duration::from_millis(20_500);
+    let mut env = TestEnv::new(lock, WAITS);
+    let begun = Arc::new(std::sync::OnceLock::<Instant>::new());
+    let (since, is_deleted) = (Arc::clone(&begun), AtomicBool::new(false));
+    let _proxy = through(&mut env, move |request| {
+        let Some(since) = since.get().filter(|_| request.is_ours()) else { return ProxyAction::Pass };
+        let is_of = |item: &str, object: &str| match lock {
+            Lock::DynamoDb => request.asks_for(item),
+            Lock::File | Lock::Both => request.start.starts_with(object) && request.start.contains(".tflock"),
+        };
+        if is_of("DeleteItem", "DELETE ") {
+            is_deleted.store(true, Ordering::SeqCst);
+        } else if is_of("GetItem", "GET ") && is_deleted.load(Ordering::SeqCst) {
+            std::thread::sleep(LATE.saturating_sub(since.elapsed()));
+        }
+        ProxyAction::Pass
+    });
+    let run = env.start_apply(Subject::Tf);
+    begun.set(Instant::now()).unwrap();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(begun.get().unwrap().elapsed() < Duration::from_secs(26), "{lock:?}: {}", env.dump(&end));
+    assert!(end.err.contains("released the lock"), "{lock:?}: {}", env.dump(&end));
+    assert!(!end.err.contains("not released"), "{lock:?}: {}", env.dump(&end));
+    env.assert_unlocked();
+    let recovered = locks(&env, &["recover"]);
+    assert_eq!((recovered.code(), recovered.out.as_str()), (Some(0), ""), "{lock:?}: {}", env.dump(&recovered));
+}
+for_each_lock!(a_part_whose_delete_is_confirmed_late_is_looked_at_before_it_counts_as_not_released);
+
 /// The limit is 20 s for a lock that a killed run has left, whatever does not respond.
 #[test]
 fn a_killed_run_is_back_within_the_time_that_is_promised_where_nobody_answers() {
