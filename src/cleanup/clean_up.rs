@@ -137,8 +137,8 @@ pub(crate) trait Reporter {
     fn result(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
 
     /// Reports a lock whose request may still land, although terraform has exited by itself and did not get the lock.
-    /// For `is_remembered`, see [`Reporter::result`].
-    fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool);
+    /// `result` was reported before. For `is_remembered`, see [`Reporter::result`].
+    fn abandoned(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool);
 
     /// Reports that another run locked the same state while this run was working.
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced);
@@ -174,7 +174,7 @@ pub(crate) struct SilentReporter;
 impl Reporter for SilentReporter {
     fn result(&mut self, _: &EndedRun<'_>, _: &ReleaseResult, _: bool) {}
 
-    fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
+    fn abandoned(&mut self, _: &EndedRun<'_>, _: &ReleaseResult, _: bool) {}
 
     fn replaced(&mut self, _: &EndedRun<'_>, _: &Replaced) {}
 
@@ -327,7 +327,7 @@ impl Cleaned {
                     matches!(result.outcome, Some(Outcome::Kept { .. } | Outcome::Absent { anothers: Some(_), .. }))
                 };
                 for result in abandoned_requests(&self.results, run.ended).filter(|result| !is_reported(result)) {
-                    reporter.abandoned(run, &result.lock, self.is_remembered(result));
+                    reporter.abandoned(run, result, self.is_remembered(result));
                 }
             }
             CleanUpStep::WriteHistory => {

@@ -1061,7 +1061,7 @@ impl Reporter for RecoveryReporter<'_> {
     }
 
     /// Reports nothing, because it is unknown whether the terraform of a dead run exited by itself.
-    fn abandoned(&mut self, _: &EndedRun<'_>, _: &RecordedLock, _: bool) {}
+    fn abandoned(&mut self, _: &EndedRun<'_>, _: &ReleaseResult, _: bool) {}
 
     fn replaced(&mut self, _: &EndedRun<'_>, replaced: &Replaced) {
         self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by));

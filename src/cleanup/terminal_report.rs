@@ -89,11 +89,14 @@ impl Reporter for TerminalReporter<'_> {
         }
     }
 
-    fn abandoned(&mut self, run: &EndedRun<'_>, lock: &RecordedLock, is_remembered: bool) {
-        if was_waited_for(lock, self.ended_at) {
-            let unlock = self.unlock_command_of(lock, run.candidates);
-            console::say(&messages::may_still_come(run.ending, lock, is_remembered, &unlock));
-        }
+    fn abandoned(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool) {
+        let ReleaseResult { lock, outcome, .. } = result;
+        let Some(awaited) = awaited(lock, outcome.as_ref(), self.ended_at) else { return };
+        let unlock = self.unlock_command_of(lock, run.candidates);
+        console::say(&match awaited {
+            Awaited::Lock => messages::may_still_come(run.ending, lock, is_remembered, &unlock),
+            Awaited::OtherPart => messages::other_part_may_land(lock, is_remembered, &unlock),
+        });
     }
 
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
@@ -357,26 +360,72 @@ fn stored_locks(location: &LockLocation, candidates: &CandidateBackends, waiter:
     waiter.block_on(release::stored(location)).unwrap_or_default()
 }
 
+/// What may still appear after terraform has exited by itself without its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaited {
+    /// The lock. It was not found.
+    Lock,
+    /// One part of the lock. The other part was found and released.
+    OtherPart,
+}
+
+/// Returns what may still appear of `lock` after the `outcome` of its release. Terraform exited at the time `at`. `None`
+/// if the request for the lock most likely got a response, or if the whole lock was released.
+fn awaited(lock: &RecordedLock, outcome: Option<&Outcome>, at: Timestamp) -> Option<Awaited> {
+    match outcome {
+        _ if !was_waited_for(lock, at) => None,
+        Some(Outcome::Released(released)) => released.is_partial.then_some(Awaited::OtherPart),
+        _ => Some(Awaited::Lock),
+    }
+}
+
 /// Whether the request for `lock` most likely got no response before terraform exited at the time `at`. This is the
-/// case if terraform waited for the response for about as long as it waits after a second interrupt.
+/// case if terraform waited for the response for about as long as it waits after a second interrupt. False if terraform
+/// has repeated the request: then it has waited between its requests.
 fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
     /// This is 1 s less than the 5 s that terraform waits. The 1 s allows for delays on a slow machine.
     const SECOND_INTERRUPT_WINDOW: SignedDuration = SignedDuration::from_secs(4);
-    at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
+    !lock.was_requested_again() && at.duration_since(lock.progress.asked) >= SECOND_INTERRUPT_WINDOW
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock::outcome::Released;
     use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+
+    fn lock(requests: usize) -> RecordedLock {
+        let mut log = Log::default();
+        for _ in 0..requests {
+            log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
+        }
+        log.named().next().unwrap().clone()
+    }
 
     #[test]
     fn a_request_was_waited_for_where_terraform_stayed_for_as_long_as_it_does_after_a_second_interrupt() {
-        let mut log = Log::default();
-        log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
-        let lock = log.named().next().unwrap().clone();
-        for (seconds, expected) in [(1, false), (5, true)] {
-            assert_eq!(was_waited_for(&lock, lock.progress.asked + SignedDuration::from_secs(seconds)), expected);
+        for (requests, seconds, expected) in [(1, 1, false), (1, 5, true), (2, 5, false)] {
+            let lock = lock(requests);
+            let at = lock.progress.asked + SignedDuration::from_secs(seconds);
+            assert_eq!(was_waited_for(&lock, at), expected, "{requests} {seconds}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_was_released_is_said_to_be_missing() {
+        let released = |is_partial| Outcome::Released(Released { is_partial, ..Released::default() });
+        for (outcome, expected) in [
+            (None, Some(Awaited::Lock)),
+            (Some(Outcome::Absent { anothers: None, excluded: false }), Some(Awaited::Lock)),
+            (Some(Outcome::later("x")), Some(Awaited::Lock)),
+            (Some(released(false)), None),
+            (Some(released(true)), Some(Awaited::OtherPart)),
+        ] {
+            for (seconds, expected) in [(1, None), (5, expected)] {
+                let lock = lock(1);
+                let at = lock.progress.asked + SignedDuration::from_secs(seconds);
+                assert_eq!(awaited(&lock, outcome.as_ref(), at), expected, "{outcome:?} {seconds}");
+            }
         }
     }
 }

@@ -128,6 +128,12 @@ pub(crate) struct RecordedLock {
 }
 
 impl RecordedLock {
+    /// Whether terraform has repeated its request for the lock. It does so only with `-lock-timeout`, and only after a
+    /// refusal.
+    pub(crate) fn was_requested_again(&self) -> bool {
+        self.requests.len() > 1
+    }
+
     /// Whether terraform had acquired the lock and has not begun to release it. Then its operation is not over.
     pub(crate) fn is_in_use(&self) -> bool {
         self.progress.held.is_some() && self.progress.is_before_unlock()

@@ -308,6 +308,25 @@ fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
     });
 }
 
+/// With `-lock-timeout`, terraform repeats its request until the time is up, and is refused by its own lock each time.
+#[test]
+fn a_lock_that_was_released_after_a_lock_timeout_is_not_said_to_be_missing() {
+    for (lock, takes) in
+        [(Lock::DynamoDb, takes_item as fn(&Message) -> bool), (Lock::File, takes_file), (Lock::Both, takes_item)]
+    {
+        let mut env = TestEnv::new(lock, "true");
+        let once = AtomicBool::new(true);
+        let _proxy = through(&mut env, move |request| {
+            if takes(request) && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
+        });
+        let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=5s"]);
+        assert_eq!(end.code(), Some(1), "{lock:?}: {}", env.dump(&end));
+        assert!(end.err.contains("released the lock"), "{lock:?}: {}", env.dump(&end));
+        assert!(!end.err.contains("may still appear"), "{lock:?}: {}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
 #[test]
 fn a_failing_unlock_leaves_no_lock() {
     for (subject, left) in [(Subject::Bare, true), (Subject::Tf, false)] {
