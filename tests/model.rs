@@ -162,9 +162,9 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let mut trials = Vec::new();
-    for parts in [Parts::Object, Parts::Item, Parts::Both] {
+    for parts in [Parts::Object, Parts::Item, Parts::Both, Parts::BothLeased] {
         for child in [ChildKind::None, ChildKind::Ordinary, ChildKind::Detached, ChildKind::Untouchable] {
-            let kills = if parts == Parts::Both { 2 } else { 3 };
+            let kills = if matches!(parts, Parts::Both | Parts::BothLeased) { 2 } else { 3 };
             let name = format!("protocol::every_interleaving_keeps_every_invariant::{parts:?}_{child:?}_{kills}");
             trials.push(Trial::test(name, move || holds(Protocol::new(Setup { parts, child, kills, fault: None }))));
         }

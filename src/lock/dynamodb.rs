@@ -283,6 +283,28 @@ pub(crate) async fn read(client: &Client, item: ItemKey<'_>) -> Result<Option<In
     Ok(attribute(client, item, item.lock_id(), "Info").await?.map(InfoAttribute::of))
 }
 
+/// Like [`read`]. The result also says whether the item has a lease record, whatever is in it.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) async fn read_info_and_lease(
+    client: &Client,
+    item: ItemKey<'_>,
+) -> Result<Option<(InfoAttribute, bool)>, Failure> {
+    let answer = client
+        .get_item()
+        .table_name(item.table)
+        .key("LockID", item.lock_id())
+        .projection_expression("LockID, #info, #lease")
+        .expression_attribute_names("#info", "Info")
+        .expression_attribute_names("#lease", FIELD)
+        .consistent_read(true)
+        .send()
+        .await
+        .map_err(|error| failure("dynamodb:GetItem", &error))?;
+    Ok(answer.item.map(|mut item| (InfoAttribute::of(item.remove("Info")), item.contains_key(FIELD))))
+}
+
 /// Reads the MD5 of the state that terraform wrote last. Terraform stores it in another item of the same table
 /// (client.go, `putMD5`). `None` if there is no such item, or if it has no `Digest` that is a string.
 ///

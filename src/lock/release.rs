@@ -4,6 +4,11 @@
 //! The DynamoDB part is deleted first and the `.tflock` object last. Terraform acquires the parts in the reverse order,
 //! so no other run can get only one of them. `tf` tries both deletes even if one of them fails.
 //!
+//! If the item has the record of a lease, the item is read first, but deleted last, and only if the object is gone: the
+//! record permits any host to take the lock over if this release gets no further. Terraform's own unlock uses this order
+//! too. Another terraform that requests the lock between the two deletes gets the object, is refused the item, and
+//! deletes its object again. It would also have been refused before the release.
+//!
 //! A terraform that died may have left two kinds of requests in flight:
 //!
 //! - A *lock request* without a response can land after `tf` has read the location. So `tf` keeps searching for an
@@ -34,8 +39,8 @@ use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
-    COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step, needs_quiet,
-    still_to_do,
+    COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
+    may_item_follow, needs_quiet, still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
@@ -669,9 +674,21 @@ impl Attempt<'_> {
     /// Reads, judges and deletes one part after the other. Returns one result for each part, in the same order.
     async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
         let mut judged = Vec::new();
-        for part in &services.parts {
+        for (place, part) in services.parts.iter().enumerate() {
             let to_do = still_to_do(services.parts.len(), &judged);
-            judged.push(self.part(services, part, to_do).await);
+            let is_last = place + 1 == services.parts.len();
+            judged.push(self.part(services, part, to_do, is_last).await);
+        }
+        if let [item @ Ok(Judged::Waits), object] = judged.as_mut_slice()
+            && may_item_follow(object)
+        {
+            *item = self.part(services, &services.parts[0], 1, true).await;
+            if *item == Ok(Judged::Absent) && *object == Ok(Judged::Deleted) {
+                // Somebody else has deleted the item meanwhile, for example a host that has taken the lock over. It
+                // reports the release.
+                *object = Ok(Judged::Absent);
+                self.asked_to_go.clear();
+            }
         }
         self.deleted |= judged.iter().any(|part| matches!(part, Ok(Judged::Deleted)));
         judged
@@ -727,8 +744,15 @@ impl Attempt<'_> {
     }
 
     /// Reads one part, judges it and deletes it. Starts again if the part changed between the read and the delete. The
-    /// requests share the time of the part, which is one of `to_do` parts that are still to do ([`Attempt::share`]).
-    async fn part(&mut self, services: &Services<'_>, part: &StoreKey, to_do: usize) -> Result<Judged, Failure> {
+    /// requests share the time of the part, which is one of `to_do` parts that are still to do ([`Attempt::share`]). If
+    /// the part is not the last one to be looked at, and has the record of the lease, it is not deleted.
+    async fn part(
+        &mut self,
+        services: &Services<'_>,
+        part: &StoreKey,
+        to_do: usize,
+        is_last: bool,
+    ) -> Result<Judged, Failure> {
         let begun = Instant::now();
         let mut limit = self.share(to_do);
         let was_asked_to_go = self.asked_to_go.contains(part);
@@ -737,7 +761,7 @@ impl Attempt<'_> {
             let agreed = self.agreed;
             let is_global =
                 async { if agreed { Ok(None) } else { global_table(&services.stores, services.location).await } };
-            let read = within(remaining(limit, begun), part.service(), services.stores.read(part));
+            let read = within(remaining(limit, begun), part.service(), services.stores.read_with_lease(part));
             let (stored, global) = tokio::join!(read, within(remaining(limit, begun), "DynamoDB", is_global));
             self.agreed |= global == Ok(None);
             let stored = match stored {
@@ -747,7 +771,7 @@ impl Attempt<'_> {
                 }
                 stored => stored?,
             };
-            let Some(stored) = stored else {
+            let Some((stored, has_lease)) = stored else {
                 return Ok(Judged::of_no_part(was_asked_to_go));
             };
             let Some(info) = stored.info() else {
@@ -766,6 +790,7 @@ impl Attempt<'_> {
                 needs_consent: if verdict == Match::Ours { global? } else { None },
                 verdict,
                 needs_quiet: self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land),
+                must_be_last: has_lease && !is_last,
             };
             if let PartStep::Settled(judged) = read.decide() {
                 return Ok(judged);

@@ -49,6 +49,8 @@ pub(crate) enum Judged {
     NeedsQuiet,
     /// The part belongs to the run, but must not be deleted without explicit consent. The text says why.
     NeedsConsent(String),
+    /// The part belongs to the run and has the record of its lease. It is deleted after the other part.
+    Waits,
 }
 
 /// What a release does about a part, after it has read the part.
@@ -70,6 +72,8 @@ pub(crate) struct PartRead<'a> {
     pub(crate) needs_consent: Option<String>,
     /// Whether the part must not be deleted until nothing has changed for the quiet window.
     pub(crate) needs_quiet: bool,
+    /// Whether the part has the record of the lease, and the other part was not looked at yet.
+    pub(crate) must_be_last: bool,
 }
 
 impl PartRead<'_> {
@@ -81,6 +85,7 @@ impl PartRead<'_> {
             Match::Ours => match self.needs_consent {
                 Some(reason) => Judged::NeedsConsent(reason),
                 None if self.needs_quiet => Judged::NeedsQuiet,
+                None if self.must_be_last => Judged::Waits,
                 None => return PartStep::Delete,
             },
         })
@@ -91,6 +96,17 @@ impl PartRead<'_> {
 /// of them. A part that could not be read or deleted is still to do: it needs time for another attempt.
 pub(crate) fn still_to_do(parts: usize, judged: &[Result<Judged, Failure>]) -> usize {
     parts.saturating_sub(judged.iter().filter(|part| part.is_ok()).count())
+}
+
+/// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part.
+///
+/// As long as the item with the record is there, any host can take the lock over after the lease has lapsed. So the item
+/// stays as long as the object may be the run's.
+pub(crate) fn may_item_follow(object: &Result<Judged, Failure>) -> bool {
+    match object {
+        Ok(Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_) | Judged::NoLock(_)) => true,
+        Ok(Judged::Doubt(_) | Judged::NeedsQuiet | Judged::NeedsConsent(_) | Judged::Waits) | Err(_) => false,
+    }
 }
 
 /// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
@@ -218,6 +234,7 @@ impl Judged {
         match self {
             Self::Doubt(reason) => Some(Outcome::kept(*reason)),
             Self::NeedsConsent(reason) => Some(Outcome::later(reason)),
+            Self::Waits => Some(Outcome::later("the other part of the lock was not released")),
             _ => None,
         }
     }
@@ -353,7 +370,7 @@ mod tests {
     fn a_part_is_deleted_exactly_if_it_is_ours_and_nothing_speaks_against_it() {
         let info = LockInfo { id: "other".to_owned(), ..LockInfo::default() };
         for verdict in [Match::Ours, Match::Anothers, Match::Doubt("it differs")] {
-            for bits in 0..4_u8 {
+            for bits in 0..8_u8 {
                 let bit = |place: u8| bits & (1 << place) != 0;
                 let consent = bit(0).then(|| "a global table".to_owned());
                 let read = PartRead {
@@ -361,15 +378,17 @@ mod tests {
                     verdict: verdict.clone(),
                     needs_consent: consent.clone(),
                     needs_quiet: bit(1),
+                    must_be_last: bit(2),
                 };
-                let expected = match (&verdict, consent, bit(1)) {
+                let expected = match (&verdict, consent, bit(1), bit(2)) {
                     (Match::Anothers, ..) => PartStep::Settled(Judged::Anothers("other".to_owned())),
                     (Match::Doubt(reason), ..) => PartStep::Settled(Judged::Doubt(reason)),
-                    (Match::Ours, Some(reason), _) => PartStep::Settled(Judged::NeedsConsent(reason)),
-                    (Match::Ours, None, true) => PartStep::Settled(Judged::NeedsQuiet),
-                    (Match::Ours, None, false) => PartStep::Delete,
+                    (Match::Ours, Some(reason), ..) => PartStep::Settled(Judged::NeedsConsent(reason)),
+                    (Match::Ours, None, true, _) => PartStep::Settled(Judged::NeedsQuiet),
+                    (Match::Ours, None, false, true) => PartStep::Settled(Judged::Waits),
+                    (Match::Ours, None, false, false) => PartStep::Delete,
                 };
-                assert_eq!(read.decide(), expected, "{verdict:?} {bits:02b}");
+                assert_eq!(read.decide(), expected, "{verdict:?} {bits:03b}");
             }
         }
         assert_eq!(Judged::of_no_part(true), Judged::Deleted);
@@ -389,6 +408,20 @@ mod tests {
             assert_eq!(still_to_do(2, &judged), expected, "{judged:?}");
         }
         assert_eq!(still_to_do(1, &[]), 1);
+    }
+
+    /// Without its item, the object has no record, so no other host could release it.
+    #[test]
+    fn an_item_with_a_lease_stays_as_long_as_the_object_may_be_the_runs() {
+        for object in findings() {
+            let may_be_ours = match &object {
+                Err(_) => true,
+                Ok(judged) => {
+                    matches!(judged, Judged::Doubt(_) | Judged::NeedsQuiet | Judged::NeedsConsent(_) | Judged::Waits)
+                }
+            };
+            assert_eq!(may_item_follow(&object), !may_be_ours, "{object:?}");
+        }
     }
 
     #[test]
@@ -525,6 +558,7 @@ mod tests {
             Ok(Judged::Doubt("it differs")),
             Ok(Judged::NeedsQuiet),
             Ok(Judged::NeedsConsent("a global table".to_owned())),
+            Ok(Judged::Waits),
             Err(Failure::no_answer("S3", "silence")),
         ]
     }

@@ -216,6 +216,20 @@ impl Stores {
         })
     }
 
+    /// Like [`Stores::read`]. The result also says whether what is stored is an item with a lease record.
+    ///
+    /// # Errors
+    /// As [`Stores::read`].
+    pub(crate) async fn read_with_lease(&self, store_key: &StoreKey) -> Result<Option<(StoredLock, bool)>, Failure> {
+        match store_key {
+            StoreKey::DynamoDb { table, key, .. } => {
+                let read = dynamodb::read_info_and_lease(&self.dynamodb, ItemKey { table, path: key }).await?;
+                Ok(read.map(|(info, has_lease)| (StoredLock::Item(info), has_lease)))
+            }
+            StoreKey::S3 { .. } => Ok(self.read(store_key).await?.map(|stored| (stored, false))),
+        }
+    }
+
     /// Deletes what is stored at `store_key`, on the condition that it is still `stored`.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::tests::{ID, lock_line, unlock_line};
 use crate::terraform::log::{Log, RecordedLock};
 
-/// The parts of the lock. Their numbers are the order in which a release deletes them.
+/// The parts of the lock. Their numbers are the order in which a release reads them.
 const ITEM: usize = 0;
 const OBJECT: usize = 1;
 
@@ -54,6 +54,8 @@ pub(crate) enum Parts {
     Item,
     Object,
     Both,
+    /// Both, and the item has a lease record.
+    BothLeased,
 }
 
 impl Parts {
@@ -63,16 +65,18 @@ impl Parts {
         match self {
             Self::Item => &[ITEM],
             Self::Object => &[OBJECT],
-            Self::Both => &[OBJECT, ITEM],
+            Self::Both | Self::BothLeased => &[OBJECT, ITEM],
         }
     }
 
-    /// The order in which a release reads and deletes them (`LockLocation::store_keys`).
+    /// The order in which a release reads and deletes them (`LockLocation::store_keys`). An item with a lease waits after
+    /// its first read, and is read once more and deleted after the object (`Judged::Waits`).
     fn our_order(self) -> &'static [usize] {
         match self {
             Self::Item => &[ITEM],
             Self::Object => &[OBJECT],
             Self::Both => &[ITEM, OBJECT],
+            Self::BothLeased => &[ITEM, OBJECT, ITEM],
         }
     }
 
@@ -80,7 +84,7 @@ impl Parts {
         match self {
             Self::Item => "DynamoDB only",
             Self::Object => "S3 Native only",
-            Self::Both => "S3 Native and DynamoDB",
+            Self::Both | Self::BothLeased => "S3 Native and DynamoDB",
         }
     }
 }
@@ -212,6 +216,7 @@ enum PartResult {
     Deleted,
     Anothers,
     NeedsQuiet,
+    Waits,
 }
 
 /// Where a release is. A number is a place in [`Parts::our_order`].
@@ -749,16 +754,23 @@ impl Protocol {
 
     /// Takes one step of a release. Returns the result if the release is over.
     fn release_step(&self, state: &mut State, who: Who, facts: CleanUpFacts) -> Option<Option<ReleaseResultKind>> {
-        let parts = self.setup.parts.our_order();
+        let order = self.setup.parts.our_order();
+        let parts = &order[..order.len().min(2)];
         let recorded = self.recorded(state).clone();
         let run = self.run(state);
         let store = state.store;
         let release = *Self::release(state, who)?;
         let mut now = release;
         let mut result = None;
+        // Where the release goes on after the part at `place` of the order.
+        let after = |place: usize, parts: [PartResult; 2]| match order.get(place + 1) {
+            None => At::Combine,
+            Some(_) if place == 1 && parts[ITEM] != PartResult::Waits => At::Combine,
+            Some(_) => At::Read(place + 1),
+        };
         match release.at {
             At::Read(place) => {
-                let part = parts[place];
+                let part = order[place];
                 let must_wait =
                     needs_quiet(&recorded, facts.write_may_land) && self.setup.fault != Some(Fault::NoQuietWindow);
                 let step = match store[part].map(|owner| self.info(owner)) {
@@ -768,6 +780,7 @@ impl Protocol {
                         verdict: judge(&recorded, info, run),
                         needs_consent: None,
                         needs_quiet: !release.is_quiet && must_wait,
+                        must_be_last: place == 0 && order.len() > 2,
                     }
                     .decide(),
                 };
@@ -782,15 +795,16 @@ impl Protocol {
                             Judged::Deleted => PartResult::Deleted,
                             Judged::Anothers(_) => PartResult::Anothers,
                             Judged::NeedsQuiet => PartResult::NeedsQuiet,
+                            Judged::Waits => PartResult::Waits,
                             other => unreachable!("{other:?}"),
                         };
                         now.was_deleted |= now.parts[part] == PartResult::Deleted;
-                        now.at = if place + 1 < parts.len() { At::Read(place + 1) } else { At::Combine };
+                        now.at = after(place, now.parts);
                     }
                 }
             }
             At::ReadAgain(place, met) => {
-                let part = parts[place];
+                let part = order[place];
                 let text = |owner: Owner| {
                     StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{}"}}"#, self.info(owner).id)))
                 };
@@ -799,12 +813,12 @@ impl Protocol {
                     Some(Removed::GoneBefore) => {
                         now.asked_to_go[part] = false;
                         now.parts[part] = PartResult::Absent;
-                        now.at = if place + 1 < parts.len() { At::Read(place + 1) } else { At::Combine };
+                        now.at = after(place, now.parts);
                     }
                     Some(Removed::Gone(_)) => {
                         now.parts[part] = PartResult::Deleted;
                         now.was_deleted = true;
-                        now.at = if place + 1 < parts.len() { At::Read(place + 1) } else { At::Combine };
+                        now.at = after(place, now.parts);
                     }
                     Some(Removed::Anothers) => now.at = At::Read(place),
                     Some(Removed::Refused) => unreachable!("the service deletes what it confirms"),
@@ -820,6 +834,7 @@ impl Protocol {
                             PartResult::Deleted => Judged::Deleted,
                             PartResult::Anothers => Judged::Anothers(CONTENDER_ID.to_owned()),
                             PartResult::NeedsQuiet => Judged::NeedsQuiet,
+                            PartResult::Waits => Judged::Waits,
                             PartResult::Unread => unreachable!("each part was read"),
                         })
                     })
@@ -867,6 +882,14 @@ impl Protocol {
             }
             // Only the network and the time end these.
             At::Deleting(_) | At::Quiet(..) => return None,
+        }
+        if matches!(release.at, At::Read(2) | At::ReadAgain(2, _))
+            && (now.at, now.parts) == (At::Combine, [PartResult::Absent, PartResult::Deleted])
+        {
+            // Somebody else has deleted the item meanwhile.
+            now.parts = [PartResult::Absent; 2];
+            now.asked_to_go = [false; 2];
+            now.was_deleted = false;
         }
         *Self::release(state, who)? = now;
         // Assumption: a terraform that exits by itself without its lock was refused it if another run's lock was found

@@ -517,18 +517,23 @@ fn the_lock_of_a_doctor_that_lands_late_is_gone_in_the_end() {
 
 #[test]
 fn a_lock_of_which_one_part_may_not_be_deleted_is_named_with_what_became_of_the_other() {
-    let mut env = TestEnv::new(Lock::Both, WAITS);
-    let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
-    let _proxy = through(&mut env, move |request| {
-        if request.start.starts_with("DELETE ") {
-            ProxyAction::Answer(Message::answer("403 Forbidden", denied))
-        } else {
-            ProxyAction::Pass
-        }
-    });
-    let run = env.start_apply(Subject::Tf);
-    run.kill_terraform();
-    let end = run.wait();
-    assert!(end.err.contains("AccessDenied: no; the other part of the lock was released"), "{}", env.dump(&end));
-    assert_eq!(env.locks().len(), 1, "{}", env.dump(&end));
+    // With a lease, the item has the record, and stays as long as the object.
+    for (lease, said, left) in [("off", "; the other part of the lock was released", 1), ("5m", "", 2)] {
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        env.set("TFW_LEASE", lease).set("TFW_CLOCK", "steady");
+        let denied = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+        let _proxy = through(&mut env, move |request| {
+            if request.start.starts_with("DELETE ") && request.start.contains("/prod.tfstate.tflock") {
+                ProxyAction::Answer(Message::answer("403 Forbidden", denied))
+            } else {
+                ProxyAction::Pass
+            }
+        });
+        let run = env.start_apply(Subject::Tf);
+        env.wait_for_lease();
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains(&format!("AccessDenied: no{said}\n")), "{lease}: {}", env.dump(&end));
+        assert_eq!(env.locks().len(), left, "{lease}: {}", env.dump(&end));
+    }
 }

@@ -9,7 +9,7 @@ use super::locks_release::{locks, old_lock};
 use super::survived::kill_whole;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::processes::kill_without_guardian;
+use crate::support::processes::{kill_all, kill_without_guardian};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{WAITS, lock_json};
 use crate::support::{Lock, Subject, TestEnv};
@@ -216,24 +216,51 @@ fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stay
     proxy.let_go();
 }
 
+/// Returns which parts of the lock were deleted, in order, with one entry for each request.
+fn deletes(asked: &Asked) -> Vec<&'static str> {
+    let asked = asked.lock().unwrap();
+    let kind = |request: &Message| {
+        if request.asks_for("DeleteItem") {
+            Some("item")
+        } else {
+            // The keeper of a lease tests the service with an object of its own.
+            let is_lock = request.start.contains("/prod.tfstate.tflock");
+            (request.start.starts_with("DELETE ") && is_lock).then_some("object")
+        }
+    };
+    asked.iter().filter_map(kind).collect()
+}
+
+/// The record of the lease is in the item. If the release got no further after its first delete, no other host could
+/// take a lock over whose item is gone.
+#[test]
+fn of_a_leased_lock_of_two_parts_the_item_is_deleted_last() {
+    for who in ["tf", "recovery"] {
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        env.set("TFW_LEASE", "5m").set("TFW_CLOCK", "steady");
+        let (_proxy, asked) = record(&mut env, |_| ProxyAction::Pass);
+        let run = env.start_apply(Subject::Tf);
+        env.wait_for_lease();
+        env.wait_for_trace("journal written");
+        if who == "tf" {
+            run.kill_terraform();
+            run.wait();
+        } else {
+            kill_all(&env);
+            drop(run);
+            assert_eq!(locks(&env, &["recover"]).code(), Some(0), "{}", env.trace());
+        }
+        env.assert_unlocked();
+        assert_eq!(deletes(&asked), ["object", "item"], "{who}: {}", env.trace());
+    }
+}
+
 /// This is the reverse of the order in which terraform acquires them, so that no other run can acquire one of the two.
 #[test]
 fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
-    let deletes = |asked: &Asked| -> Vec<&'static str> {
-        let asked = asked.lock().unwrap();
-        let kind = |request: &Message| {
-            if request.asks_for("DeleteItem") {
-                Some("item")
-            } else {
-                // The keeper of a lease tests the service with an object of its own (make leased).
-                let is_lock = request.start.contains("/prod.tfstate.tflock");
-                (request.start.starts_with("DELETE ") && is_lock).then_some("object")
-            }
-        };
-        asked.iter().filter_map(kind).collect()
-    };
     for who in ["tf", "guardian", "recovery"] {
         let mut env = TestEnv::new(Lock::Both, WAITS);
+        env.set("TFW_LEASE", "off");
         let (_proxy, asked) = record(&mut env, |_| ProxyAction::Pass);
         match who {
             "tf" => {

@@ -4,7 +4,8 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -126,6 +127,10 @@ impl Host {
     /// Kills everything that runs on this host, and removes its disk.
     fn vanish(&self, run: Run) {
         self.kill(run);
+        self.remove_disk();
+    }
+
+    fn remove_disk(&self) {
         let home = self.env.directory.parent().unwrap().join("home");
         for directory in [&home, &self.env.directory] {
             fs::remove_dir_all(directory).unwrap();
@@ -202,6 +207,72 @@ fn the_lock_of_a_vanished_host_is_taken_after_its_lease_and_not_before(lock: Loc
     other.env.assert_unlocked();
 }
 for_each_lock!(the_lock_of_a_vanished_host_is_taken_after_its_lease_and_not_before);
+
+/// Asserts that another host takes over the lock that `holder` has left, and that its plan works.
+#[track_caller]
+fn assert_taken_from(holder: &Host) {
+    let other = holder.beside("other", "true");
+    other.wait_until_lapsed();
+    let end = other.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{}", other.dump(&end));
+    assert!(end.out.contains("Plan: 1 to add") && !end.err.contains("Error"), "{}", other.dump(&end));
+    other.env.assert_unlocked();
+}
+
+/// The part with the record stays as long as the other part, so that the lease of both can lapse.
+#[test]
+fn a_lock_whose_host_vanishes_after_an_outage_of_one_service_during_the_release_is_taken() {
+    let services: [fn(&Message) -> bool; 2] = [|request| is_dynamodb(request, ""), |request| !is_dynamodb(request, "")];
+    for is_away in services {
+        let Some(mut holder) = holder(Lock::Both, "5s") else { return };
+        let begun = Arc::new(AtomicBool::new(false));
+        let outage = Arc::clone(&begun);
+        let _proxy = through(&mut holder.env, move |request| {
+            if outage.load(Ordering::SeqCst) && is_away(request) { ProxyAction::Close } else { ProxyAction::Pass }
+        });
+        let run = holder.work();
+        begun.store(true, Ordering::SeqCst);
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("was not released"), "{}", holder.dump(&end));
+        wait_until_all_is_gone(&holder.env);
+        holder.env.assert_locked();
+        holder.remove_disk();
+        assert_taken_from(&holder);
+    }
+}
+
+/// The host vanishes between the two deletes of the release. A bare terraform in between gets no part of the lock.
+#[test]
+fn a_lock_whose_host_vanishes_with_half_of_it_released_is_taken() {
+    let Some(mut holder) = holder(Lock::Both, "5s") else { return };
+    let deletes = AtomicUsize::new(0);
+    let proxy = through(&mut holder.env, move |request| {
+        if is_delete_of_lock(request) && deletes.fetch_add(1, Ordering::SeqCst) > 0 {
+            ProxyAction::Hold
+        } else {
+            ProxyAction::Pass
+        }
+    });
+    let run = holder.work();
+    run.kill_terraform();
+    proxy.wait_until_held();
+    kill_all(&holder.env);
+    drop(run);
+    holder.remove_disk();
+    assert_eq!(holder.env.locks().len(), 1);
+    // Terraform takes the free part, is refused the other one, and gives its part back.
+    let bare = holder.beside("bare", "true");
+    let end = bare.run(Subject::Bare, &PLAN);
+    assert_refused(&bare, &end);
+    assert_eq!(holder.env.locks().len(), 1, "{}", bare.dump(&end));
+    assert_taken_from(&holder);
+}
+
+/// Whether this is the delete of `tf` for a part of the lock. The keeper deletes an object of its own too.
+fn is_delete_of_lock(request: &Message) -> bool {
+    deletes_lock(request) && (is_dynamodb(request, "") || request.start.contains("/prod.tfstate.tflock"))
+}
 
 fn a_run_that_waits_for_a_vanished_host_goes_on_by_itself(lock: Lock) {
     let Some(holder) = holder(lock, "4s") else { return };
