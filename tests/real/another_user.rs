@@ -11,7 +11,7 @@ use nix::unistd::{Uid, chown};
 
 use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, records};
-use crate::support::process::{Run, terraform_below};
+use crate::support::process::{Run, copy_program, terraform_below};
 use crate::support::processes::{kill_all, wait_until_ours_are_gone};
 use crate::support::test_env::{WAITS, id_of, terraform};
 use crate::support::{Ended, Lock, Subject, TestEnv};
@@ -98,7 +98,7 @@ fn a_setuid_terraform_writes_none_of_it_to_stderr_either() {
     }
     let mut env = test_env();
     let program = env.directory.join("terraform-setuid");
-    fs::copy(terraform(), &program).unwrap();
+    copy_program(terraform(), &program);
     chown(&program, Some(Uid::from_raw(OTHER)), None).unwrap();
     env.set("TFW_TERRAFORM", &program);
     for mode in [0o755, 0o4755] {

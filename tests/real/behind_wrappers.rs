@@ -10,7 +10,7 @@ use super::given_back::through;
 use super::interrupted_once::slow_to_plan;
 use super::survived::assert_nothing_left;
 use crate::support::cloud::tool;
-use crate::support::process::terraform_below;
+use crate::support::process::{copy_program, terraform_below};
 use crate::support::processes::{KillOnDrop, home, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::proxy::ProxyAction;
 use crate::support::test_env::WAITS;
@@ -70,7 +70,7 @@ fn a_large_program_of_a_wrapper_is_not_taken_for_terraform() {
     let _kill_on_drop = KillOnDrop(home(&env));
     let python = fs::canonicalize(tool("python3")).unwrap();
     let large = env.directory.join("large");
-    fs::copy(&python, &large).unwrap();
+    copy_program(&python, &large);
     fs::File::options().write(true).open(&large).unwrap().set_len(64 << 20).unwrap();
     fs::set_permissions(&large, fs::Permissions::from_mode(0o755)).unwrap();
     let prefix = python.parent().and_then(std::path::Path::parent).unwrap().display().to_string();

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 
-use crate::support::process::tree;
+use crate::support::process::{copy_program, tree};
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 
@@ -287,7 +287,7 @@ fn named_terraform_it_finds_the_real_one_behind_it() {
                 let link = directory.join("terraform");
                 let _ = std::fs::remove_file(&link);
                 if copied {
-                    std::fs::copy(env!("CARGO_BIN_EXE_tf"), &link).unwrap();
+                    copy_program(env!("CARGO_BIN_EXE_tf"), &link);
                 } else {
                     symlink(env!("CARGO_BIN_EXE_tf"), &link).unwrap();
                 }
@@ -330,7 +330,7 @@ fn two_wrappers_in_a_row_are_one() {
     let env = TestEnv::new(Lock::Both, WAITS);
     let first = env.directory.join("first");
     std::fs::create_dir(&first).unwrap();
-    std::fs::copy(env!("CARGO_BIN_EXE_tf"), first.join("terraform")).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_tf"), first.join("terraform"));
     let path =
         std::env::join_paths([first.as_path(), env.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
     let mut command = env.command(env.bin().join("tf"));

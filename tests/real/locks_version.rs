@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::locks_list::assert_fits;
 use super::locks_release::locks;
+use crate::support::process::copy_program;
 use crate::support::test_env::{terraform, which};
 use crate::support::{Lock, Subject, TestEnv};
 
@@ -56,7 +57,7 @@ fn without_a_terraform_it_says_so_and_still_what_it_is_itself() {
 fn a_terraform_that_hangs_is_killed_and_a_script_is_not_run() {
     let mut env = TestEnv::empty(Lock::Both);
     let hangs = env.directory.join("hangs");
-    fs::copy(fs::canonicalize(which("yes").unwrap()).unwrap(), &hangs).unwrap();
+    copy_program(fs::canonicalize(which("yes").unwrap()).unwrap(), &hangs);
     fs::File::options().write(true).open(&hangs).unwrap().set_len(64 << 20).unwrap();
     fs::set_permissions(&hangs, fs::Permissions::from_mode(0o755)).unwrap();
     env.set("TFW_TERRAFORM", &hangs);

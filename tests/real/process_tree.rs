@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::cloud::tool;
-use crate::support::process::{Run, state, terraform_below, tree};
+use crate::support::process::{Run, copy_program, state, terraform_below, tree};
 use crate::support::processes::{
     KillOnDrop, everybody, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked,
 };
@@ -83,7 +83,7 @@ fn world_of_user() -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
     let python = fs::canonicalize(tool("python3")).unwrap();
     let sudo = env.directory.join("sudo");
-    fs::copy(&python, &sudo).unwrap();
+    copy_program(&python, &sudo);
     let prefix = python.parent().and_then(std::path::Path::parent).unwrap();
     env.write("sudo.py", SUDO);
     env.write_main(
@@ -97,7 +97,7 @@ fn world_of_user() -> TestEnv {
     env.init();
     let root = env.directory.parent().unwrap();
     // The `tf` under test may be in a directory that only root can read.
-    fs::copy(env!("CARGO_BIN_EXE_tf"), root.join("bin/tf-of-user")).unwrap();
+    copy_program(env!("CARGO_BIN_EXE_tf"), root.join("bin/tf-of-user"));
     let owned = Command::new("chown").args(["-R", &format!("{USER}:{USER}")]).arg(root).status().unwrap();
     assert!(owned.success());
     nix::unistd::chown(&sudo, Some(nix::unistd::Uid::from_raw(0)), None).unwrap();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::support::process::Run;
+use crate::support::process::{Run, copy_program};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::which;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
@@ -237,7 +237,7 @@ fn a_tf_that_is_not_on_path_is_named_by_its_path() {
         let mut env = with_another_workspace();
         let away = env.directory.join("it's away");
         fs::create_dir(&away).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_tf"), away.join("tf")).unwrap();
+        copy_program(env!("CARGO_BIN_EXE_tf"), away.join("tf"));
         let path = std::env::var("PATH").unwrap();
         env.set("PATH", path);
         let quoted = if name == "fish" { r"'it\'s away/tf'" } else { r"it\'s\ away/tf" };

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use crate::interrupted_once::slow_to_stop;
 use crate::support::cloud::tool;
-use crate::support::process::tree;
+use crate::support::process::{copy_program, tree};
 use crate::support::test_env::{WAITS, terraform};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
@@ -127,7 +127,7 @@ fn a_terraform_that_dies_behind_its_shim_is_a_dead_one() {
 fn a_shim_that_gives_up_takes_no_lock_from_the_terraform_that_works_on() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     let real = env.directory.parent().unwrap().join("terraform-bin");
-    fs::copy(terraform(), &real).unwrap();
+    copy_program(terraform(), &real);
     let script = format!(
         "#!{}\nimport os, signal, subprocess, sys\nsignal.signal(signal.SIGUSR1, lambda *_: os._exit(3))\n\
          sys.exit(subprocess.call([\"{}\"] + sys.argv[1:]))\n",

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -152,6 +153,15 @@ impl Run {
         }
         Ended { status, out: text(&self.out), err: text(&self.err) }
     }
+}
+
+/// Copies the program at `from` to `to`, in a process of its own. A process that another test forks at the same moment would
+/// inherit a descriptor of this one that can write to the copy, and until its exec, nobody could execute the copy (ETXTBSY,
+/// execve(2)).
+#[track_caller]
+pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    let status = Command::new("cp").arg(from.as_ref()).arg(to.as_ref()).status().unwrap();
+    assert!(status.success(), "{}", to.as_ref().display());
 }
 
 /// Whether a SIGKILL to the process has not ended it yet. Its descriptors may be closed by then, so that others act on its
