@@ -557,7 +557,9 @@ impl LeaseHost {
         };
         state.keeper = match keeper {
             Keeper::Begins | Keeper::Ready(_) if before_renewal(sight) == BeforeRenewal::End => {
-                // If nobody else is left to do it, it tells the fuse. The fuse disarms the pipes before it ends.
+                // If nobody else is left to do it, it tells the fuse. The fuse disarms the pipes before it ends. The keeper
+                // does so only if the group is empty or the lock is gone. Otherwise the fuse ends at its deadline, which
+                // this model has too: the timer may come at any moment.
                 if sight.terraform_has_ended && !state.is_supervised() {
                     state.is_armed = false;
                     self.fuse_ends(state);
