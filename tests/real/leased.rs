@@ -13,10 +13,11 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::given_back::{holds_state, is_dynamodb, through, writes_state};
+use super::given_back::{holds_state, is_dynamodb, through, through_changing, writes_state};
 use super::in_flight::with_large_state;
 use super::slow_credentials;
 use super::terminal::{APPLY, line_of, shell};
+use super::two_hosts::trials;
 use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
@@ -319,13 +320,15 @@ fn a_terraform_whose_tf_is_dead_is_killed_before_it_writes_if_another_run_holds_
     }
 }
 
-/// The record of a dead run promises that nothing of it goes on after the lease. Its keeper and its fuse are all that is left
-/// to keep that promise.
+/// A command for a provisioner that works until it is killed, and writes into the file `ticks` meanwhile.
+const BUSY: &str = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
+
+/// The record of a dead run promises that nothing of it goes on after the lease. Its keeper and its fuse are all that is
+/// left to keep that promise.
 #[test]
 fn what_a_killed_run_leaves_is_killed_before_its_lease_lapses() {
     for lock in Lock::ALL {
-        let busy = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
-        let mut env = TestEnv::new(lock, busy);
+        let mut env = TestEnv::new(lock, BUSY);
         env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
         let run = start(&env);
         let tf = tf_of(&env);
@@ -355,12 +358,7 @@ fn a_suspended_run_that_goes_on_without_a_lease_writes_no_record() {
         let _proxy = through(&mut env, move |request| {
             let is_renewal = request.text().contains("\"beat\"");
             if is_renewal && denied.load(Ordering::SeqCst) {
-                let refusal = if request.header("x-amz-target").is_some() {
-                    "{\"__type\":\"AccessDeniedException\",\"message\":\"no\"}"
-                } else {
-                    "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
-                };
-                return ProxyAction::Answer(Message::answer("403 Forbidden", refusal));
+                return ProxyAction::Answer(request.denied());
             }
             renewed.fetch_or(is_renewal, Ordering::SeqCst);
             ProxyAction::Pass
@@ -487,13 +485,12 @@ fn a_service_whose_clock_jumps_makes_the_record_promise_nothing() {
 #[test]
 fn at_a_service_that_ignores_the_condition_of_a_write_a_run_has_no_lease() {
     let mut env = leased(Lock::File, "4s");
-    let _proxy = through(&mut env, |request| {
-        if !request.start.starts_with("PUT ") || request.header("if-match").is_none() {
-            return ProxyAction::Pass;
+    let ignore_if_match = |request: &mut Message| {
+        if request.start.starts_with("PUT ") {
+            request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("if-match"));
         }
-        let path = request.start.split(' ').nth(1).unwrap().split('?').next().unwrap();
-        ProxyAction::Answer(cloud().s3("PUT", path.trim_start_matches('/'), &request.body))
-    });
+    };
+    let _proxy = through_changing(&mut env, ignore_if_match, |_| ProxyAction::Pass);
     let run = env.start_apply(Subject::Tf);
     run.wait_for_err("this run goes on without a lease");
     assert_eq!(record(&env), None);
@@ -664,7 +661,7 @@ fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not
 #[test]
 fn a_tf_that_is_killed_while_terraform_is_stopped_takes_terraform_with_it() {
     // More trials: TF_TEST_TRIALS=17, which are 102 deaths.
-    let trials = std::env::var("TF_TEST_TRIALS").map_or(1, |number| number.parse().unwrap());
+    let trials = trials(1);
     for (lock, program) in Lock::ALL.into_iter().flat_map(|lock| ["tf", "nohup"].map(|program| (lock, program))) {
         for _ in 0..trials {
             let (mut env, go) = about_to_write(lock);
@@ -761,8 +758,7 @@ fn promises_nothing(env: &TestEnv, run: Run) {
 #[test]
 fn what_a_terraform_leaves_that_was_killed_while_it_was_stopped_does_not_run_again() {
     for who in ["terraform", "terraform and tf"] {
-        let busy = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
-        let mut env = TestEnv::new(Lock::Both, busy);
+        let mut env = TestEnv::new(Lock::Both, BUSY);
         env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
         let (_proxy, is_away) = network(&mut env);
         let run = start(&env);
@@ -830,7 +826,7 @@ fn lets_go(go: &Path) -> fs::File {
 fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
     let Some(cgroup) = cgroup("taken") else { return };
     // More trials: TF_TEST_TRIALS=200.
-    let trials = std::env::var("TF_TEST_TRIALS").map_or(4, |number| number.parse().unwrap());
+    let trials = trials(4);
     for (number, lock) in (0..trials).zip([Lock::DynamoDb, Lock::File, Lock::Both].into_iter().cycle()) {
         let (env, go) = about_to_write(lock);
         let run = start_in(&cgroup, &env);
@@ -867,7 +863,7 @@ enum Continued {
 /// of the state may get out. How often it does is printed, and is in docs/lease.md: TF_TEST_TRIALS=40.
 #[test]
 fn a_run_that_was_stopped_and_continued_whole_after_its_lock_was_taken_ends() {
-    let trials = std::env::var("TF_TEST_TRIALS").map_or(1, |number| number.parse().unwrap());
+    let trials = trials(1);
     let gaps = [5, 20, 100].map(|gap| Continued::TerraformFirst(Duration::from_millis(gap)));
     for order in [Continued::ByAge, Continued::ByAgeReversed].into_iter().chain(gaps) {
         for is_cut in [false, true] {

@@ -431,7 +431,8 @@ fn random() -> f64 {
     f64::from(u32::from_str_radix(&text, 16).unwrap()) / f64::from(u32::MAX)
 }
 
-fn trials(usual: usize) -> usize {
+/// Returns how many trials to run: `TF_TEST_TRIALS`, or as many as `usual`.
+pub fn trials(usual: usize) -> usize {
     std::env::var("TF_TEST_TRIALS").map_or(usual, |number| number.parse().unwrap())
 }
 
