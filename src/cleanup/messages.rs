@@ -160,7 +160,7 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
             }
         }
     } else {
-        "terraform was killed before it could write, so what it has changed since its last write is not in the state"
+        "terraform was killed, so what it has changed since it last saved its state is not in the state"
     };
     format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
 }
@@ -1217,7 +1217,7 @@ mod tests {
                 let said = lock_lost(loss.as_ref(), has_run_on, "terraform");
                 assert!(said.starts_with(who) && !said.contains("lapsed"), "{said}");
                 assert_eq!(said.contains("the state of the other run"), has_run_on && has_another, "{said}");
-                assert_eq!(said.contains("was killed before it could write"), !has_run_on, "{said}");
+                assert_eq!(said.contains("since it last saved its state"), !has_run_on, "{said}");
             }
         }
     }

@@ -57,6 +57,10 @@ pub(crate) struct StoppedRun {
     pub(crate) stopped_for: Duration,
 }
 
+/// A fuse that has not answered so often in a row, with a second for each answer, is killed and replaced. It may be stopped
+/// (SIGSTOP), and until it answers no renewal is sent.
+pub(crate) const SILENCES_TO_REPLACE_FUSE: u32 = 3;
+
 /// The interrupts that end a stopped run. The terminal says so at the first one.
 pub(crate) const INTERRUPTS_TO_END: u8 = 3;
 

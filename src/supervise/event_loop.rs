@@ -27,7 +27,7 @@ use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
-use crate::supervise::run_record::RunRecord;
+use crate::supervise::run_record::{GuardianNews, RunRecord};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent, THIRD_KEY_WINDOW};
 use crate::supervise::waiting::Waiting;
@@ -269,9 +269,28 @@ impl Supervision<'_> {
             self.parent = None;
             self.asked(StopEvent::ParentGone);
         }
-        if has_guardian_message && self.run_record.hear(self.recorder) {
-            self.unit_stop = None;
-            self.asked(StopEvent::RequestToAll);
+        if has_guardian_message {
+            self.hear_guardian();
+        }
+        if self.run_record.late_stop.must_continue() && self.lease.is_some() {
+            self.continue_group();
+        }
+    }
+
+    /// Handles what the guardian has reported, without waiting.
+    fn hear_guardian(&mut self) {
+        while let Some(news) = self.run_record.hear(self.recorder) {
+            match news {
+                GuardianNews::UnitIsStopped => {
+                    self.unit_stop = None;
+                    self.asked(StopEvent::RequestToAll);
+                }
+                GuardianNews::LockIsLost => {
+                    if let Some(lease) = &mut self.lease {
+                        lease.stop_for_look();
+                    }
+                }
+            }
         }
     }
 
@@ -423,12 +442,16 @@ impl Supervision<'_> {
     }
 
     /// Stops this process with [`Signals::stop`]. First reports the stop to the guardian. If terraform exits while this
-    /// process is stopped, the guardian continues this process, because no other process would. Returns true after this
-    /// process was continued, and false if the kernel discarded the stop.
+    /// process is stopped, the guardian continues this process, because no other process would. Then handles what has
+    /// happened to the lease meanwhile. Returns true after this process was continued, and false if the kernel discarded
+    /// the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
         self.run_record.stands_still(false, self.recorder);
+        // The caller continues terraform. If the lock was lost meanwhile, terraform must stay stopped.
+        self.hear_guardian();
+        self.step_lease();
         stopped
     }
 
@@ -571,6 +594,10 @@ impl Supervision<'_> {
         trace!("terraform was stopped by {signal}");
         if self.is_stopped_for_lease() {
             // The pipe says whose stop it was, and not the signal. This stop is no ^Z, so `tf` does not stop itself.
+            return Stopped::Handled;
+        }
+        if signal == Signal::SIGSTOP && self.lease.is_some() && self.run_record.late_stop.is_possible() {
+            // The guardian's answer continues the group.
             return Stopped::Handled;
         }
         match stop_reaction(self.group, signal) {

@@ -44,7 +44,8 @@ use crate::sys::packet_socket::PacketSocket;
 use crate::sys::process::ProcessHandle;
 use crate::sys::{descriptor, environment, poll, wait};
 
-/// How long the fuse may take to exit after the run is over, and again after it was killed. A frozen fuse does neither.
+/// How long the fuses may take to exit after they were told to, and again after they were killed. A frozen fuse does
+/// neither.
 const FUSE_EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The fence, as `tf` and the guardian hold it.
@@ -258,6 +259,17 @@ impl Fence {
         self.stop.is_armed() && self.stop.has_hung_up()
     }
 
+    /// Kills the fuse in use. That stops the group, and [`Fence::rearm`] replaces the fuse. Waits until the group was
+    /// stopped, for [`FUSE_EXIT_TIMEOUT`] at most: a process may hang in the kernel before it dies. Returns false if the fuse
+    /// is not a child of this process, so that it cannot be killed.
+    pub(crate) fn kill_fuse(&self) -> bool {
+        let is_killed = self.fuse.is_some_and(|fuse| kill(fuse, Signal::SIGKILL).is_ok());
+        if is_killed {
+            poll::wait(&[(self.stop.as_fd(), PollFlags::POLLIN)], Some(FUSE_EXIT_TIMEOUT));
+        }
+        is_killed
+    }
+
     /// Puts the spare fuse in the place of a fuse that is gone. It gets the stop pipe on whose read end terraform is
     /// already waiting, so terraform needs nothing new. It gets the kill pipe later ([`Fence::give_kill_pipe`]): until
     /// then `tf` alone holds it, and if `tf` dies, the stopped terraform is killed instead of continued.
@@ -281,7 +293,7 @@ impl Fence {
             match self.use_spare(&spare) {
                 Ok(()) => return Ok(None),
                 // It was killed, as the fuse was. A second one is tried.
-                Err(_) => spare.pid.into_iter().for_each(reap),
+                Err(_) => EndingFuses(spare.pid.into_iter().collect()).wait(),
             }
         }
         let pid = self.fork_spare(Parent::Us)?;
@@ -327,12 +339,12 @@ impl Fence {
 
     /// Takes the fence down: disarms both pipes, tells the fuse that the run is over, and continues `group` if the fence
     /// had stopped it. Call this when terraform has ended, before it is reaped, or when it must go on without a lease.
-    /// Waits up to [`FUSE_EXIT_TIMEOUT`] for a fuse that is a child of this process, and reaps it.
+    /// Does not wait for the fuses. Returns those that are children of this process, which must reap them.
     ///
     /// The pipes are disarmed before the fuse may exit. A daemon that terraform left on purpose in its group has
     /// inherited the read ends, and would otherwise be stopped for ever. If the fuse has stopped the group, such a
     /// daemon goes on.
-    pub(crate) fn end(&mut self, group: Option<Pid>) {
+    pub(crate) fn end(&mut self, group: Option<Pid>) -> EndingFuses {
         let was_armed = self.stop.is_armed();
         let _ = self.stop.disarm();
         crash_point::reached("fence: disarmed the stop pipe");
@@ -348,7 +360,41 @@ impl Fence {
         }
         // A spare fuse exits when its socket is closed.
         let spare = self.spare.take().and_then(|spare| spare.pid);
-        self.fuse.take().into_iter().chain(spare).for_each(reap);
+        EndingFuses(self.fuse.take().into_iter().chain(spare).collect())
+    }
+}
+
+/// Fuses that were told to exit, and are children of this process.
+#[derive(Debug, Default)]
+pub(crate) struct EndingFuses(Vec<Pid>);
+
+impl EndingFuses {
+    /// Reaps those that have exited, without waiting.
+    pub(crate) fn reap(&mut self) {
+        self.0.retain(|&pid| !wait::reap(pid) && wait::is_child(pid));
+    }
+
+    /// Waits until all have exited, and reaps them. Kills those that have not exited after [`FUSE_EXIT_TIMEOUT`], and
+    /// gives up after another one: a frozen fuse exits when it is thawed.
+    pub(crate) fn wait(&mut self) {
+        for is_killing in [false, true] {
+            if is_killing {
+                for &pid in &self.0 {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+            }
+            let until = Instant::now() + FUSE_EXIT_TIMEOUT;
+            loop {
+                self.reap();
+                let rest = until.saturating_duration_since(Instant::now());
+                let Some(&first) = self.0.first().filter(|_| !rest.is_zero()) else { break };
+                // A handle is readable as soon as the process has exited. Without one, the next look is soon.
+                match ProcessHandle::open(first) {
+                    Ok(end) => poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(rest)),
+                    Err(_) => poll::wait(&[], Some(Duration::from_millis(1))),
+                };
+            }
+        }
     }
 }
 
@@ -364,25 +410,4 @@ impl Fence {
 /// between, the signal stays SIGKILL, which is safe.
 pub(crate) fn continue_group(fence: Option<&Fence>, group: Pid) -> bool {
     fence.map_or_else(|| killpg(group, Signal::SIGCONT).is_ok(), |fence| fence.continue_group(group))
-}
-
-/// Waits until the fuse `pid`, a child of this process, has exited, and reaps it. Kills it after
-/// [`FUSE_EXIT_TIMEOUT`], and gives up after another one: a frozen fuse exits when it is thawed.
-fn reap(pid: Pid) {
-    let end = ProcessHandle::open(pid).ok();
-    for step in 0..2 {
-        if step == 1 {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-        let until = Instant::now() + FUSE_EXIT_TIMEOUT;
-        if let Some(end) = &end {
-            poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(FUSE_EXIT_TIMEOUT));
-        }
-        while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
-            poll::wait(&[], Some(Duration::from_millis(1)));
-        }
-        if !wait::is_child(pid) {
-            return;
-        }
-    }
 }

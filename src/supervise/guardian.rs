@@ -86,10 +86,12 @@ const OUTSIDE_GROUP: u8 = 6;
 /// The message contains what a keeper of the run's lease needs to know. The payload is [`Orders`] as JSON.
 const LEASE: u8 = 7;
 
-/// This constant and [`UNIT_IS_STOPPED`] are the messages from the guardian. Each message is 1 byte, and [`Heard`]
+/// This constant and the three following ones are the messages from the guardian. Each message is 1 byte, and [`Heard`]
 /// describes what it means.
 const CANNOT_WRITE: u8 = 1;
 const UNIT_IS_STOPPED: u8 = 2;
+const STOPS_NO_MORE: u8 = 3;
+const LOCK_IS_LOST: u8 = 4;
 
 /// The header of a [`STARTED`] message with a payload of 4 bytes. The child of `tf` that executes terraform writes this
 /// header before its pid.
@@ -134,6 +136,12 @@ pub(crate) enum Heard {
     CannotWrite,
     /// A service manager has sent SIGTERM to every process of the unit, including terraform.
     UnitIsStopped,
+    /// The guardian has read that `tf` was continued ([`Guardian::stands_still`]), so it does not stop terraform's group
+    /// for the lease any more.
+    StopsNoMore,
+    /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once while
+    /// `tf` is suspended.
+    LockIsLost,
     /// The guardian has exited, or was killed.
     Gone,
 }
@@ -190,6 +198,8 @@ impl Guardian {
         let mut said = [0];
         match (&self.socket).read(&mut said) {
             Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
+            Ok(1) if said == [STOPS_NO_MORE] => Heard::StopsNoMore,
+            Ok(1) if said == [LOCK_IS_LOST] => Heard::LockIsLost,
             Ok(1) => Heard::CannotWrite,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
             _ => Heard::Gone,
@@ -204,7 +214,8 @@ impl Guardian {
         self.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
-    /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false).
+    /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false). The guardian
+    /// answers the latter with [`Heard::StopsNoMore`].
     ///
     /// # Errors
     /// Fails if the guardian is gone.
@@ -412,6 +423,8 @@ struct Watch<'a> {
     orders: Option<Orders>,
     /// Whether the guardian renews the lease, because `tf` is suspended.
     has_lease: bool,
+    /// Whether the guardian has told `tf` that the lock is lost, since `tf` was suspended.
+    has_told_loss: bool,
     /// Reads the signals that were sent to the guardian. These signals do not kill the guardian. `None` if they cannot
     /// be read.
     signals: Option<Signals>,
@@ -494,6 +507,7 @@ impl<'a> Watch<'a> {
             news: None,
             orders: None,
             has_lease: false,
+            has_told_loss: false,
             signals,
             unit_is_stopped: false,
             reached,
@@ -583,15 +597,21 @@ impl<'a> Watch<'a> {
             self.has_lease = true;
             lease.take_over(Some(orders.clone()), self.context.tree);
         }
-        // A suspended terraform does nothing, and `tf` acts on a loss when it goes on.
+        // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the loss yet.
         let recorder = &mut *self.context.recorder;
-        let _ = lease.step_as_guardian(|id| LockPhase::of(id, recorder.log()));
+        if lease.step_as_guardian(|id| LockPhase::of(id, recorder.log()))
+            && !std::mem::replace(&mut self.has_told_loss, true)
+        {
+            trace!("guardian: tf must know that the lock is lost");
+            let _ = self.socket.write(&[LOCK_IS_LOST]);
+        }
     }
 
     /// Ends the guardian's own keeper, if it has one.
     fn hand_lease_back(&mut self) {
         if let Some(lease) = self.context.lease.as_mut().filter(|_| std::mem::take(&mut self.has_lease)) {
             trace!("guardian: tf goes on, and renews the lease");
+            self.has_told_loss = false;
             lease.hand_back();
         }
     }
@@ -662,6 +682,9 @@ impl<'a> Watch<'a> {
             STILL => {
                 self.still = payload == [1];
                 trace!("guardian: tf is suspended: {}", self.still);
+                if !self.still {
+                    let _ = self.socket.write(&[STOPS_NO_MORE]);
+                }
             }
             OUTSIDE_GROUP => {
                 let Ok(processes) = serde_json::from_slice::<Vec<(i32, u64)>>(payload) else { return };

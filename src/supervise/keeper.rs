@@ -131,6 +131,12 @@ pub(crate) enum Report {
     NoLease(String),
     /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
     Refused(String),
+    /// The fuse has not answered, although it has not ended. It may be stopped (SIGSTOP), or it is slow. No renewal is sent
+    /// until it answers.
+    FuseSilent,
+    /// The first renewal is about to be sent, so from now on the lock may have a record. The keeper sends no renewal before
+    /// this report: the one that replaces it must know whether a refusal means that there never was a lease.
+    MayHaveRecord,
     /// This host is about to end. Terraform should stop in time. It is reported again after each renewal, until the
     /// supervisor says that it has interrupted terraform ([`Keeper::tell_of_interrupt`]).
     Notice(Notice),
@@ -268,8 +274,8 @@ impl Keeper {
         self.wait(END_TIMEOUT)
     }
 
-    /// Kills the keeper. A stopped process dies of that, too.
-    pub(crate) fn kill(mut self) {
+    /// Kills the keeper. A stopped process dies of that, too. What it had reported can still be read.
+    pub(crate) fn kill(&mut self) {
         self.wait(Duration::ZERO);
     }
 
@@ -331,6 +337,9 @@ const LAST_RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The longest time for one request. A request that takes longer counts as unanswered. It may still arrive.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait before a report is sent again that the supervisor must read.
+const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// How long to wait before the next step after the fuse has not answered.
 const FUSE_PAUSE: Duration = Duration::from_millis(250);
@@ -428,7 +437,9 @@ impl Link {
                 _ = self.terraform.readable() => return Wake::End(Ending::TerraformEnded),
                 read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
                     (Ok(1), END) => return Wake::End(Ending::Left),
-                    (Ok(1), PING) => self.report(&Report::Alive),
+                    (Ok(1), PING) => {
+                        self.report(&Report::Alive);
+                    }
                     (Ok(1), INTERRUPTED) => {
                         self.interrupted.set(self.notice.take().or(self.interrupted.get()));
                         return Wake::Hurry;
@@ -453,22 +464,26 @@ impl Link {
     }
 
     /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease must
-    /// be renewed all the same. If the socket is full, the report is lost. The next one says the same or is newer.
-    fn report(&mut self, report: &Report) {
+    /// be renewed all the same. If the socket is full, the report is lost, or its rest is sent with the next one. The next
+    /// one says the same or is newer. Returns whether all of the report was sent, so that the supervisor can read it even
+    /// if this process ends now.
+    fn report(&mut self, report: &Report) -> bool {
         if *report != Report::Alive {
             trace!("keeper: {report:?}");
         }
-        let Ok(line) = serde_json::to_vec(report) else { return };
-        if self.unsent.is_empty() {
+        let Ok(line) = serde_json::to_vec(report) else { return false };
+        let has_room = self.unsent.is_empty();
+        if has_room {
             self.unsent.extend(line);
             self.unsent.push(b'\n');
         }
         while !self.unsent.is_empty() {
             match self.socket.try_write(&self.unsent) {
                 Ok(length) => drop(self.unsent.drain(..length)),
-                Err(_) => return,
+                Err(_) => return false,
             }
         }
+        has_room
     }
 }
 
@@ -575,8 +590,13 @@ impl KeeperProcess {
             due = tokio::time::Instant::now() + if hurries { Duration::ZERO } else { step.pause };
             if let Some(report) = step.report {
                 crash_point::reached("keeper: reports");
-                self.link.report(&report);
+                let is_sent = self.link.report(&report);
                 crash_point::reached("keeper: has reported");
+                if report == Report::MayHaveRecord {
+                    self.renewals.is_announced = is_sent || self.link.is_abandoned;
+                    // The supervisor may be suspended and read nothing now.
+                    due += if self.renewals.is_announced { Duration::ZERO } else { REPORT_PAUSE };
+                }
                 self.link.report_notice();
                 if matches!(report, Report::NoLease(_)) {
                     return Ending::Left;
@@ -639,6 +659,8 @@ struct Renewals {
     /// When the request was sent whose time is in the last confirmed record.
     confirmed: Duration,
     history: History,
+    /// Whether the supervisor was told that the lock may have a record ([`Report::MayHaveRecord`]).
+    is_announced: bool,
     /// How many requests in a row were not answered.
     failures: u32,
     /// Whether a test of the service has begun and not ended.
@@ -676,6 +698,7 @@ impl Renewals {
             is_seen: false,
             confirmed: boot_clock::now(),
             history,
+            is_announced: false,
             failures: 0,
             is_testing: Rc::default(),
             reason: None,
@@ -797,9 +820,15 @@ impl Renewals {
                 }
                 // A fuse without a timer stops nobody, so the record must not promise a fence.
                 Some(_) => self.promised = Promise::None,
-                // The fuse is gone. The next step looks at the lock.
-                None => return Ok(Step { report: None, pause: FUSE_PAUSE }),
+                // If the fuse is gone, the next step looks at the lock.
+                None => {
+                    let report = (!self.is_stopped()).then_some(Report::FuseSilent);
+                    return Ok(Step { report, pause: FUSE_PAUSE });
+                }
             }
+        }
+        if !self.history.may_have_a_record && !self.is_announced && !self.orders.withdraws {
+            return Ok(Step { report: Some(Report::MayHaveRecord), pause: Duration::ZERO });
         }
         let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
             return Err((Answer::None, "the lock was not read".to_owned()));
@@ -904,6 +933,7 @@ impl Renewals {
         // `tf` continues a stopped terraform only after the answer of its new fuse. Another keeper may have read it, or it may
         // come late.
         let lacks_answer = self.promised == Promise::Stop && has_fuse && fuse.is_none() && self.terraform_is_stopped();
+        self.is_armed &= !lacks_answer;
         let pause = if lacks_answer { FUSE_PAUSE } else { self.until_next_renewal() };
         let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
         let report = Report::Renewed { fence: self.promised, fuse };

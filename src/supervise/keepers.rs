@@ -35,6 +35,8 @@ struct Running {
     watchdog: Watchdog,
     /// When it was started, on the clock of [`boot_clock::now`].
     since: Duration,
+    /// Whether it was killed because it did not answer. What it had reported before is read first.
+    is_killed: bool,
 }
 
 /// What was heard of the keepers.
@@ -67,7 +69,7 @@ impl Keepers {
         match Keeper::start(orders, inherited) {
             Ok(keeper) => {
                 let pid = keeper.pid();
-                self.running = Some(Running { keeper, watchdog: Watchdog::new(now), since: now });
+                self.running = Some(Running { keeper, watchdog: Watchdog::new(now), since: now, is_killed: false });
                 pid
             }
             Err(error) => {
@@ -108,25 +110,29 @@ impl Keepers {
             match heard {
                 Heard::Report(Report::Alive) => {}
                 Heard::Report(report) => return Some(News::Report(report)),
-                Heard::Gone => self.replace(true),
+                Heard::Gone => self.replace(),
+                // A process that hangs in the kernel does not end even if it is killed. It sends nothing more.
+                Heard::Nothing if running.is_killed => self.replace(),
                 Heard::Nothing => match running.watchdog.step(self.terms, boot_clock::now()) {
                     WatchdogStep::Wait => return None,
                     WatchdogStep::Ping => running.keeper.ping(),
-                    WatchdogStep::Replace => self.replace(false),
+                    WatchdogStep::Replace => {
+                        running.keeper.kill();
+                        running.is_killed = true;
+                    }
                 },
             }
         }
     }
 
-    /// Ends a keeper that has failed, and plans the start of the next one. `has_ended`: its end of the socket is closed.
-    fn replace(&mut self, has_ended: bool) {
-        let Some(Running { keeper, since, .. }) = self.running.take() else { return };
+    /// Plans the start of the next keeper, after one that has closed its socket or was killed.
+    fn replace(&mut self) {
+        let Some(Running { keeper, since, is_killed, .. }) = self.running.take() else { return };
         let lived = boot_clock::now().saturating_sub(since);
-        let how = if has_ended {
-            keeper.end().map_or_else(|| "it does not end".to_owned(), |status| status.to_string())
-        } else {
-            keeper.kill();
+        let how = if is_killed {
             format!("it did not answer for {} s", self.terms.keeper_timeout().as_secs())
+        } else {
+            keeper.end().map_or_else(|| "it does not end".to_owned(), |status| status.to_string())
         };
         self.failed(lived, how);
     }

@@ -28,7 +28,6 @@ use crate::console;
 use crate::journal::run_mark;
 use crate::journal::runs::JournalEntry;
 use crate::supervise::routing::TerraformGroup;
-use crate::supervise::run_record::Told;
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -64,7 +63,7 @@ use crate::supervise::foreground::ForegroundControl;
 use crate::supervise::guardian::{Guardian, GuardianContext};
 use crate::supervise::pipes::Pipes;
 use crate::supervise::run_lease::RunLease;
-use crate::supervise::run_record::RunRecord;
+use crate::supervise::run_record::{LateStop, RunRecord, Told};
 use crate::supervise::stop::Stop;
 use crate::supervise::waiting::Waiting;
 use crate::sys::environment;
@@ -226,7 +225,14 @@ impl<'a> Prepared<'a> {
             // Init gets the orphans of the tree, so they are found as the guardian finds them.
             tree.observe_as_guardian();
         }
-        let run_record = RunRecord { guardian, entry, told: Told::default(), outside_group: Vec::new(), failed: false };
+        let run_record = RunRecord {
+            guardian,
+            entry,
+            told: Told::default(),
+            outside_group: Vec::new(),
+            failed: false,
+            late_stop: LateStop::default(),
+        };
         let parent = parent.map(|(_, end)| end);
         Ok(Self {
             context,

@@ -24,14 +24,15 @@ use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
-    EndReason, FenceStep, Look, Loss, StoppedRun, Trouble, are_requests_aborted, is_reason_due, next_step,
+    EndReason, FenceStep, Look, Loss, SILENCES_TO_REPLACE_FUSE, StoppedRun, Trouble, are_requests_aborted,
+    is_reason_due, next_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Fence as Promise, Holder};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
-use crate::supervise::fence::{self, Fence};
+use crate::supervise::fence::{self, EndingFuses, Fence};
 use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
 use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
@@ -121,6 +122,8 @@ pub(crate) struct RunLease {
     promise: Promise,
     /// `None` if the run promises nothing, or the fence was taken down.
     fence: Option<Fence>,
+    /// The fuses of a fence that was taken down.
+    ending_fuses: EndingFuses,
     /// Terraform's process group. `None` until terraform was started.
     group: Option<Pid>,
     /// `None` until the log shows a lock that is held.
@@ -131,7 +134,10 @@ pub(crate) struct RunLease {
     leader: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
-    /// When the last renewal was reported after which terraform may work. `None` if there was none.
+    /// How often in a row the fuse in use has not answered its keeper.
+    fuse_silences: u32,
+    /// When the last renewal was reported after which terraform may work, or when the lease began. The first renewal may be
+    /// stored although none was reported. `None` if no lease has begun.
     renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
@@ -163,12 +169,14 @@ impl RunLease {
             asks,
             promise,
             fence,
+            ending_fuses: EndingFuses::default(),
             group: None,
             orders: None,
             terraform: None,
             leader: None,
             keepers: Keepers::new(terms),
             stopped: None,
+            fuse_silences: 0,
             renewed: None,
             loss: None,
             is_lost_in_unlock: false,
@@ -326,6 +334,7 @@ impl RunLease {
         }
         crash_point::reached("lease: armed the fence");
         self.leased = Some(lock.id.clone());
+        self.renewed = Some(Timestamp::now());
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places,
@@ -373,6 +382,10 @@ impl RunLease {
         self.terraform = terraform.or_else(|| self.leader.as_ref()?.try_clone().ok());
         self.orders = orders;
         self.keepers.let_go();
+        if let Some(orders) = &mut self.orders {
+            // A keeper of `tf` may have stored one since `tf` has sent these orders.
+            orders.may_have_a_record = true;
+        }
         crash_point::reached("lease: the guardian takes over");
         self.start_keeper();
         crash_point::reached("lease: the guardian started a keeper");
@@ -491,11 +504,7 @@ impl RunLease {
         let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
         let kill_write_end = self.fence.as_ref().and_then(Fence::kill_write_end);
         let inherited = Inherited { fence, terraform: terraform.as_fd(), kill_write_end };
-        let pid = self.keepers.start(orders, &inherited)?;
-        if let Some(orders) = &mut self.orders {
-            orders.may_have_a_record = true;
-        }
-        Some(pid)
+        self.keepers.start(orders, &inherited)
     }
 
     /// Reads what the keeper reports and whether the fuse is gone, and carries out what follows. Returns what the
@@ -503,6 +512,7 @@ impl RunLease {
     /// terraform is with the lock with an ID.
     pub(crate) fn step(&mut self, has_person: bool, mut phase: impl FnMut(&str) -> LockPhase) -> Vec<LeaseEffect> {
         let mut effects = Vec::new();
+        self.ending_fuses.reap();
         if self.is_over || self.orders.is_none() {
             return effects;
         }
@@ -593,6 +603,9 @@ impl RunLease {
         match report {
             Report::Renewed { fence, fuse } => {
                 self.reason = None;
+                if fuse.is_some() {
+                    self.fuse_silences = 0;
+                }
                 let newest = self.fence.as_ref().map(Fence::fuse_number);
                 if let Some(stopped) = &mut self.stopped {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
@@ -629,6 +642,13 @@ impl RunLease {
                 Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
+            Report::FuseSilent => self.note_silent_fuse().map(LeaseEffect::NewHelper),
+            Report::MayHaveRecord => {
+                if let Some(orders) = &mut self.orders {
+                    orders.may_have_a_record = true;
+                }
+                None
+            }
             Report::Notice(notice) => self.note_notice(notice).then_some(LeaseEffect::HostEnds(notice)),
             Report::Failed(reason) => {
                 self.reason = Some(reason);
@@ -644,6 +664,38 @@ impl RunLease {
                 (self.orders, self.leased) = (None, None);
                 Some(LeaseEffect::NoLease(reason))
             }
+        }
+    }
+
+    /// Notes that the fuse has not answered its keeper, and replaces it in the end: its death stops terraform, and the spare
+    /// one takes its place. A fuse that is not a child of this process cannot be killed. Then the run goes on without a
+    /// fence. Returns the pid of a new keeper.
+    fn note_silent_fuse(&mut self) -> Option<Pid> {
+        self.fuse_silences += 1;
+        if self.fuse_silences < SILENCES_TO_REPLACE_FUSE {
+            return None;
+        }
+        trace!("the fuse does not answer, and is replaced");
+        self.fuse_silences = 0;
+        if self.fence.as_ref().is_none_or(Fence::kill_fuse) {
+            return None;
+        }
+        if let Some(stopped) = &mut self.stopped {
+            (stopped.is_rearmed, stopped.can_rearm) = (false, false);
+            return None;
+        }
+        let keeper = self.renew_without_fence();
+        self.take_down();
+        keeper
+    }
+
+    /// Stops terraform until the lock was looked at, because it may be lost: the end of the fuse does both. Without a fence,
+    /// the next renewal shows it.
+    pub(crate) fn stop_for_look(&self) {
+        if let Some(fence) = self.fence.as_ref().filter(|_| self.orders.is_some() && !self.is_over)
+            && fence.kill_fuse()
+        {
+            trace!("terraform stays stopped until the lock was looked at");
         }
     }
 
@@ -701,6 +753,7 @@ impl RunLease {
                         trace!("a new fuse holds the stop pipe");
                         crash_point::reached("lease: has a new fuse");
                         (stopped.is_rearmed, stopped.is_renewed) = (true, false);
+                        self.fuse_silences = 0;
                         effects.extend(fuse.map(LeaseEffect::NewHelper));
                         self.keepers.hurry();
                     }
@@ -788,7 +841,7 @@ impl RunLease {
             orders.fence = Promise::None;
         }
         if let Some(mut fence) = self.fence.take() {
-            fence.end(self.group);
+            self.ending_fuses = fence.end(self.group);
         }
     }
 
@@ -820,11 +873,12 @@ impl RunLease {
         crash_point::reached("lease: ends");
         self.let_go();
         self.keepers.end();
+        self.ending_fuses.wait();
         crash_point::reached("lease: ended");
     }
 
-    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper, because the caller has
-    /// to handle signals. A late renewal fails, because its lock is gone.
+    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper and the fuses, because
+    /// the caller has to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
         self.keepers.let_go();
         crash_point::reached("lease: told the keeper");
@@ -832,7 +886,7 @@ impl RunLease {
         self.has_new_orders |= self.orders.is_some() && !self.is_over;
         (self.stopped, self.is_over) = (None, true);
         if let Some(mut fence) = self.fence.take() {
-            fence.end(self.group);
+            self.ending_fuses = fence.end(self.group);
         }
     }
 
@@ -842,7 +896,6 @@ impl RunLease {
     /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands. A SIGINT
     /// ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
-        // A keeper that was started may have stored a record, even if nothing was heard of it.
         let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
         let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };

@@ -34,6 +34,59 @@ pub(crate) struct RunRecord {
     pub(crate) outside_group: Vec<(i32, u64)>,
     /// Whether writing the journal has failed.
     pub(crate) failed: bool,
+    /// Whether the guardian may be about to stop terraform's group.
+    pub(crate) late_stop: LateStop,
+}
+
+/// What the guardian has reported, and `tf` must act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GuardianNews {
+    /// As [`Heard::UnitIsStopped`].
+    UnitIsStopped,
+    /// As [`Heard::LockIsLost`].
+    LockIsLost,
+}
+
+/// Whether the guardian may be about to stop terraform's group for the lease, although `tf` was continued.
+///
+/// While `tf` is suspended, the guardian sends SIGSTOP when it sees that the fuse is gone. Between the look and the signal
+/// it may get no processor, while `tf` is continued, makes a new fuse, and continues terraform. So only the guardian's
+/// answer shows that no SIGSTOP comes any more. One that came before the answer is undone with a SIGCONT.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LateStop {
+    /// How often `tf` was continued without an answer of the guardian to it.
+    unanswered: u32,
+    /// Whether the guardian has answered, and the group was not continued since.
+    must_continue: bool,
+}
+
+impl LateStop {
+    /// Notes that the guardian was told that `tf` was continued.
+    fn asked(&mut self) {
+        self.unanswered += 1;
+    }
+
+    /// Notes that the guardian has answered.
+    fn answered(&mut self) {
+        self.must_continue |= self.unanswered > 0;
+        self.unanswered = self.unanswered.saturating_sub(1);
+    }
+
+    /// Notes that the guardian is gone. It sends no signal any more.
+    fn gone(&mut self) {
+        self.must_continue |= self.unanswered > 0;
+        self.unanswered = 0;
+    }
+
+    /// Whether a stop of terraform by SIGSTOP may come from the guardian.
+    pub(crate) fn is_possible(self) -> bool {
+        self.unanswered > 0
+    }
+
+    /// Whether the group must be continued now. True once after each answer.
+    pub(crate) fn must_continue(&mut self) -> bool {
+        std::mem::take(&mut self.must_continue)
+    }
 }
 
 /// The part of terraform's log that was passed on to the guardian or, without a guardian, written to the journal.
@@ -67,18 +120,20 @@ impl RunRecord {
         }
     }
 
-    /// Handles the guardian's next report. Returns true if the report is that a service manager has sent SIGTERM to all
-    /// processes of the unit. Returns false for every other report, and if there is no report or no guardian. If the
-    /// journal cannot be written, stores this in `failed`. If the guardian is gone, writes the journal in its place.
-    pub(crate) fn hear(&mut self, recorder: &Recorder) -> bool {
-        let Some(guardian) = &self.guardian else { return false };
-        match guardian.hear() {
-            Heard::Nothing => {}
-            Heard::CannotWrite => self.failed = true,
-            Heard::UnitIsStopped => return true,
-            Heard::Gone => self.guardian_is_gone(recorder),
+    /// Handles the guardian's reports, without waiting, up to one about which the caller must do something, and returns that
+    /// one. `None` if there are no more, or no guardian. If the journal cannot be written, stores this in `failed`. If the
+    /// guardian is gone, writes the journal in its place.
+    pub(crate) fn hear(&mut self, recorder: &Recorder) -> Option<GuardianNews> {
+        loop {
+            match self.guardian.as_ref()?.hear() {
+                Heard::Nothing => return None,
+                Heard::CannotWrite => self.failed = true,
+                Heard::UnitIsStopped => return Some(GuardianNews::UnitIsStopped),
+                Heard::LockIsLost => return Some(GuardianNews::LockIsLost),
+                Heard::StopsNoMore => self.late_stop.answered(),
+                Heard::Gone => self.guardian_is_gone(recorder),
+            }
         }
-        false
     }
 
     /// Sends an event to the guardian, whose [`crate::supervise::stop::Stop`] must have the same state as that of `tf`.
@@ -123,9 +178,11 @@ impl RunRecord {
     /// Reports to the guardian that `tf` is about to stop itself (`still` is true), or was continued (`still` is
     /// false).
     pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
-        if let Some(guardian) = &mut self.guardian
-            && guardian.stands_still(still).is_err()
-        {
+        let Some(guardian) = &mut self.guardian else { return };
+        if !still {
+            self.late_stop.asked();
+        }
+        if guardian.stands_still(still).is_err() {
             self.guardian_is_gone(recorder);
         }
     }
@@ -155,6 +212,7 @@ impl RunRecord {
     /// Waits for the exit of the guardian, and writes the journal in its place from now on.
     fn guardian_is_gone(&mut self, recorder: &Recorder) {
         trace!("the guardian is gone");
+        self.late_stop.gone();
         if let Some(guardian) = self.guardian.take() {
             guardian.wait();
         }
@@ -212,6 +270,27 @@ impl RunRecord {
 mod tests {
     use super::*;
     use crate::terraform::log::tests::{ID, lock_line};
+
+    #[test]
+    fn a_stop_may_be_the_guardians_until_it_has_answered_or_is_gone() {
+        let mut late_stop = LateStop::default();
+        assert!(!late_stop.is_possible() && !late_stop.must_continue());
+        // An answer to nothing, as without a lease.
+        late_stop.answered();
+        assert!(!late_stop.must_continue());
+        for end in [LateStop::answered, LateStop::gone] {
+            late_stop.asked();
+            late_stop.asked();
+            late_stop.answered();
+            assert!(late_stop.is_possible() && late_stop.must_continue() && !late_stop.must_continue());
+            end(&mut late_stop);
+            assert!(!late_stop.is_possible() && late_stop.must_continue() && !late_stop.must_continue());
+        }
+        late_stop.asked();
+        late_stop.asked();
+        late_stop.gone();
+        assert!(!late_stop.is_possible() && late_stop.must_continue());
+    }
 
     #[test]
     fn the_log_is_passed_on_at_each_step_of_a_lock_and_after_64_kib() {

@@ -86,7 +86,7 @@ const SUCCESSOR: &str = r#"{"version":4,"serial":7,"lineage":"5b6a1b9c-0000-4000
 
 /// Waits until the process is stopped.
 #[track_caller]
-fn wait_until_stopped(env: &TestEnv, pid: Pid) {
+pub fn wait_until_stopped(env: &TestEnv, pid: Pid) {
     wait_for("a stop", || (state(pid) == Some('T')).then_some(()), || format!("{:?}\n{}", state(pid), env.trace()));
 }
 
@@ -99,14 +99,14 @@ pub fn wait_until_it_goes_on(env: &TestEnv, pid: Pid) {
 
 /// Starts an apply with a lease, and waits until its lease was renewed.
 #[track_caller]
-fn start(env: &TestEnv) -> Run {
+pub fn start(env: &TestEnv) -> Run {
     let run = env.start_apply(Subject::Tf);
     wait_for_renewal_after(env, &Value::Null);
     run
 }
 
 #[track_caller]
-fn ends_well(env: &TestEnv, run: Run) {
+pub fn ends_well(env: &TestEnv, run: Run) {
     env.unblock();
     let end = run.wait();
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
@@ -998,7 +998,7 @@ fn a_suspended_run_keeps_its_lease_whatever_fails_meanwhile() {
 }
 
 /// Suspends an apply with ^Z. Returns the terminal and terraform.
-fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
+pub fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
     let mut terminal = shell(env);
     terminal.type_in(&line_of("tf", APPLY));
     env.wait_for_file("began");

@@ -32,6 +32,7 @@ mod in_flight;
 mod interrupted_once;
 mod invisible;
 mod large_tables;
+mod lease_processes;
 mod leased;
 mod least_requests;
 mod left_behind;
