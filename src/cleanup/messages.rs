@@ -22,7 +22,7 @@ use crate::holder::evidence::{Judgement, Verdict};
 use crate::holder::lease_text;
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
-use crate::lease::fence::{INTERRUPTS_TO_END, Loss, Trouble};
+use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, Trouble};
 use crate::lease::notice::{Notice, NoticeStep};
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::Claim;
@@ -135,9 +135,9 @@ pub(crate) fn no_lease(reason: &str) -> String {
     )
 }
 
-/// Reports that terraform was killed because the run has lost its lock. `has_run_on` is whether another process had
-/// continued it, so that it may have written its state.
-pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) -> String {
+/// Reports that terraform was killed because the run has lost its lock. `write` is whether it may have written its state
+/// after that.
+pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) -> String {
     let how = match loss {
         Some(Loss::Claimed(claim)) => {
             let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
@@ -149,18 +149,20 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, has_run_on: bool, program: &str) ->
         }
         Some(Loss::Gone) | None => "the lock of this run is gone: somebody has released or deleted it".to_owned(),
     };
-    let state = if has_run_on {
-        match loss {
-            Some(Loss::Claimed(_) | Loss::Another { .. }) => {
-                "another process has continued terraform, so it may have written its state over the state of the other \
-                 run"
-            }
-            Some(Loss::Gone) | None => {
-                "another process has continued terraform, so it may have written its state without a lock"
-            }
+    let over = match loss {
+        Some(Loss::Claimed(_) | Loss::Another { .. }) => "over the state of the other run",
+        Some(Loss::Gone) | None => "without a lock",
+    };
+    let state = match write {
+        LateWrite::No => {
+            "terraform was killed, so what it has changed since it last saved its state is not in the state".to_owned()
         }
-    } else {
-        "terraform was killed, so what it has changed since it last saved its state is not in the state"
+        LateWrite::BeforeTheLossWasFound => {
+            format!("terraform was killed; before that was known, it may have written its state {over}")
+        }
+        LateWrite::AfterAStop => {
+            format!("another process has continued terraform, so it may have written its state {over}")
+        }
     };
     format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
 }
@@ -1213,11 +1215,16 @@ mod tests {
             (None, "the lock of this run is gone: somebody has released or deleted it"),
         ] {
             let has_another = !matches!(loss, Some(Loss::Gone) | None);
-            for has_run_on in [false, true] {
-                let said = lock_lost(loss.as_ref(), has_run_on, "terraform");
+            for write in [LateWrite::No, LateWrite::BeforeTheLossWasFound, LateWrite::AfterAStop] {
+                let said = lock_lost(loss.as_ref(), write, "terraform");
                 assert!(said.starts_with(who) && !said.contains("lapsed"), "{said}");
-                assert_eq!(said.contains("the state of the other run"), has_run_on && has_another, "{said}");
-                assert_eq!(said.contains("since it last saved its state"), !has_run_on, "{said}");
+                assert_eq!(
+                    said.contains("the state of the other run"),
+                    write != LateWrite::No && has_another,
+                    "{said}"
+                );
+                assert_eq!(said.contains("another process has continued"), write == LateWrite::AfterAStop, "{said}");
+                assert_eq!(said.contains("since it last saved its state"), write == LateWrite::No, "{said}");
             }
         }
     }

@@ -3,10 +3,12 @@
 
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::record::Claim;
 use super::terms::Terms;
+use crate::time::saturating_add;
 
 /// What a look at the lock shows while terraform is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,6 +30,49 @@ pub(crate) enum Loss {
     Another { who: String, created: String },
     /// Nothing is stored there.
     Gone,
+}
+
+/// Whether a terraform may have written its state after it had lost its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LateWrite {
+    /// It has not.
+    No,
+    /// It may have, while nobody knew of the loss: somebody else has deleted the lock of a terraform that worked.
+    BeforeTheLossWasFound,
+    /// It may have, because another process has continued it after it was stopped for its lease.
+    AfterAStop,
+}
+
+/// What is known about a run that has lost its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lost {
+    /// Whether terraform was not stopped when the loss was found.
+    pub(crate) is_found_working: bool,
+    /// Whether terraform has exited by itself, although it was to be killed.
+    pub(crate) has_exited: bool,
+    /// When the last renewal was reported, or when the lease began. `None` if no lease has begun.
+    pub(crate) renewed: Option<Timestamp>,
+    /// When terraform last began to write its state. `None` if it has not.
+    pub(crate) written: Option<Timestamp>,
+}
+
+/// Decides whether terraform may have written its state after it had lost its lock.
+///
+/// Until the last renewal, the lock was the run's. If the loss was found while terraform worked, every later write may
+/// have come too late. A terraform that was stopped in time had its lock until the deadline. The deadline counts from
+/// before the last renewal was sent, and not from its report. So an earlier time decides: a run that is connected has its
+/// lease renewed long before that.
+pub(crate) fn late_write(terms: Terms, lost: Lost) -> LateWrite {
+    let connected = SignedDuration::try_from(terms.refusal_time()).unwrap_or(SignedDuration::MAX);
+    let safe = if lost.is_found_working { SignedDuration::ZERO } else { connected };
+    let until = lost.renewed.map(|renewed| saturating_add(renewed, safe));
+    let is_late = until.zip(lost.written).is_some_and(|(until, written)| written > until);
+    match (is_late, lost.is_found_working) {
+        (true, true) => LateWrite::BeforeTheLossWasFound,
+        (true, false) => LateWrite::AfterAStop,
+        (false, false) if lost.has_exited => LateWrite::AfterAStop,
+        (false, _) => LateWrite::No,
+    }
 }
 
 /// Why terraform is asked to stop.
@@ -156,6 +201,29 @@ mod tests {
         ] {
             assert_eq!(is_reason_due(reported, reason), expected, "{reported:?} {reason}");
         }
+    }
+
+    #[test]
+    fn a_write_after_the_last_renewal_is_late_if_the_loss_was_found_without_a_stop_and_after_the_deadline_otherwise() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        let at = |second: i64| Some(Timestamp::from_second(1_790_000_000 + second).unwrap());
+        for (is_found_working, has_exited, written, expected) in [
+            (true, false, at(0), LateWrite::No),
+            (true, false, at(1), LateWrite::BeforeTheLossWasFound),
+            (true, true, at(0), LateWrite::No),
+            (true, true, at(1), LateWrite::BeforeTheLossWasFound),
+            (true, false, None, LateWrite::No),
+            // 60 % of the lease.
+            (false, false, at(180), LateWrite::No),
+            (false, false, at(181), LateWrite::AfterAStop),
+            (false, true, at(0), LateWrite::AfterAStop),
+            (false, false, None, LateWrite::No),
+        ] {
+            let lost = Lost { is_found_working, has_exited, renewed: at(0), written };
+            assert_eq!(late_write(terms, lost), expected, "{lost:?}");
+        }
+        let lost = Lost { is_found_working: true, has_exited: false, renewed: None, written: at(0) };
+        assert_eq!(late_write(terms, lost), LateWrite::No);
     }
 
     #[test]

@@ -596,7 +596,8 @@ impl Supervision<'_> {
             // The pipe says whose stop it was, and not the signal. This stop is no ^Z, so `tf` does not stop itself.
             return Stopped::Handled;
         }
-        if signal == Signal::SIGSTOP && self.lease.is_some() && self.run_record.late_stop.is_possible() {
+        if signal == Signal::SIGSTOP && self.lease.is_some() && self.run_record.late_stop.is_possible(boot_clock::now())
+        {
             // The guardian's answer continues the group.
             return Stopped::Handled;
         }

@@ -525,7 +525,10 @@ impl<'a> Watch<'a> {
         loop {
             // The stop timeout also runs here, because the guardian must act on it if `tf` is killed. As long as `tf`
             // is running, only `tf` acts on it.
-            let _ = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
+            let effects = self.context.stop.decide(StopEvent::Time, self.context.run.begun.elapsed());
+            if !effects.is_empty() {
+                trace!("guardian: left to tf: {effects:?}");
+            }
             let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.run.begun.elapsed()));
             let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
             // `tf` itself notices the exit of terraform, except while it is stopped.
@@ -764,8 +767,8 @@ impl<'a> Watch<'a> {
     /// Returns how terraform ended. `None` if that is unknown, or if terraform was never started.
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
+        let mut effects = self.first_effects();
         self.take_over_lease();
-        let mut effects = self.context.stop.decide(StopEvent::ParentGone, self.context.run.begun.elapsed());
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;
         loop {
@@ -839,6 +842,24 @@ impl<'a> Watch<'a> {
             }
             poll::wait(&[], Some(Duration::from_millis(5)));
         }
+    }
+
+    /// Returns what to do with terraform right after the death of `tf`.
+    ///
+    /// `tf` may have decided to kill terraform and died before it did. And as long as `tf` was alive, nobody carried out what
+    /// the guardian's own [`Stop`] had decided. So a decision to kill is carried out now, perhaps for the second time.
+    fn first_effects(&mut self) -> Vec<Effect> {
+        let begun = self.context.run.begun;
+        if let Some(why) = self.context.stop.killed() {
+            return vec![Effect::Kill(why)];
+        }
+        let recorder = &mut *self.context.recorder;
+        let lease = self.context.lease.as_ref();
+        if lease.is_some_and(|lease| lease.is_known_to_be_lost(|id| LockPhase::of(id, recorder.read()))) {
+            trace!("guardian: the lock of terraform is another run's");
+            return self.context.stop.decide(StopEvent::LeaseEnded(EndReason::LockLost), begun.elapsed());
+        }
+        self.context.stop.decide(StopEvent::ParentGone, begun.elapsed())
     }
 
     /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease lasts.

@@ -67,7 +67,7 @@ use crate::supervise::fence::Fence;
 use crate::supervise::fuse;
 use crate::sys::hangup_pipe::HangupPipe;
 use crate::sys::packet_socket::PacketSocket;
-use crate::sys::process::{self, Process, ProcessHandle};
+use crate::sys::process::{self, Process, ProcessHandle, ProcessList};
 use crate::sys::readiness::Readiness;
 use crate::sys::{boot_clock, descriptor, environment, poll, session};
 use crate::trace::trace;
@@ -456,6 +456,12 @@ impl Link {
         }
     }
 
+    /// Whether the supervisor is gone, without waiting. If it died together with terraform, the end of its socket was not
+    /// read yet.
+    fn is_left_alone(&self) -> bool {
+        self.is_abandoned || poll::has_hung_up(self.socket.as_fd())
+    }
+
     /// Reports a notice that the supervisor has not answered. A report of it may have been lost.
     fn report_notice(&mut self) {
         if let Some(notice) = self.notice {
@@ -532,7 +538,7 @@ impl KeeperProcess {
         // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
         let ending = process.renew().await;
         crash_point::reached("keeper: ends");
-        if ending == Ending::TerraformEnded && process.link.is_abandoned && process.renewals.may_end_fuse().await {
+        if ending == Ending::TerraformEnded && process.link.is_left_alone() && process.renewals.may_end_fuse().await {
             process.renewals.end_fuse();
             crash_point::reached("keeper: ended the fuse");
         }
@@ -730,10 +736,11 @@ impl Renewals {
         self.promised == Promise::Stop && self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up())
     }
 
-    /// Promises nothing any more if the fence was taken down: the pipe has hung up, and signals nobody. Then `tf` was killed
-    /// before it could tell the guardian. A stopped terraform does not show that there is a fence: ^Z stops it, too.
+    /// Promises nothing any more if the fence was taken down. Then `tf` was killed before it could tell the guardian. The
+    /// fence is armed before the first keeper is started. A stopped terraform does not show that there is a fence: ^Z stops
+    /// it, too.
     fn note_fence(&mut self) {
-        if self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up() && !fence.stop_pipe.is_armed()) {
+        if self.fence.as_ref().is_some_and(|fence| !fence.stop_pipe.is_armed()) {
             self.promised = Promise::None;
         }
     }
@@ -1088,15 +1095,20 @@ impl Renewals {
     ///
     /// If the group is empty, there is nothing to stop. If the lock is gone, it was released, so terraform ended well or a
     /// person knows better. But as long as the lock stands, its record promises others that nothing of the run goes on
-    /// after the lease: so the fuse stays, and its end kills the group in time. Waits until the service answers or the
-    /// fuse is gone.
+    /// after the lease: so the fuse stays, and its end kills the group in time. Waits until the group is empty, the lock is
+    /// gone, or the fuse is.
     async fn may_end_fuse(&mut self) -> bool {
+        let mut lock_stands = false;
         loop {
-            if self.group.is_some_and(|group| killpg(group, None) == Err(Errno::ESRCH)) {
+            if self.group.is_some_and(is_empty) {
                 return true;
             }
-            let pause = match self.read().await {
-                Ok(loss) => return loss.is_some(),
+            let pause = match if lock_stands { Ok(None) } else { self.read().await } {
+                Ok(Some(_)) => return true,
+                Ok(None) => {
+                    lock_stands = true;
+                    GROUP_INTERVAL
+                }
                 Err((answer, _)) => self.retry_pause(answer),
             };
             if self.fence.as_ref().is_none_or(|fence| fence.stop_pipe.has_hung_up()) {
@@ -1112,6 +1124,18 @@ impl Renewals {
             let _ = fuse::send_over(&fence.socket);
         }
     }
+}
+
+/// How often to check whether a process is left in the group of a terraform that has ended.
+const GROUP_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Whether no process of the group runs. A zombie does nothing, and in a container whose first process reaps nobody it stays
+/// for ever. Without a process list, a zombie counts as running.
+fn is_empty(group: Pid) -> bool {
+    if process::list() == ProcessList::Available {
+        return !Process::all().iter().any(|process| process.group == group && !process.is_dead());
+    }
+    killpg(group, None) == Err(Errno::ESRCH)
 }
 
 /// How long the fuse may take to answer.

@@ -54,6 +54,7 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
+use crate::lease::fence::LateWrite;
 use crate::lease::grade::{self, Cloud};
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
@@ -373,13 +374,13 @@ impl<'a> Prepared<'a> {
         reporter.terraform_ended(ending, &candidates, waiter);
         if self.stop.killed() == Some(Why::LockLost) {
             let lease = self.lease.as_ref();
-            let has_run_on =
-                matches!(ended, Ended::Exited(_)) || lease.is_some_and(|lease| lease.has_run_on(log.written));
+            let has_exited = matches!(ended, Ended::Exited(_));
+            let write = lease.map_or(LateWrite::No, |lease| lease.late_write(log.written, has_exited));
             let program = self.context.invocation.name.to_string_lossy();
             if lease.is_some_and(RunLease::is_lost_in_unlock) {
                 console::say(&messages::lost_in_unlock(&program));
             } else {
-                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), has_run_on, &program));
+                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), write, &program));
             }
         }
         if self.stop.killed() == Some(Why::LeaseUnknown)

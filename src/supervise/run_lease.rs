@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -24,8 +24,8 @@ use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
-    EndReason, FenceStep, Look, Loss, SILENCES_TO_REPLACE_FUSE, StoppedRun, Trouble, are_requests_aborted,
-    is_reason_due, next_step,
+    EndReason, FenceStep, LateWrite, Look, Loss, Lost, SILENCES_TO_REPLACE_FUSE, StoppedRun, Trouble,
+    are_requests_aborted, is_reason_due, late_write, next_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Fence as Promise, Holder};
@@ -41,7 +41,6 @@ use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
-use crate::time::saturating_add;
 use crate::trace::trace;
 
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
@@ -141,6 +140,8 @@ pub(crate) struct RunLease {
     renewed: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
+    /// Whether terraform was not stopped when the lock was found to be lost.
+    is_lost_working: bool,
     /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
     is_lost_in_unlock: bool,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
@@ -179,6 +180,7 @@ impl RunLease {
             fuse_silences: 0,
             renewed: None,
             loss: None,
+            is_lost_working: false,
             is_lost_in_unlock: false,
             reason: None,
             reported: None,
@@ -262,14 +264,13 @@ impl RunLease {
         runs
     }
 
-    /// Whether terraform may have run on after the deadline of its lease, because another process had continued it.
-    /// `written` is when it last began to write its state, as its log says.
-    pub(crate) fn has_run_on(&self, written: Option<Timestamp>) -> bool {
-        // The deadline counts from before the last renewal was sent, and not from its report. So an earlier time decides. A
-        // run that is connected has its lease renewed long before that.
-        let connected = SignedDuration::try_from(self.terms.refusal_time()).unwrap_or(SignedDuration::MAX);
-        let latest = self.renewed.map(|renewed| saturating_add(renewed, connected));
-        latest.zip(written).is_some_and(|(latest, written)| written > latest)
+    /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write it, as
+    /// its log says. `has_exited`: it was not killed.
+    pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
+        late_write(
+            self.terms,
+            Lost { is_found_working: self.is_lost_working, has_exited, renewed: self.renewed, written },
+        )
     }
 
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
@@ -394,7 +395,13 @@ impl RunLease {
     /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
     pub(crate) fn hand_back(&mut self) {
         self.keepers.let_go();
-        (self.orders, self.terraform) = (None, None);
+        (self.orders, self.terraform, self.loss) = (None, None, None);
+    }
+
+    /// Whether another run is known to hold the lock, or to have claimed it. `phase` as in [`RunLease::step`].
+    pub(crate) fn is_known_to_be_lost(&self, phase: impl FnOnce(&str) -> LockPhase) -> bool {
+        let is_anothers = self.loss.as_ref().is_some_and(|loss| *loss != Loss::Gone);
+        is_anothers && self.orders.as_ref().is_some_and(|orders| phase(&orders.lock) == LockPhase::Held)
     }
 
     /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`].
@@ -409,11 +416,15 @@ impl RunLease {
                 News::Report(Report::Notice(notice)) => {
                     self.note_notice(notice);
                 }
-                News::Report(Report::Lost(loss)) if loss != Loss::Gone => {
-                    let of = self.orders.as_ref().map(|orders| phase(&orders.lock));
-                    if of == Some(LockPhase::Held) {
-                        self.cut_off();
-                        is_lost = true;
+                News::Report(Report::Lost(loss)) => {
+                    match self.orders.as_ref().map(|orders| phase(&orders.lock)) {
+                        Some(LockPhase::Held) if loss != Loss::Gone => {
+                            self.cut_off();
+                            is_lost = true;
+                        }
+                        // What follows terraform in its group, such as a wrapper, needs no lock.
+                        Some(LockPhase::Gone) => self.let_go(),
+                        _ => {}
                     }
                     self.loss = Some(loss);
                 }
@@ -637,6 +648,7 @@ impl RunLease {
                 is_new.then_some(LeaseEffect::Interrupt(Trouble::Gone))
             }
             Report::Lost(loss) => {
+                self.is_lost_working |= self.stopped.is_none();
                 self.loss = Some(loss);
                 self.cut_off();
                 Some(LeaseEffect::Kill(EndReason::LockLost))
@@ -896,7 +908,8 @@ impl RunLease {
     /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands. A SIGINT
     /// ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
-        let promised = self.orders.take().filter(|orders| orders.may_have_a_record && orders.fence == Promise::Stop);
+        // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
+        let promised = self.orders.take().filter(|orders| orders.fence == Promise::Stop);
         let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
@@ -926,6 +939,7 @@ fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
 mod tests {
     use super::*;
     use crate::terraform::log::tests::{ID, lock_line};
+    use jiff::SignedDuration;
 
     /// Returns the lease of a run whose terraform the kernel has stopped, and for which no new fuse can be made.
     fn lease_of_a_stopped_run() -> RunLease {
@@ -962,10 +976,25 @@ mod tests {
         let mut lease = lease_of_a_stopped_run();
         let now = Timestamp::now();
         lease.renewed = Some(now - SignedDuration::from_hours(1));
-        assert!(lease.has_run_on(Some(now)));
+        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterAStop);
         lease.heard(Report::Renewed { fence: Promise::None, fuse: None }, &mut |_| LockPhase::Held);
-        assert!(!lease.has_run_on(Some(now + SignedDuration::from_secs(1))));
-        assert!(lease.has_run_on(Some(now + SignedDuration::from_mins(1))));
+        let after = |duration| Some(now + duration);
+        assert_eq!(lease.late_write(after(SignedDuration::from_secs(1)), false), LateWrite::No);
+        assert_eq!(lease.late_write(after(SignedDuration::from_mins(1)), false), LateWrite::AfterAStop);
+    }
+
+    #[test]
+    fn a_write_before_the_loss_was_found_is_late_only_if_terraform_worked() {
+        for is_stopped in [false, true] {
+            let mut lease = lease_of_a_stopped_run();
+            lease.stopped = lease.stopped.filter(|_| is_stopped);
+            let now = Timestamp::now();
+            lease.renewed = Some(now);
+            let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
+            lease.heard(Report::Lost(another), &mut |_| LockPhase::Held);
+            let expected = if is_stopped { LateWrite::No } else { LateWrite::BeforeTheLossWasFound };
+            assert_eq!(lease.late_write(Some(now + SignedDuration::from_secs(1)), false), expected);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use crate::journal::state_directory::Durability;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use nix::unistd::Pid;
 
@@ -15,6 +16,7 @@ use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::supervise::guardian::{Guardian, Heard};
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
+use crate::sys::boot_clock;
 use crate::terraform::log::{Log, LoggedLock};
 use crate::trace::trace;
 
@@ -38,6 +40,9 @@ pub(crate) struct RunRecord {
     pub(crate) late_stop: LateStop,
 }
 
+/// How long the guardian may take to answer that it has read that `tf` was continued.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What the guardian has reported, and `tf` must act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GuardianNews {
@@ -52,18 +57,24 @@ pub(crate) enum GuardianNews {
 /// While `tf` is suspended, the guardian sends SIGSTOP when it sees that the fuse is gone. Between the look and the signal
 /// it may get no processor, while `tf` is continued, makes a new fuse, and continues terraform. So only the guardian's
 /// answer shows that no SIGSTOP comes any more. One that came before the answer is undone with a SIGCONT.
+///
+/// A guardian that is frozen does not answer. So a stop that comes later than [`ANSWER_TIMEOUT`] counts as a person's. It
+/// is undone nevertheless if it was the guardian's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LateStop {
     /// How often `tf` was continued without an answer of the guardian to it.
     unanswered: u32,
+    /// When `tf` was continued last, on the clock of [`boot_clock::now`].
+    asked_at: Duration,
     /// Whether the guardian has answered, and the group was not continued since.
     must_continue: bool,
 }
 
 impl LateStop {
-    /// Notes that the guardian was told that `tf` was continued.
-    fn asked(&mut self) {
+    /// Notes that the guardian was told at `now` that `tf` was continued.
+    fn asked(&mut self, now: Duration) {
         self.unanswered += 1;
+        self.asked_at = now;
     }
 
     /// Notes that the guardian has answered.
@@ -78,9 +89,9 @@ impl LateStop {
         self.unanswered = 0;
     }
 
-    /// Whether a stop of terraform by SIGSTOP may come from the guardian.
-    pub(crate) fn is_possible(self) -> bool {
-        self.unanswered > 0
+    /// Whether a stop of terraform by SIGSTOP that is seen at `now` may come from the guardian.
+    pub(crate) fn is_possible(self, now: Duration) -> bool {
+        self.unanswered > 0 && now.saturating_sub(self.asked_at) < ANSWER_TIMEOUT
     }
 
     /// Whether the group must be continued now. True once after each answer.
@@ -180,7 +191,7 @@ impl RunRecord {
     pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
         let Some(guardian) = &mut self.guardian else { return };
         if !still {
-            self.late_stop.asked();
+            self.late_stop.asked(boot_clock::now());
         }
         if guardian.stands_still(still).is_err() {
             self.guardian_is_gone(recorder);
@@ -273,23 +284,26 @@ mod tests {
 
     #[test]
     fn a_stop_may_be_the_guardians_until_it_has_answered_or_is_gone() {
+        let [asked, late] = [7, 8].map(Duration::from_secs);
+        let soon = asked + Duration::from_millis(999);
         let mut late_stop = LateStop::default();
-        assert!(!late_stop.is_possible() && !late_stop.must_continue());
+        assert!(!late_stop.is_possible(soon) && !late_stop.must_continue());
         // An answer to nothing, as without a lease.
         late_stop.answered();
         assert!(!late_stop.must_continue());
         for end in [LateStop::answered, LateStop::gone] {
-            late_stop.asked();
-            late_stop.asked();
+            late_stop.asked(asked);
+            late_stop.asked(asked);
             late_stop.answered();
-            assert!(late_stop.is_possible() && late_stop.must_continue() && !late_stop.must_continue());
+            assert!(late_stop.is_possible(soon) && !late_stop.is_possible(late));
+            assert!(late_stop.must_continue() && !late_stop.must_continue());
             end(&mut late_stop);
-            assert!(!late_stop.is_possible() && late_stop.must_continue() && !late_stop.must_continue());
+            assert!(!late_stop.is_possible(soon) && late_stop.must_continue() && !late_stop.must_continue());
         }
-        late_stop.asked();
-        late_stop.asked();
+        late_stop.asked(asked);
+        late_stop.asked(asked);
         late_stop.gone();
-        assert!(!late_stop.is_possible() && late_stop.must_continue());
+        assert!(!late_stop.is_possible(soon) && late_stop.must_continue());
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::given_back::{is_dynamodb, takes_item, through};
@@ -13,10 +15,12 @@ use super::leased::{
 };
 use crate::support::process::{state, terraform_below};
 use crate::support::processes::{
-    guardian_of, is_gone, named, tf_of, wait_until_all_is_gone, wait_until_gone, wait_until_unlocked,
+    guardian_of, home, is_gone, is_named, marked, named, tf_of, wait_until_all_is_gone, wait_until_gone,
+    wait_until_unlocked,
 };
 use crate::support::proxy::ProxyAction;
-use crate::support::{Lock, Subject};
+use crate::support::test_env::terraform;
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// The guardian looks at the fuse, and then stops terraform's group. In between, `tf` may have been continued, and may have
 /// continued terraform. Here, the test sends the signal that comes too late.
@@ -143,5 +147,131 @@ fn a_refusal_after_a_keeper_has_died_before_its_first_renewal_means_that_there_i
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert!(!end.err.contains("asked to stop"), "{}", env.dump(&end));
     env.assert_unlocked();
+    wait_until_all_is_gone(&env);
+}
+
+/// Kills `pids` so that none of them notices the death of another one.
+fn kill_together(env: &TestEnv, pids: &[Pid]) {
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in pids {
+            kill(*pid, signal).unwrap();
+        }
+    }
+    for pid in pids {
+        wait_until_gone(env, *pid);
+    }
+}
+
+/// Otherwise the fuse and its keeper would stay behind for most of the lease, here for an hour.
+#[test]
+fn keeper_and_fuse_end_at_once_if_nothing_else_is_left_of_the_run() {
+    let mut env = leased(Lock::DynamoDb, "1h");
+    let run = start(&env);
+    let is_left = |pid: &Pid| ["tf-keeper", "tf-fuse"].iter().any(|name| is_named(*pid, name));
+    let (left, dead): (Vec<Pid>, Vec<Pid>) = marked(&home(&env)).into_iter().partition(is_left);
+    assert_eq!(left.len(), 2, "{}", env.trace());
+    kill_together(&env, &dead);
+    drop(run);
+    wait_until_all_is_gone(&env);
+    // The next run finds the lock in the journal.
+    env.set("TFW_LEASE", "1m");
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// While `tf` was suspended, the guardian has found that another run holds the lock. Then `tf` is killed.
+#[test]
+fn a_guardian_that_knows_of_the_loss_kills_terraform_and_does_not_ask_it_to_stop() {
+    let env = leased(Lock::DynamoDb, "1m");
+    let (terminal, terraform) = suspended_at_a_terminal(&env);
+    env.wait_for_trace("guardian: tf is suspended, and the guardian renews the lease, too");
+    let before = env.state();
+    let other = env.lock_of_another();
+    env.delete_lock();
+    env.put_lock(&other);
+    env.wait_for_trace("guardian: tf must know that the lock is lost");
+    kill(tf_of(&env), Signal::SIGKILL).unwrap();
+    wait_until_gone(&env, terraform);
+    drop(terminal);
+    wait_until_all_is_gone(&env);
+    assert!(!env.trace().contains("guardian: interrupted terraform"), "{}", env.trace());
+    assert_eq!(env.state(), before);
+    assert_eq!(env.locks(), [other]);
+}
+
+/// The guardian notes the end of the stop timeout while `tf` is stopped, and nobody has killed terraform then.
+#[test]
+fn a_stop_timeout_that_ends_while_tf_is_stopped_counts_when_tf_is_killed() {
+    for lease in [None, Some("1m")] {
+        let mut env = leased(Lock::Both, lease.unwrap_or("off"));
+        env.set("TFW_STOP_TIMEOUT", "2s");
+        let run = env.start_apply(Subject::Tf);
+        let terraform = terraform_below(run.pid());
+        run.send(Signal::SIGTERM);
+        env.wait_for_trace("InterruptGroup");
+        let tf = tf_of(&env);
+        kill(tf, Signal::SIGSTOP).unwrap();
+        wait_until_stopped(&env, tf);
+        env.wait_for_trace("guardian: left to tf: [Kill");
+        kill(tf, Signal::SIGKILL).unwrap();
+        // Its provisioner ignores the interrupt.
+        wait_until_gone(&env, terraform);
+        drop(run);
+        wait_until_unlocked(&env);
+        wait_until_all_is_gone(&env);
+    }
+}
+
+/// A wrapper in place of terraform works on when terraform has released its lock. It needs no lock then.
+#[test]
+fn what_follows_the_unlock_goes_on_if_tf_and_its_keeper_are_dead() {
+    let mut env = leased(Lock::Both, "3s");
+    let script = "while ! test -e over; do sleep 0.05; done; touch finished";
+    env.stand_in("tenv", &format!("#!/bin/sh\n'{}' \"$@\"\n{script}\n", terraform().display()));
+    let run = start(&env);
+    let fuse = named(&env, "tf-fuse");
+    kill_together(&env, &[tf_of(&env), named(&env, "tf-keeper")]);
+    env.wait_for_trace("guardian: the keeper: Report(Renewed");
+    env.unblock();
+    wait_until_unlocked(&env);
+    wait_until_gone(&env, fuse);
+    env.write("over", "");
+    env.wait_for_file("finished");
+    drop(run);
+    wait_until_all_is_gone(&env);
+}
+
+/// Nothing has stopped terraform before, so its last write may have come after another run got the lock.
+#[test]
+fn a_run_that_wrote_before_it_knew_of_its_loss_says_so() {
+    let mut env = leased(Lock::DynamoDb, "1m");
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = is_away.clone();
+    let proxy = through(&mut env, move |request| {
+        while request.is_ours() && away.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Terraform writes the digest after the state. Without a response, it does not go on to its unlock.
+        let is_digest = is_dynamodb(request, ".PutItem") && request.text().contains("-md5");
+        if is_digest && !request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = start(&env);
+    let before = env.state();
+    is_away.store(true, Ordering::SeqCst);
+    let other = env.lock_of_another();
+    env.delete_lock();
+    env.put_lock(&other);
+    env.unblock();
+    proxy.wait_until_held();
+    let written = || (env.state() != before).then_some(());
+    wait_for("the write of the state", written, || env.trace());
+    is_away.store(false, Ordering::SeqCst);
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    let said = "before that was known, it may have written its state over the state of the other run";
+    assert!(end.err.contains(said), "{}", env.dump(&end));
+    assert_eq!(env.locks(), [other]);
+    proxy.let_go();
     wait_until_all_is_gone(&env);
 }
