@@ -226,7 +226,7 @@ fn a_stop_timeout_that_ends_while_tf_is_stopped_counts_when_tf_is_killed() {
 /// A wrapper in place of terraform works on when terraform has released its lock. It needs no lock then.
 #[test]
 fn what_follows_the_unlock_goes_on_if_tf_and_its_keeper_are_dead() {
-    let mut env = leased(Lock::Both, "3s");
+    let mut env = leased(Lock::Both, "20s");
     let script = "while ! test -e over; do sleep 0.05; done; touch finished";
     env.stand_in("tenv", &format!("#!/bin/sh\n'{}' \"$@\"\n{script}\n", terraform().display()));
     let run = start(&env);
