@@ -15,8 +15,7 @@ use super::leased::{
 };
 use crate::support::process::{state, terraform_below};
 use crate::support::processes::{
-    guardian_of, home, is_gone, is_named, marked, named, tf_of, wait_until_all_is_gone, wait_until_gone,
-    wait_until_unlocked,
+    guardian_of, is_gone, kill_all_but, named, tf_of, wait_until_all_is_gone, wait_until_gone, wait_until_unlocked,
 };
 use crate::support::proxy::ProxyAction;
 use crate::support::test_env::terraform;
@@ -167,10 +166,7 @@ fn kill_together(env: &TestEnv, pids: &[Pid]) {
 fn keeper_and_fuse_end_at_once_if_nothing_else_is_left_of_the_run() {
     let mut env = leased(Lock::DynamoDb, "1h");
     let run = start(&env);
-    let is_left = |pid: &Pid| ["tf-keeper", "tf-fuse"].iter().any(|name| is_named(*pid, name));
-    let (left, dead): (Vec<Pid>, Vec<Pid>) = marked(&home(&env)).into_iter().partition(is_left);
-    assert_eq!(left.len(), 2, "{}", env.trace());
-    kill_together(&env, &dead);
+    kill_all_but(&env, &["tf-keeper", "tf-fuse"].map(|name| named(&env, name)));
     drop(run);
     wait_until_all_is_gone(&env);
     // The next run finds the lock in the journal.

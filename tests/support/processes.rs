@@ -116,18 +116,19 @@ fn held_locks(env: &TestEnv) -> Vec<String> {
     held.lines().filter(|line| numbers.iter().any(|number| line.contains(number))).map(ToOwned::to_owned).collect()
 }
 
-/// Kills every process of a [`TestEnv`], as when its container is stopped.
-pub fn kill_all(env: &TestEnv) {
+/// Kills every process of a [`TestEnv`] except `spared`, and none of them notices the end of another one.
+pub fn kill_all_but(env: &TestEnv, spared: &[Pid]) {
     // The processes of `tf` are stopped first, because they would notice the end of the others. A shell may start a
     // process between the list and its stop, so the list is read until everything in it was stopped.
-    let mut all = ours(env);
+    let is_meant = |pid: &Pid| !spared.contains(pid);
+    let mut all: Vec<Pid> = ours(env).into_iter().filter(is_meant).collect();
     let mut stopped = 0;
     loop {
         for pid in &all[stopped..] {
             let _ = kill(*pid, Signal::SIGSTOP);
         }
         stopped = all.len();
-        let more: Vec<Pid> = marked(&home(env)).into_iter().filter(|pid| !all.contains(pid)).collect();
+        let more: Vec<Pid> = marked(&home(env)).into_iter().filter(is_meant).filter(|pid| !all.contains(pid)).collect();
         if more.is_empty() {
             break;
         }
@@ -139,6 +140,11 @@ pub fn kill_all(env: &TestEnv) {
     for pid in &all {
         wait_until_gone(env, *pid);
     }
+}
+
+/// Kills every process of a [`TestEnv`], as when its container is stopped.
+pub fn kill_all(env: &TestEnv) {
+    kill_all_but(env, &[]);
     wait_until_all_is_gone(env);
     // A process that was exiting when the list was made has no environment, so it is not in the list, but it may still
     // hold its file locks.
