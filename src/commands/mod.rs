@@ -175,7 +175,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     if let Some((word, descriptors)) = words.split_first()
         && word == keeper::WORD
     {
-        let is_done = keeper::keep(descriptors);
+        let is_done = keeper::keeper_process::keep(descriptors);
         return if is_done { Finding::Nothing } else { Finding::Failed }.code();
     }
     environment::unset_empty("AWS_");
