@@ -235,32 +235,49 @@ impl Renewals {
         let first = *self.first.get_or_insert(last);
         let latest = self.stored_time();
         self.promised = keeper::fence(self.promised, first, last, latest);
-        let NextRenewal { renewal, deadline } =
-            next_renewal(self.terms, last, boot_clock::now(), self.promised, latest);
+        let next = next_renewal(self.terms, last, boot_clock::now(), self.promised, latest);
         let has_fuse = before != BeforeRenewal::RenewForTheStopped;
-        if self.promised == Promise::Stop && has_fuse && !self.is_armed {
-            crash_point::reached("keeper: arms the fuse");
-            match self.arm_first(deadline).await {
-                Some(answer) if answer.deadline.is_some() => {
-                    self.is_armed = true;
-                    crash_point::reached("keeper: armed the fuse");
-                }
-                // A fuse without a timer stops nobody, so the record must not promise a fence.
-                Some(_) => self.promised = Promise::None,
-                // If the fuse is gone, the next step looks at the lock.
-                None => {
-                    let report = (!self.is_stopped()).then_some(Report::FuseSilent);
-                    return Ok(Step { report, pause: FUSE_PAUSE });
-                }
-            }
+        if self.promised == Promise::Stop
+            && has_fuse
+            && !self.is_armed
+            && let Err(step) = self.arm_before_renewal(next.deadline).await
+        {
+            return Ok(step);
         }
         if !self.history.may_have_a_record && !self.is_announced && !self.orders.withdraws {
             return Ok(Step { report: Some(Report::MayHaveRecord), pause: Duration::ZERO });
         }
+        self.renew(last, next, has_fuse).await
+    }
+
+    /// Makes sure that the fuse has a deadline, before the first renewal is sent. A fuse without a timer stops nobody, so the
+    /// records promise no fence then.
+    ///
+    /// # Errors
+    /// The fuse does not answer, so no renewal may be sent. The value is what to do instead. If the fuse is gone, the next
+    /// step looks at the lock.
+    async fn arm_before_renewal(&mut self, deadline: Duration) -> Result<(), Step> {
+        crash_point::reached("keeper: arms the fuse");
+        match self.arm_first(deadline).await {
+            Some(answer) if answer.deadline.is_some() => {
+                self.is_armed = true;
+                crash_point::reached("keeper: armed the fuse");
+            }
+            Some(_) => self.promised = Promise::None,
+            None => {
+                let report = (!self.is_stopped()).then_some(Report::FuseSilent);
+                return Err(Step { report, pause: FUSE_PAUSE });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the renewal `next`, which follows from the response `last`. `has_fuse`: there is a fuse.
+    async fn renew(&mut self, last: Response, next: NextRenewal, has_fuse: bool) -> Result<Step, (Answer, String)> {
         let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
             return Err((Answer::None, "the lock was not read".to_owned()));
         };
-        let mut record = Record::new(&self.orders.lock, self.terms, renewal, self.promised);
+        let mut record = Record::new(&self.orders.lock, self.terms, next.renewal, self.promised);
         (record.keeper, record.region, record.holder) =
             (self.number, stores.region().to_owned(), self.orders.holder.clone());
         let interrupted = self.interrupted.get();
@@ -299,7 +316,7 @@ impl Renewals {
             return Ok(self.lost(loss(&self.orders.lock, seen.lock.as_ref()).unwrap_or(Loss::Gone)));
         }
         self.lock = seen.lock;
-        let mut step = self.confirmed(last, deadline, has_fuse).await;
+        let mut step = self.confirmed(last, next.deadline, has_fuse).await;
         if !has_fuse {
             step.pause = jittered(LOOK_INTERVAL, random());
         }
