@@ -84,6 +84,27 @@ fn a_lease_is_renewed_while_terraform_works_and_nothing_is_left_after_it() {
 /// The state of another run. It is a valid one, which terraform would overwrite.
 const SUCCESSOR: &str = r#"{"version":4,"serial":7,"lineage":"5b6a1b9c-0000-4000-8000-000000000000","terraform_version":"1.11.4","outputs":{"successor":{"value":"x","type":"string"}},"resources":[],"check_results":null}"#;
 
+/// Replaces the state.
+#[track_caller]
+fn put_state(env: &TestEnv, state: &str) {
+    assert_eq!(cloud().s3("PUT", &env.path(), state.as_bytes()).status(), 200);
+}
+
+/// Replaces the lock by that of another run, which has written its state. Returns its lock.
+#[track_caller]
+fn succeed(env: &TestEnv) -> String {
+    env.delete_lock();
+    let other = env.lock_of_another();
+    put_state(env, SUCCESSOR);
+    other
+}
+
+/// What the trace says when `tf` has heard of a renewal.
+const HEARD: &str = "the keeper: Renewed";
+
+/// What `tf` says of a terraform that may have run although its lock was lost.
+const MAY_HAVE_WRITTEN: &str = "it may have written its state over the state of the other run";
+
 /// Waits until the process is stopped.
 #[track_caller]
 pub fn wait_until_stopped(env: &TestEnv, pid: Pid) {
@@ -606,11 +627,7 @@ fn a_write_that_was_sent_before_an_outage_does_not_arrive_after_another_run_has_
         is_away.store(true, Ordering::SeqCst);
         wait_until_stopped(&env, terraform);
         env.wait_for_trace("connections of terraform were broken off");
-        let other = env.lock_of_another();
-        env.delete_lock();
-        env.put_lock(&other);
-        let path = format!("{}/dir/prod.tfstate", env.bucket);
-        assert_eq!(cloud().s3("PUT", &path, SUCCESSOR.as_bytes()).status(), 200);
+        succeed(&env);
         is_away.store(false, Ordering::SeqCst);
         relay.resume();
         relay.wait_until_ended();
@@ -809,6 +826,10 @@ fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
 /// writes its state a few milliseconds after [`lets_go`], if it may run.
 fn about_to_write(lock: Lock) -> (TestEnv, PathBuf) {
     let mut env = TestEnv::new(lock, "trap '' INT; touch began; read -r _ < go");
+    // Where no state is, terraform first reads again whether there is one, and then writes back what it finds
+    // (states/remote/state.go, PersistState).
+    let state = SUCCESSOR.replace("successor", "before").replace("5b6a1b9c", "00000000");
+    put_state(&env, &state);
     env.set("TFW_LEASE", "2s").set("TFW_CLOCK", "steady");
     let go = env.directory.join("go");
     nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -834,10 +855,7 @@ fn a_frozen_run_whose_lock_was_taken_writes_nothing_after_the_thaw() {
         cgroup.freeze(true);
         wait_until_gone(&env, fuse);
         // The successor has the lock, has written its state, and terraform is about to write its own.
-        env.delete_lock();
-        let other = env.lock_of_another();
-        env.put_lock(&other);
-        assert_eq!(cloud().s3("PUT", &env.path(), SUCCESSOR.as_bytes()).status(), 200);
+        let other = succeed(&env);
         let _open = lets_go(&go);
         cgroup.freeze(false);
         let end = run.wait();
@@ -860,35 +878,34 @@ enum Continued {
 
 /// A person stops every process of a run for longer than its lease, and continues them one after the other. The stop of
 /// the fuse has no effect, because a SIGCONT discards it. So terraform may run until `tf` stops it again, and its write
-/// of the state may get out. How often it does is printed, and is in docs/lease.md: TF_TEST_TRIALS=40.
+/// of the state may get out. How often it does is printed, and is in docs/lease.md: TF_TEST_TRIALS=60.
 #[test]
 fn a_run_that_was_stopped_and_continued_whole_after_its_lock_was_taken_ends() {
     let trials = trials(1);
     let gaps = [5, 20, 100].map(|gap| Continued::TerraformFirst(Duration::from_millis(gap)));
-    for order in [Continued::ByAge, Continued::ByAgeReversed].into_iter().chain(gaps) {
+    for (number, order) in [Continued::ByAge, Continued::ByAgeReversed].into_iter().chain(gaps).enumerate() {
         for is_cut in [false, true] {
-            let written = (0..trials).filter(|_| writes_after_it_was_continued(order, is_cut)).count();
+            let locks = Lock::ALL.into_iter().cycle().skip(number).take(trials);
+            let written = locks.filter(|lock| writes_after_it_was_continued(*lock, order, is_cut)).count();
             let _ = writeln!(std::io::stderr(), "{order:?}, connections closed: {is_cut}: {written} of {trials} wrote");
         }
     }
 }
 
-/// Returns whether terraform has written what it had changed. `is_cut` is whether the service closes its connections while the
-/// run is stopped.
-fn writes_after_it_was_continued(order: Continued, is_cut: bool) -> bool {
-    let (mut env, go) = about_to_write(Lock::DynamoDb);
+/// Returns whether terraform has written over the state of the other run. `is_cut` is whether the service closes its
+/// connections while the run is stopped.
+fn writes_after_it_was_continued(lock: Lock, order: Continued, is_cut: bool) -> bool {
+    let (mut env, go) = about_to_write(lock);
     let proxy = through(&mut env, |_| ProxyAction::Pass);
     let run = start(&env);
+    env.wait_for_trace(HEARD);
     let fuse = named(&env, "tf-fuse");
     let mut all = marked(&home(&env));
     for pid in &all {
         let _ = kill(*pid, Signal::SIGSTOP);
     }
     wait_until_gone(&env, fuse);
-    env.delete_lock();
-    let other = env.lock_of_another();
-    env.put_lock(&other);
-    assert_eq!(cloud().s3("PUT", &env.path(), SUCCESSOR.as_bytes()).status(), 200);
+    let other = succeed(&env);
     if is_cut {
         proxy.close_connections();
     }
@@ -908,41 +925,87 @@ fn writes_after_it_was_continued(order: Continued, is_cut: bool) -> bool {
         let _ = kill(*pid, Signal::SIGCONT);
     }
     let end = run.wait();
-    assert_ne!(end.code(), Some(0), "{order:?}: {}", env.dump(&end));
-    assert!(env.locks().iter().all(|lock| *lock == other), "{:?}", env.locks());
+    let what = || format!("{lock:?} {order:?} {is_cut}: {:?} {}", env.state(), env.dump(&end));
+    assert_ne!(end.code(), Some(0), "{}", what());
+    assert!(!env.locks().is_empty() && env.locks().iter().all(|lock| *lock == other), "{:?} {}", env.locks(), what());
     wait_until_all_is_gone(&env);
-    let has_written = env.state().unwrap().contains("terraform_data");
-    // If terraform was faster than every stop, it has reported itself that its lock is another one by now.
+    let has_written = env.state().as_deref() != Some(SUCCESSOR);
+    let [admits, denies] = [MAY_HAVE_WRITTEN, "was killed before it could write"].map(|text| end.err.contains(text));
     if end.signal() == Some(9) {
-        assert!(end.err.contains("the lock is held by another run now"), "{order:?}: {}", env.dump(&end));
-        let admits = end.err.contains("it may have written its state");
-        assert!(admits || !has_written, "{order:?}: {:?} {}", env.state(), env.dump(&end));
+        assert!(end.err.contains("the lock is held by another run now"), "{}", what());
+        assert!(admits != denies && (admits || !has_written), "{}", what());
     } else {
-        assert!(end.err.contains("Error releasing the state lock"), "{order:?}: {}", env.dump(&end));
+        // Terraform was faster than every stop, and has reported itself that its lock is another one by now.
+        assert!(end.err.contains("Error releasing the state lock") && !denies, "{}", what());
     }
+    assert!(end.err.contains("another run locked the same state, and both may have changed it"), "{}", what());
     has_written
 }
 
+/// Another process continues a terraform that was stopped for its lease, and it writes its state over that of the run that
+/// has the lock now. `tf` and its guardian are stopped meanwhile.
 #[test]
-fn a_suspended_run_keeps_its_lease() {
-    let env = leased(Lock::Both, "3s");
-    let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
-    env.wait_for_file("began");
-    let first = wait_for_renewal_after(&env, &Value::Null);
-    let terraform = terraform_below(terminal.pid());
-    terminal.type_in("\x1a");
-    terminal.wait_for("Stopped");
+fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
+    let (mut env, go) = about_to_write(Lock::DynamoDb);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = is_away.clone();
+    // Terraform writes the digest after the state. Without a response, it does not go on to its unlock.
+    let proxy = through(&mut env, move |request| {
+        if !request.is_ours() && is_dynamodb(request, ".PutItem") && request.text().contains("-md5") {
+            ProxyAction::Hold
+        } else if request.is_ours() && away.load(Ordering::SeqCst) {
+            ProxyAction::Close
+        } else {
+            ProxyAction::Pass
+        }
+    });
+    let run = start(&env);
+    env.wait_for_trace(HEARD);
+    is_away.store(true, Ordering::SeqCst);
+    let terraform = terraform_below(run.pid());
     wait_until_stopped(&env, terraform);
-    // Three leases by the service's own clock.
-    let is_later = || record(&env).filter(|now| now["renewed"].as_u64() > first["renewed"].as_u64().map(|at| at + 9));
-    wait_for("three leases", is_later, || format!("{:?}\n{}", record(&env), env.trace()));
+    let other = succeed(&env);
+    let tf = tf_of(&env);
+    let ours = [guardian_of(&env, tf), tf];
+    for pid in ours {
+        kill(pid, Signal::SIGSTOP).unwrap();
+        wait_until_stopped(&env, pid);
+    }
+    let _open = lets_go(&go);
+    killpg(terraform, Signal::SIGCONT).unwrap();
+    proxy.wait_until_held();
+    assert_ne!(env.state().as_deref(), Some(SUCCESSOR));
+    is_away.store(false, Ordering::SeqCst);
+    for pid in ours {
+        kill(pid, Signal::SIGCONT).unwrap();
+    }
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    assert!(end.err.contains(MAY_HAVE_WRITTEN), "{}", env.dump(&end));
+    assert_eq!(env.locks(), [other]);
+    proxy.let_go();
+    wait_until_all_is_gone(&env);
+}
+
+fn a_suspended_run_keeps_its_lease(lock: Lock) {
+    let env = leased(lock, "3s");
+    let (mut terminal, terraform) = suspended_at_a_terminal(&env);
+    wait_for_three_leases_of_3_s(&env);
     assert_eq!(state(terraform), Some('T'));
     terminal.type_in("fg\n");
     wait_until_it_goes_on(&env, terraform);
     env.unblock();
     terminal.wait_for("Apply complete!");
     wait_until_unlocked(&env);
+}
+for_each_lock!(a_suspended_run_keeps_its_lease);
+
+/// Waits until a lease of 3 s was renewed after three leases from now, by the service's own clock.
+#[track_caller]
+fn wait_for_three_leases_of_3_s(env: &TestEnv) {
+    let since = Timestamp::now().as_second();
+    let is_later = || record(env).filter(|now| now["renewed"].as_i64() > Some(since + 9));
+    wait_for("three leases", is_later, || format!("{:?}\n{}", record(env), env.trace()));
 }
 
 /// What fails while a run is suspended.
@@ -982,10 +1045,7 @@ fn a_suspended_run_keeps_its_lease_whatever_fails_meanwhile() {
             }
             suspended
         };
-        let since = jiff::Timestamp::now().as_second();
-        // Three leases by the service's own clock.
-        let is_later = || record(&env).filter(|now| now["renewed"].as_i64() > Some(since + 9));
-        wait_for("three leases", is_later, || format!("{fails:?} {:?}\n{}", record(&env), env.trace()));
+        wait_for_three_leases_of_3_s(&env);
         assert_eq!(state(terraform), Some('T'), "{fails:?}");
         terminal.type_in("fg\n");
         wait_until_it_goes_on(&env, terraform);
@@ -1000,6 +1060,12 @@ fn a_suspended_run_keeps_its_lease_whatever_fails_meanwhile() {
 /// Suspends an apply with ^Z. Returns the terminal and terraform.
 pub fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
     let mut terminal = shell(env);
+    let terraform = suspended_at(&mut terminal, env);
+    (terminal, terraform)
+}
+
+/// Types an apply, and suspends it with ^Z when its lease was renewed. Returns terraform.
+pub fn suspended_at(terminal: &mut Terminal, env: &TestEnv) -> Pid {
     terminal.type_in(&line_of("tf", APPLY));
     env.wait_for_file("began");
     wait_for_renewal_after(env, &Value::Null);
@@ -1007,7 +1073,7 @@ pub fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
     terminal.type_in("\x1a");
     terminal.wait_for("Stopped");
     wait_until_stopped(env, terraform);
-    (terminal, terraform)
+    terraform
 }
 
 /// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and terraform.
