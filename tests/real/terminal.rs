@@ -26,10 +26,19 @@ fn wait_for_result(terminal: &Terminal, result: &str) {
 
 pub const APPLY: &str = "apply -auto-approve -no-color";
 
+/// The arguments of an interactive bash.
+pub const INTERACTIVE: [&str; 3] = ["--norc", "--noprofile", "-i"];
+
 /// Starts an interactive shell that prints `ready>` when it waits for a line.
 pub fn shell(env: &TestEnv) -> Terminal {
     let mut command = env.command("bash");
-    command.args(["--norc", "--noprofile", "-i"]).env("PS1", "ready> ");
+    command.args(INTERACTIVE);
+    shell_of(command)
+}
+
+/// Starts `command`, which becomes an interactive bash that prints `ready>` when it waits for a line.
+pub fn shell_of(mut command: Command) -> Terminal {
+    command.env("PS1", "ready> ");
     let terminal = Terminal::start(command);
     terminal.wait_for("ready> ");
     terminal

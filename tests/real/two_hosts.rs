@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -13,12 +14,13 @@ use serde_json::{Value, json};
 
 use super::answers::deletes_lock;
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
-use super::leased::{cgroup, record, wait_for_renewal_after};
+use super::leased::{cgroup, record, suspended_at, wait_for_renewal_after, wait_until_it_goes_on};
 use super::locks_recover::recover;
+use super::terminal::{INTERACTIVE, shell_of};
 use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::Run;
+use crate::support::process::{Run, state};
 use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
 use crate::support::proxy::ProxyAction;
 use crate::support::test_env::{TEST_HOST, UNSET, WAITS, id_of};
@@ -84,14 +86,20 @@ impl Host {
         Self::new(env, name, lease.1.to_str().unwrap())
     }
 
-    /// Starts a program on this host. Its process is the returned one, because everything before it is replaced by it.
-    /// `before` is the begin of the shell script that sets up the host.
-    fn start_after(&self, before: &str, program: &str, arguments: &[&str]) -> Run {
+    /// Returns a command that becomes `program` on this host. `before` is the begin of the shell script that sets up the
+    /// host.
+    fn command_after(&self, before: &str, program: &str, arguments: &[&str]) -> Command {
         let root = self.env.directory.parent().unwrap();
         let mut command = self.env.command("unshare");
         command.args(["-u", "-m", "sh", "-c", &format!("{before}{AS_HOST}"), "sh", self.name]);
         command.args([root.join("machine-id"), root.join("boot-id")]).arg(program).args(arguments);
-        Run::start(command)
+        command
+    }
+
+    /// Starts a program on this host. Its process is the returned one, because everything before it is replaced by it.
+    /// `before` as in [`Host::command_after`].
+    fn start_after(&self, before: &str, program: &str, arguments: &[&str]) -> Run {
+        Run::start(self.command_after(before, program, arguments))
     }
 
     fn start(&self, subject: Subject, arguments: &[&str]) -> Run {
@@ -293,19 +301,29 @@ fn a_run_that_waits_for_a_vanished_host_goes_on_by_itself(lock: Lock) {
 }
 for_each_lock!(a_run_that_waits_for_a_vanished_host_goes_on_by_itself);
 
-/// It works for ten leases, while another host wants its lock all the time.
-fn a_host_that_works_never_loses_its_lock(lock: Lock) {
-    let Some(holder) = holder(lock, "3s") else { return };
+/// Sets a flag when it is dropped.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Two other hosts want the lock of `holder` until it was renewed for so many seconds by the service's own clock: one of
+/// them waits for it, and the other one tries again and again. Asserts that neither of them gets it. Returns the one that
+/// waits.
+#[track_caller]
+fn wanted_for(holder: &Host, seconds: u64) -> (Host, Run) {
     let [waits, tries] = ["waits", "tries"].map(|name| holder.beside(name, "true"));
-    let run = holder.work();
-    let locks = holder.env.locks();
-    let id = id_of(&locks[0]);
-    let mut apply = APPLY.to_vec();
-    apply.push("-lock-timeout=10m");
-    let waiting = waits.start(Subject::Tf, &apply);
+    let id = id_of(&holder.env.locks()[0]);
+    let waiting = waits.start(Subject::Tf, &[&APPLY[..], &["-lock-timeout=10m"]].concat());
     let is_over = AtomicBool::new(false);
-    let first = record(&holder.env).unwrap()["renewed"].as_u64().unwrap();
+    let mut last = record(&holder.env).unwrap();
+    let first = last["renewed"].as_u64().unwrap();
     std::thread::scope(|scope| {
+        // A failed assertion sets it too, so that the other thread ends.
+        let over = SetOnDrop(&is_over);
         let plans = scope.spawn(|| {
             let mut ends = Vec::new();
             while !is_over.load(Ordering::SeqCst) {
@@ -313,30 +331,61 @@ fn a_host_that_works_never_loses_its_lock(lock: Lock) {
             }
             ends
         });
-        let mut last = Value::Null;
-        while last["renewed"].as_u64() < Some(first + 30) {
+        while last["renewed"].as_u64() < Some(first + seconds) {
             last = wait_for_renewal_after(&holder.env, &last);
             assert!(holder.env.locks().iter().all(|lock| id_of(lock) == id), "{:?}", holder.env.locks());
             holder.env.assert_locked();
             assert!(last.get("taken").is_none(), "{last}");
         }
-        is_over.store(true, Ordering::SeqCst);
+        drop(over);
         let ends = plans.join().unwrap();
         assert!(!ends.is_empty());
         for end in &ends {
             assert_refused(&tries, end);
         }
     });
-    holder.env.unblock();
-    let end = run.wait();
-    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
+    (waits, waiting)
+}
+
+/// Asserts that the run of [`wanted_for`] that waits goes on after the holder's, and has released nothing.
+#[track_caller]
+fn assert_had_its_turn(holder: &Host, waits: &Host, waiting: Run) {
     let end = waiting.wait();
     assert!(end.code() == Some(0) || end.met_a_lock_that_went(), "{}", waits.dump(&end));
     assert_eq!(releases(&end), 0, "{}", waits.dump(&end));
     holder.env.assert_unlocked();
     wait_until_all_is_gone(&holder.env);
 }
+
+/// It works for ten leases, while another host wants its lock all the time.
+fn a_host_that_works_never_loses_its_lock(lock: Lock) {
+    let Some(holder) = holder(lock, "3s") else { return };
+    let run = holder.work();
+    let (waits, waiting) = wanted_for(&holder, 30);
+    holder.env.unblock();
+    let end = run.wait();
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", holder.dump(&end));
+    assert_had_its_turn(&holder, &waits, waiting);
+}
 for_each_lock!(a_host_that_works_never_loses_its_lock);
+
+/// A person suspends it with ^Z for three leases, while another host wants its lock all the time.
+fn a_host_that_is_suspended_never_loses_its_lock(lock: Lock) {
+    let Some(holder) = holder(lock, "3s") else { return };
+    let mut terminal = shell_of(holder.command_after("", "bash", &INTERACTIVE));
+    let terraform = suspended_at(&mut terminal, &holder.env);
+    let (waits, waiting) = wanted_for(&holder, 9);
+    assert_eq!(state(terraform), Some('T'));
+    terminal.type_in("fg; echo status=$?\n");
+    wait_until_it_goes_on(&holder.env, terraform);
+    holder.env.unblock();
+    terminal.wait_for("status=0");
+    let screen = terminal.screen();
+    assert!(screen.contains("Apply complete!") && !screen.contains("tf: "), "{screen}\n{}", holder.env.trace());
+    drop(terminal);
+    assert_had_its_turn(&holder, &waits, waiting);
+}
+for_each_lock!(a_host_that_is_suspended_never_loses_its_lock);
 
 /// Starts an apply on `holder` in `cgroup`, and freezes it for longer than its lease. Its terraform writes its state as
 /// soon as it runs again.
