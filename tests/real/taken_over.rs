@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::given_back::{is_dynamodb, through, through_changing};
 use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, killed_whole, start_recorded};
+use super::two_hosts::races;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::lease::{LEASED, record};
@@ -22,7 +23,7 @@ use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
 /// Hours, in seconds: a lease that lapsed so long ago is not watched.
-const LONG_AGO: i64 = 3 * 3600;
+pub const LONG_AGO: i64 = 3 * 3600;
 
 fn leased(lock: Lock, lease: &str) -> TestEnv {
     let mut env = TestEnv::new(lock, "true");
@@ -36,7 +37,7 @@ fn history(env: &TestEnv) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-fn takeovers(env: &TestEnv) -> usize {
+pub fn takeovers(env: &TestEnv) -> usize {
     history(env).iter().filter(|event| event["event"] == "taken over").count()
 }
 
@@ -256,8 +257,7 @@ fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once
 fn of_two_takers_one_takes(lock: Lock) {
     let mut env = leased(lock, "5m");
     env.set("TFW_LOG", "/dev/null");
-    let races = std::env::var("TF_TEST_RACES").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
-    for race in 0..races {
+    for race in 0..races(20) {
         env.lock_with_lease(&record(LONG_AGO, 300));
         let plans = [0, 1].map(|_| env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=30s"]));
         let ends = plans.map(Run::wait);

@@ -3,6 +3,7 @@
 //! tests/left-out.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -14,15 +15,21 @@ use serde_json::{Value, json};
 
 use super::answers::deletes_lock;
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
-use super::leased::{cgroup, record, suspended_at, wait_for_renewal_after, wait_until_it_goes_on};
+use super::leased::{
+    about_to_write, cgroup, lets_go, record, suspended_at, wait_for_renewal_after, wait_until_it_goes_on,
+    wait_until_stopped,
+};
 use super::locks_recover::recover;
+use super::taken_over::{LONG_AGO, takeovers};
 use super::terminal::{INTERACTIVE, shell_of};
 use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::process::{Run, state};
+use crate::support::lease;
+use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
 use crate::support::proxy::ProxyAction;
+use crate::support::relay::Cable;
 use crate::support::test_env::{TEST_HOST, UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -45,10 +52,15 @@ struct Host {
 
 /// Returns the host `holder`, whose runs are jobs of a CI system and have a lease of `lease`. `None` without root.
 fn holder(lock: Lock, lease: &str) -> Option<Host> {
-    if !nix::unistd::geteuid().is_root() || !Path::new("/etc/machine-id").exists() {
-        return None;
-    }
-    let mut env = TestEnv::new(lock, WAITS);
+    can_make_hosts().then(|| holder_in(TestEnv::new(lock, WAITS), lease))
+}
+
+fn can_make_hosts() -> bool {
+    nix::unistd::geteuid().is_root() && Path::new("/etc/machine-id").exists()
+}
+
+/// Does the same as [`holder`] with the directory `env`.
+fn holder_in(mut env: TestEnv, lease: &str) -> Host {
     for (name, value) in [
         ("GITHUB_ACTIONS", "true"),
         ("GITHUB_SERVER_URL", "https://github.example"),
@@ -58,7 +70,7 @@ fn holder(lock: Lock, lease: &str) -> Option<Host> {
     ] {
         env.set(name, value);
     }
-    Some(Host::new(env, "holder", lease))
+    Host::new(env, "holder", lease)
 }
 
 impl Host {
@@ -86,8 +98,8 @@ impl Host {
         Self::new(env, name, lease.1.to_str().unwrap())
     }
 
-    /// Returns a command that becomes `program` on this host. `before` is the begin of the shell script that sets up the
-    /// host.
+    /// Returns a command that becomes `program` on this host. `before` is the begin of the shell script that sets up
+    /// the host.
     fn command_after(&self, before: &str, program: &str, arguments: &[&str]) -> Command {
         let root = self.env.directory.parent().unwrap();
         let mut command = self.env.command("unshare");
@@ -310,9 +322,9 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Two other hosts want the lock of `holder` until it was renewed for so many seconds by the service's own clock: one of
-/// them waits for it, and the other one tries again and again. Asserts that neither of them gets it. Returns the one that
-/// waits.
+/// Two other hosts want the lock of `holder` until it was renewed for so many seconds by the service's own clock: one
+/// of them waits for it, and the other one tries again and again. Asserts that neither of them gets it. Returns the one
+/// that waits.
 #[track_caller]
 fn wanted_for(holder: &Host, seconds: u64) -> (Host, Run) {
     let [waits, tries] = ["waits", "tries"].map(|name| holder.beside(name, "true"));
@@ -398,13 +410,18 @@ fn frozen(holder: &Host, cgroup: &Cgroup) -> Run {
     run
 }
 
-/// Lets the cgroup go on, and asserts that the run in it is killed, says `how`, has written nothing, and does not say that
-/// it has released the lock.
+/// Lets the cgroup go on, and asserts that the run in it ends as [`assert_it_ends_after`] says.
 #[track_caller]
 fn assert_it_ends(holder: &Host, cgroup: &Cgroup, run: Run, how: &[&str]) {
-    let state = holder.env.state();
     holder.env.unblock();
-    cgroup.freeze(false);
+    assert_it_ends_after(|| cgroup.freeze(false), holder, run, how);
+}
+
+/// Asserts that the run is killed, says `how`, has written nothing, and does not say that it has released the lock.
+#[track_caller]
+fn assert_it_ends_after(back: impl FnOnce(), holder: &Host, run: Run, how: &[&str]) {
+    let state = holder.env.state();
+    back();
     let end = run.wait();
     assert_eq!((end.signal(), releases(&end)), (Some(9), 0), "{}", holder.dump(&end));
     for text in how.iter().chain(&["is not in the state", "terraform plan"]) {
@@ -473,8 +490,85 @@ fn a_frozen_host_whose_lock_is_claimed_says_by_whom_and_when() {
     }
 }
 
+/// The network of the holder is away for longer than its lease, from any moment between two renewals on. Terraform
+/// begins to write in the outage, or is about to write when it is stopped. Another host takes the lock and writes, and
+/// in every other trial holds a lock again. More trials: TF_TEST_TRIALS=20.
+fn a_host_that_is_cut_off_while_another_host_uses_its_lock_writes_nothing(lock: Lock) {
+    for trial in 0..trials(2) {
+        if !can_make_hosts() {
+            return;
+        }
+        let (env, go) = about_to_write(lock);
+        let mut holder = holder_in(env, "3s");
+        let cable = Cable::to(cloud().port);
+        holder.env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cable.port));
+        let other = holder.beside("other", &format!("if test -e wrote; then {WAITS}; fi; touch wrote"));
+        let run = holder.work();
+        let terraform = terraform_below(run.pid());
+        // Renewals are 0.4 s apart.
+        std::thread::sleep(Duration::from_secs_f64(random() * 0.5));
+        cable.cut(true);
+        if random() < 0.5 {
+            std::thread::sleep(Duration::from_secs_f64(random() * 0.7));
+        } else {
+            wait_until_stopped(&holder.env, terraform);
+        }
+        let _open = lets_go(&go);
+        wait_until_stopped(&holder.env, terraform);
+        other.wait_until_lapsed();
+        let end = other.run(Subject::Tf, &APPLY);
+        assert_eq!((end.code(), releases(&end)), (Some(0), 1), "{trial}: {}", other.dump(&end));
+        assert!(other.env.state().unwrap().contains("terraform_data"), "{trial}: {:?}", other.env.state());
+        let is_held = trial % 2 == 0;
+        let again = is_held.then(|| other.start(Subject::Tf, &[&APPLY[..], &["-replace=terraform_data.a"]].concat()));
+        if let Some(again) = &again {
+            other.env.wait_for_began(again);
+        }
+        let locks = other.env.locks();
+        let how = if is_held {
+            &["the lock is held by another run now: ", "@other, since "][..]
+        } else {
+            // Nothing records any more who took it, and when.
+            &["the lock of this run is gone: somebody has released or deleted it"][..]
+        };
+        assert_it_ends_after(|| cable.cut(false), &holder, run, how);
+        let ids = |locks: &[String]| locks.iter().map(|lock| id_of(lock)).collect::<Vec<_>>();
+        assert_eq!(ids(&other.env.locks()), ids(&locks), "{trial}");
+        other.env.unblock();
+        let end = again.map(Run::wait);
+        assert!(end.iter().all(|end| end.code() == Some(0)), "{trial}: {end:?} {}", other.env.trace());
+        other.env.assert_unlocked();
+    }
+}
+for_each_lock!(a_host_that_is_cut_off_while_another_host_uses_its_lock_writes_nothing);
+
+/// Two hosts find the same lapsed lease at the same moment. In every other race it has just lapsed, so that both watch
+/// it first. More races: TF_TEST_RACES=200.
+fn of_two_hosts_that_take_a_lock_one_releases_it_and_says_so(lock: Lock) {
+    let Some(one) = holder(lock, "2s") else { return };
+    let other = one.beside("other", "true");
+    let mut has_given_up = 0;
+    for race in 0..races(4) {
+        let age = if race % 2 == 0 { LONG_AGO } else { 4 };
+        one.env.lock_with_lease(&lease::record(age, 2));
+        let before = [&one, &other].map(|host| takeovers(&host.env));
+        let plans = [&one, &other].map(|host| host.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=30s"]));
+        let ends = plans.map(Run::wait);
+        let both = || format!("{race}: {}{}", one.dump(&ends[0]), other.dump(&ends[1]));
+        assert!(ends.iter().all(|end| end.code() == Some(0) || end.met_a_lock_that_went()), "{}", both());
+        has_given_up += ends.iter().filter(|end| end.code() != Some(0)).count();
+        let said: Vec<_> = ends.iter().map(releases).collect();
+        assert_eq!(said.iter().sum::<usize>(), 1, "{}", both());
+        let recorded = [takeovers(&one.env) - before[0], takeovers(&other.env) - before[1]];
+        assert_eq!(recorded, said[..], "{}", both());
+        one.env.assert_unlocked();
+    }
+    let _ = writeln!(std::io::stderr(), "{lock:?}: {has_given_up} terraforms read the lock when it was being deleted");
+}
+for_each_lock!(of_two_hosts_that_take_a_lock_one_releases_it_and_says_so);
+
 /// Returns a number between 0 and 1.
-fn random() -> f64 {
+pub fn random() -> f64 {
     let bytes = fs::read("/proc/sys/kernel/random/uuid").unwrap();
     let text = String::from_utf8(bytes[..8].to_vec()).unwrap();
     f64::from(u32::from_str_radix(&text, 16).unwrap()) / f64::from(u32::MAX)
@@ -482,7 +576,16 @@ fn random() -> f64 {
 
 /// Returns how many trials to run: `TF_TEST_TRIALS`, or as many as `usual`.
 pub fn trials(usual: usize) -> usize {
-    std::env::var("TF_TEST_TRIALS").map_or(usual, |number| number.parse().unwrap())
+    number_in("TF_TEST_TRIALS", usual)
+}
+
+/// Returns how many races to run: `TF_TEST_RACES`, or as many as `usual`.
+pub fn races(usual: usize) -> usize {
+    number_in("TF_TEST_RACES", usual)
+}
+
+fn number_in(name: &str, usual: usize) -> usize {
+    std::env::var(name).map_or(usual, |number| number.parse().unwrap())
 }
 
 /// All processes of a run were killed, but its journal is intact. Its host recovers it at a random moment while another
