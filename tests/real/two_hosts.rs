@@ -30,7 +30,7 @@ use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
 use crate::support::proxy::ProxyAction;
 use crate::support::relay::Cable;
-use crate::support::test_env::{TEST_HOST, UNSET, WAITS, id_of};
+use crate::support::test_env::{FAKETIME, TEST_HOST, UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
@@ -774,9 +774,6 @@ fn a_renewal_in_flight_does_not_bring_the_lock_back(lock: Lock) {
     is_locked();
 }
 for_each_lock!(a_renewal_in_flight_does_not_bring_the_lock_back);
-
-/// A library that gives a program another time of day: faketime(1).
-const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 
 /// No clock but the service's decides: neither the holder's nor the taker's.
 fn a_clock_that_is_an_hour_off_changes_nothing(lock: Lock) {

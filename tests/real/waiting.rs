@@ -1,14 +1,16 @@
 //! A run that waits for a lock (`-lock-timeout`) says who holds it.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::support::cloud::cloud;
 use crate::support::lease::{LEASED, record};
 use crate::support::process::tree;
 use crate::support::processes::wait_until_ours_are_gone;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, id_of, who};
-use crate::support::{Lock, Subject, TestEnv};
+use crate::support::test_env::{FAKETIME, WAITS, id_of, who};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 const PLAN: [&str; 3] = ["plan", "-no-color", "-lock-timeout=60s"];
 
@@ -82,6 +84,39 @@ fn a_run_that_waits_says_when_the_holder_changes(lock: Lock) {
     wait_until_ours_are_gone(&env);
 }
 for_each_lock!(a_run_that_waits_says_when_the_holder_changes);
+
+/// The clock of `tf` is 20 times as fast, so the 5 min are 15 s. That of terraform is not: it uses no C library.
+#[test]
+fn a_run_that_waits_says_again_every_five_minutes_who_holds_the_lock() {
+    if !Path::new(FAKETIME).exists() {
+        return;
+    }
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_RELEASE", "never").set("TFW_LEASE", "off");
+    let (_proxy, asked) = requests_of_ours(&mut env);
+    let id = id_of(&env.lock_of_another());
+    env.set("LD_PRELOAD", FAKETIME).set("FAKETIME", "+0 x20");
+    let begun = Instant::now();
+    let waiting = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=5m"]);
+    waiting.wait_for_err(&format!("ID {id}"));
+    let first = waiting.err();
+    waiting.wait_for_err("terraform is still waiting");
+    assert!(begun.elapsed() >= Duration::from_secs(15), "{:?}", begun.elapsed());
+    let second = waiting.err();
+    let reads = || asked.lock().unwrap().len();
+    let before = reads();
+    let more = || (reads() >= before + 4).then_some(());
+    wait_for("four more reads", more, || format!("{} {}", waiting.err(), env.trace()));
+    assert_eq!(waiting.err(), second);
+    env.delete_lock();
+    let end = waiting.wait();
+    assert_eq!((end.code(), &end.err), (Some(0), &second), "{}", env.dump(&end));
+    let again = second.strip_prefix(&first).unwrap_or_else(|| panic!("{second}"));
+    assert_eq!((first.lines().count(), again.lines().count()), (1, 1), "{second}");
+    let begin = format!("tf: terraform is still waiting for a lock held by {} for OperationTypeApply, since ", who());
+    assert!(again.starts_with(&begin) && again.contains(&format!("ID {id}")), "{second}");
+    wait_until_ours_are_gone(&env);
+}
 
 /// This test is about a run that takes longer than the 3 s after which a wait is explained.
 fn a_run_that_has_its_lock_sends_no_request_however_long_it_works(lock: Lock) {

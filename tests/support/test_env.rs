@@ -88,6 +88,9 @@ pub fn which(name: &str) -> Option<PathBuf> {
 /// interrupt.
 pub const WAITS: &str = "trap '' INT; touch began; while test -e began && ! test -e go; do sleep 0.02; done";
 
+/// A library that gives a program another time of day, or a clock of another speed: faketime(1).
+pub const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
 /// The variable that makes a debug build of `tf` count this host as one on which a dead process can be proved dead.
 pub const TEST_HOST: &str = "TFW_TEST_HOST";
 
