@@ -10,9 +10,6 @@ use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
 use crate::holder::witness;
 
-/// The maximum number of witnesses that run at the same time.
-const WITNESSES_AT_ONCE: usize = 4;
-
 /// When a lock counts as stale.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Staleness {
@@ -56,7 +53,7 @@ impl Staleness {
             ListedEntry::Lock(lock) => Some(&mut **lock),
             ListedEntry::UnreadableLock(_) => None,
         });
-        let asked = stream::iter(locks).for_each_concurrent(WITNESSES_AT_ONCE, |lock| self.ask_about(lock));
+        let asked = stream::iter(locks).for_each_concurrent(witness::MAX_AT_ONCE, |lock| self.ask_about(lock));
         asked.await;
     }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
 use super::evidence::{Evidence, Judgement, Verdict};
 use crate::console::visible;
@@ -25,6 +26,12 @@ const NOT_PASSED: [&str; 4] = [WITNESS, "TFW_ON_EVENT", "TFW_RUN", "TFW_CHAIN"];
 
 /// How long the command may run before it is killed.
 const WITNESS_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The maximum number of commands that run at the same time, whichever part of a scan has started them.
+pub(crate) const MAX_AT_ONCE: usize = 4;
+
+/// The commands that may still be started now.
+static AT_ONCE: Semaphore = Semaphore::const_new(MAX_AT_ONCE);
 
 /// After so many answers that did not come in time, this process asks no more. An audit of many locks would take hours.
 const MAX_TIMEOUTS: u32 = 3;
@@ -78,6 +85,8 @@ fn named() -> Option<OsString> {
 pub(crate) async fn ask(judgement: Judgement, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
     let Some(command) = named().filter(|_| !judgement.is_settled) else { return judgement };
     let holder = identity(lease);
+    // The semaphore is never closed, so this cannot fail.
+    let _permit = AT_ONCE.acquire().await;
     let answer = if TIMEOUTS.load(Ordering::Relaxed) >= MAX_TIMEOUTS {
         Err(format!("it was not asked, because it gave no answer within {} s before", WITNESS_TIMEOUT.as_secs()))
     } else {

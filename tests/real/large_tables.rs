@@ -18,23 +18,23 @@ use crate::support::{Ended, Lock, TestEnv};
 const PAGE: usize = 1000;
 
 /// Every so many items is a lock. The others are digests, which the filter of `tf` leaves out.
-const ITEMS_FOR_A_LOCK: usize = 20;
+pub(super) const ITEMS_FOR_A_LOCK: usize = 20;
 
 /// Tables of `items` items, under whatever name. From the item `fails_at` on, a page is refused, with an error that no
 /// retry resolves.
 #[derive(Clone, Copy)]
-struct Generated {
+pub(super) struct Generated {
     items: usize,
     fails_at: usize,
 }
 
 impl Generated {
-    fn new(items: usize) -> Self {
+    pub(super) fn new(items: usize) -> Self {
         Self { items, fails_at: usize::MAX }
     }
 
     /// Answers the requests of `tf` for tables. Each segment of a scan is a range of the items.
-    fn serve(self, env: &mut TestEnv) -> Proxy {
+    pub(super) fn serve(self, env: &mut TestEnv) -> Proxy {
         let lock_item = lock_item(&(jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1)).to_string());
         through(env, move |request| {
             let asked: Value = serde_json::from_slice(&request.body).unwrap_or_default();

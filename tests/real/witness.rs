@@ -1,14 +1,17 @@
 //! `TFW_WITNESS`: a command of the user that is asked about a holder that nothing else settles.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::large_tables::{Generated, ITEMS_FOR_A_LOCK};
 use super::locks_release::locks;
 use crate::support::lease::{LEASED, record};
-use crate::support::test_env::lock_json;
+use crate::support::proxy::Proxy;
+use crate::support::test_env::{FAKETIME, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// Makes `script` the witness. Its working directory is that of the [`TestEnv`].
@@ -45,7 +48,7 @@ const DEAD: &str = r#"echo '{"verdict": "dead", "reason": "i-0123 is terminated"
 
 fn a_holder_that_a_witness_calls_dead_is_dead(lock: Lock) {
     let mut env = lapsed(lock);
-    witness(&mut env, &format!("cat >> questions\nls /proc/self/fd > descriptors\nenv > environment\n{DEAD}"));
+    witness(&mut env, &format!("cat >> questions\nenv > environment\n{DEAD}"));
     for words in [&["list"][..], &["show"], &["audit", "--older-than", "0s"]] {
         let end = locks(&env, words);
         assert_ended(&env, &end, 2, "dead");
@@ -57,8 +60,6 @@ fn a_holder_that_a_witness_calls_dead_is_dead(lock: Lock) {
     let question: Value = serde_json::from_str(questions.lines().next().unwrap()).unwrap();
     assert_eq!(question["lock"]["id"], LEASED);
     assert_eq!(question["holder"]["cloud"], "Amazon EC2 i-0123456789abcdef0");
-    // The last one is that of the directory that ls lists.
-    assert_eq!(env.read("descriptors").split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3"]);
     assert!(!env.read("environment").contains("TFW_WITNESS="));
     let end = locks(&env, &["release", "--dry-run"]);
     assert_ended(&env, &end, 2, "it would be released");
@@ -74,6 +75,72 @@ fn a_holder_that_a_witness_calls_dead_is_dead(lock: Lock) {
     assert!(history.contains("the holder is dead: TFW_WITNESS says dead: i-0123 is terminated"), "{history}");
 }
 for_each_lock!(a_holder_that_a_witness_calls_dead_is_dead);
+
+/// It does not get a descriptor that `tf` has inherited either.
+#[test]
+fn a_witness_has_three_pipes_and_no_other_descriptor() {
+    let mut env = lapsed(Lock::DynamoDb);
+    // A redirection would be a descriptor of the shell, so find writes the file itself.
+    let list = |file: &str| format!("find /proc/$$/fd -type l -fprintf {file} '%f %l\\n'");
+    env.set("TFW_WITNESS", format!("{}; {DEAD}", list("its")));
+    let end = env.run_in_shell(&format!("exec 7< main.tf; {}; tf locks show", list("ours")));
+    assert_ended(&env, &end, 2, "i-0123 is terminated");
+    let descriptors = |file: &str| -> BTreeMap<String, bool> {
+        let list = env.read(file);
+        let links = list.lines().filter_map(|line| line.split_once(' '));
+        links.map(|(number, target)| (number.to_owned(), target.starts_with("pipe:["))).collect()
+    };
+    assert_eq!(descriptors("ours").get("7"), Some(&false), "{}", env.read("ours"));
+    assert_eq!(descriptors("its"), ["0", "1", "2"].map(|number| (number.to_owned(), true)).into());
+}
+
+/// Sets up a scan that asks about 16 locks, which are in four segments of a table.
+fn sixteen(env: &mut TestEnv) -> Proxy {
+    env.set("TFW_LEASE", "off");
+    Generated::new(16 * ITEMS_FOR_A_LOCK).serve(env)
+}
+
+const SCAN: [&str; 6] = ["list", "--table", "t", "--region", "us-east-1", "--json"];
+
+/// Each witness waits for the fourth one. The pause is for a fifth one, which must not come.
+#[test]
+fn at_most_four_witnesses_run_at_the_same_time() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let _proxy = sixteen(&mut env);
+    std::fs::create_dir(env.directory.join("running")).unwrap();
+    witness(
+        &mut env,
+        "touch running/$$\necho >> begun\nwhile [ $(wc -l < begun) -lt 4 ]; do sleep 0.02; done\nsleep 0.3\n\
+         ls running | wc -l >> counts\nrm running/$$\necho '{\"verdict\": \"alive\"}'",
+    );
+    let end = locks(&env, &SCAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.out.matches(r#""verdict":"alive""#).count(), 16, "{}", env.dump(&end));
+    let counts: Vec<u32> = env.read("counts").lines().map(|count| count.trim().parse().unwrap()).collect();
+    assert_eq!((counts.len(), counts.iter().max()), (16, Some(&4)), "{counts:?}");
+}
+
+/// The clock of `tf` is 20 times as fast, if that is possible here, so the 20 s are 1 s.
+#[test]
+fn after_three_witnesses_that_hang_no_other_is_asked() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let _proxy = sixteen(&mut env);
+    witness(&mut env, "echo >> asked\nexec sleep 1000");
+    if Path::new(FAKETIME).exists() {
+        env.set("LD_PRELOAD", FAKETIME).set("FAKETIME", "+0 x20");
+    }
+    let end = locks(&env, &SCAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let asked = env.read("asked").lines().count();
+    // When the third one was killed, three others may have been running.
+    assert!((3..=6).contains(&asked), "{asked}");
+    let with = |reason: &str| end.out.matches(reason).count();
+    // Each reason is also in the evidence.
+    assert_eq!(with("it gave no answer within 20 s and was killed"), 2 * asked, "{}", env.dump(&end));
+    let not_asked = "it was not asked, because it gave no answer within 20 s before";
+    assert_eq!(with(not_asked), 2 * (16 - asked), "{}", env.dump(&end));
+    assert_eq!(with(r#""verdict":"unknown""#), 16, "{}", env.dump(&end));
+}
 
 #[test]
 fn an_answer_that_has_changed_right_before_the_delete_keeps_the_lock() {
