@@ -113,6 +113,15 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
     }
 }
 
+/// Starts a command with an event and this URL.
+fn start_example(env: &TestEnv, (name, variable): (&str, &str), url: &str) -> Run {
+    env.write("event", r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","id":"5e75","why":"x"}"#);
+    let mut shell = env.command("sh");
+    shell.args(["-c", &format!("exec {} <event", example(name).display())]);
+    shell.env(variable, url).env("NOTIFY_TOKEN", "token-of-a-secret");
+    Run::start(shell)
+}
+
 /// After 30 s, `tf` kills the command. A receiver that has been restarted in the meantime would not notice that.
 #[test]
 fn an_example_whose_receiver_is_gone_gives_up_in_time() {
@@ -120,21 +129,54 @@ fn an_example_whose_receiver_is_gone_gives_up_in_time() {
         return;
     }
     let env = TestEnv::empty(Lock::DynamoDb);
-    env.write("event", r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","id":"5e75","why":"x"}"#);
     let begun = Instant::now();
-    let runs = EXAMPLES.map(|(name, variable)| {
-        let mut shell = env.command("sh");
-        shell.args(["-c", &format!("exec {} <event", example(name).display())]);
-        Run::start({
-            // Nothing listens there (RFC 863), and no server of another test gets this port.
-            shell.env(variable, "http://127.0.0.1:9/x");
-            shell
-        })
-    });
+    // Nothing listens there (RFC 863), and no server of another test gets this port.
+    let runs = EXAMPLES.map(|of| start_example(&env, of, "http://127.0.0.1:9/secret"));
     for run in runs {
         let end = run.wait();
         assert_eq!(end.code(), Some(7), "{}", env.dump(&end));
         assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        assert!(!format!("{}{}", end.out, end.err).contains("secret"), "{}", env.dump(&end));
+    }
+}
+
+/// Each pause between two tries is twice as long as the one before it: 1, 2, 4 and 8 s. A status that says that the
+/// message is wrong is not tried again.
+#[test]
+fn an_example_tries_five_times_at_growing_distances_and_then_says_why_it_failed() {
+    if !can_run() {
+        return;
+    }
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let runs: Vec<_> = ["503 Service Unavailable", "429 Too Many Requests", "400 Bad Request", "404 Not Found"]
+        .into_iter()
+        .flat_map(|status| EXAMPLES.map(|of| (status, of)))
+        .map(|(status, of)| {
+            let posts = Arc::<Mutex<Vec<(Instant, Vec<u8>, String)>>>::default();
+            let service_has = Arc::clone(&posts);
+            let service = Proxy::start(0, move |request| {
+                service_has.lock().unwrap().push((Instant::now(), request.body.clone(), command_lines()));
+                ProxyAction::Answer(Message::answer(status, "no"))
+            });
+            let run = start_example(&env, of, &format!("http://127.0.0.1:{}/secret-of-the-url", service.port));
+            (status, posts, service, run)
+        })
+        .collect();
+    for (status, posts, _service, run) in runs {
+        let end = run.wait();
+        let code = &status[..3];
+        let message = format!("The requested URL returned error: {code}");
+        assert!(end.code() == Some(22) && end.err.contains(&message), "{}", env.dump(&end));
+        let posts = posts.lock().unwrap();
+        let pauses: Vec<u64> = posts.windows(2).map(|two| (two[1].0 - two[0].0).as_secs()).collect();
+        let expected = if ["503", "429"].contains(&code) { &[1, 2, 4, 8][..] } else { &[] };
+        assert_eq!(pauses.len(), expected.len(), "{pauses:?} {}", env.dump(&end));
+        // The machine may be busy, so a pause may be longer.
+        assert!(pauses.iter().zip(expected).all(|(pause, least)| pause >= least), "{pauses:?}");
+        assert!(posts.iter().all(|(_, body, lines)| *body == posts[0].1 && lines.contains("curl")), "{posts:?}");
+        for text in posts.iter().map(|(.., lines)| lines).chain([&end.out, &end.err]) {
+            assert!(!text.contains("secret-of-the-url") && !text.contains("token-of-a-secret"), "{text}");
+        }
     }
 }
 
