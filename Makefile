@@ -125,6 +125,10 @@ check: ## formatting, lints, documentation
 recipes: ## lint shell/ci, shell/audit, shell/witness, the workflows and the scripts (needs npm, Java and systemd; 400 MB download)
 	shell/ci/lint
 
+.PHONY: browser
+browser: $(if $(TF),,build) ## load the page of tf locks history in a headless Chromium, light and dark (needs Chromium; 80 MB download)
+	@tests/browser/check $(or $(TF),target/debug/tf)
+
 .PHONY: supply
 supply: ## check licences and sources of the dependencies, the rules of a release, install.sh; ADVISORIES=1: advisories too (from GitHub)
 	tests/supply

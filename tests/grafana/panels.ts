@@ -1,4 +1,4 @@
-// The type of a dashboard whose panels are those that shell/audit/grafana has. Grafana's own types leave the options of a
+// The types of a dashboard and of the panels that shell/audit/grafana has. Grafana's own types leave the options of a
 // panel open. Here they are those of the panel's type, and nothing that the types do not know is allowed.
 import type {
   Dashboard, FieldColor, FieldConfig, GraphFieldConfig, MatcherConfig, Panel, TableCellOptions, TableFieldOptions,
