@@ -122,8 +122,8 @@ check: ## formatting, lints, documentation
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
 .PHONY: recipes
-recipes: ## lint shell/ci, shell/audit, shell/witness, the workflows and the scripts (needs npm, Java and systemd; 400 MB download)
-	shell/ci/lint
+recipes: $(if $(TF),,build) tools ## lint shell/ci, shell/audit, shell/witness, the workflows and the scripts (needs npm, Java and systemd; 400 MB download)
+	TF=$(abspath $(or $(TF),target/debug/tf)) shell/ci/lint
 
 .PHONY: browser
 browser: $(if $(TF),,build) ## load the page of tf locks history in a headless Chromium, light and dark (needs Chromium; 80 MB download)
