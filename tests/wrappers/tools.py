@@ -93,7 +93,9 @@ class Tflocal(Tool):
                 break
         # The names that it derives from localhost are in DNS only.
         place.environment.update({"S3_HOSTNAME": "127.0.0.1", "DISABLE_DEPRECATION_NOTICE": "1"})
-        (place.work / "main.tf").write_text(place.configuration())
+        # It sets the endpoints in the backend block. There, terraform puts the bucket into the host name, even of an address.
+        text = place.configuration().replace('backend "s3" {', 'backend "s3" {\n    use_path_style = true')
+        (place.work / "main.tf").write_text(text)
         place.run([INSTALLED / "python/bin/tflocal", "init", "-no-color"], check=True)
 
     def environment(self, program):
