@@ -134,11 +134,12 @@ class Test:
         self.ids = [info["ID"] for _, info in self.locks()]
         self.check("the state is locked while terraform applies", len(self.ids) == 2, self.locks_text)
 
-    def renewed(self):
-        """Waits for the first renewal of the lease."""
+    def renewed(self, key=None):
+        """Waits for the first renewal of the lease on the lock of this state, or of the test's."""
         def item():
-            key = {"LockID": {"S": f"bucket/{self.key}"}}
-            return self.world.cloud.dynamodb("GetItem", {"TableName": "locks", "Key": key, "ConsistentRead": True})["Item"]
+            key_of_item = {"LockID": {"S": f"bucket/{key or self.key}"}}
+            request = {"TableName": "locks", "Key": key_of_item, "ConsistentRead": True}
+            return self.world.cloud.dynamodb("GetItem", request)["Item"]
 
         wait_until("the first renewal", lambda: "tf" in item(), lambda: json.dumps(item(), indent=1))
 
@@ -578,35 +579,43 @@ def a_paused_container_writes_nothing_after_its_lock_was_taken(test):
 
 class Job:
     """Our Job for Kubernetes, run by `podman kube play`: shell/ci/kubernetes/job.yaml, with an image, a bucket, credentials
-    and a provisioner of this test. The limits are left out, because this machine may have no cgroup v2 with them."""
+    and a provisioner of this test. The limits are left out, because this machine may have no cgroup v2 with them.
+    `environment` replaces variables of the file, `options` are more of apply's, and `state` is another Job's name
+    whose state it applies."""
 
-    def __init__(self, test, what):
-        self.test, self.key = test, f"{test.key}-{what}"
-        self.file = test.world.machine.share / f"{self.key}.yaml"
+    def __init__(self, test, what, environment=None, options=(), state=None):
+        self.test, self.key = test, f"{test.key}-{state or what}"
+        self.name = f"{test.key}-{what}"
+        self.file = test.world.machine.share / f"{self.name}.yaml"
         account, settings, job = yaml.safe_load_all((ROOT / "shell/ci/kubernetes/job.yaml").read_text())
         settings["data"]["main.tf"] = configuration(self.key, provisioner(WAITS))
-        settings["metadata"]["name"] = f"{self.key}-configuration"
-        job["metadata"]["name"] = self.key
+        settings["metadata"]["name"] = f"{self.name}-configuration"
+        job["metadata"]["name"] = self.name
         pod = job["spec"]["template"]["spec"]
         self.grace = pod["terminationGracePeriodSeconds"]
         for volume in pod["volumes"]:
             if "configMap" in volume:
                 volume["configMap"]["name"] = settings["metadata"]["name"]
             # Podman gives the emptyDir of every pod its name in the file, so that two pods would share it.
-            volume["name"] = f"{self.key}-{volume['name']}"
-        variables = [{"name": name, "value": value} for name, value in test.world.environment.items()]
+            volume["name"] = f"{self.name}-{volume['name']}"
+        replaced = {**test.world.environment, **(environment or {})}
+        variables = [{"name": name, "value": value} for name, value in replaced.items()]
+        pod["containers"][0]["command"] += options
         for container in [*pod["initContainers"], *pod["containers"]]:
             del container["resources"]
-            mounts = [{**mount, "name": f"{self.key}-{mount['name']}"} for mount in container["volumeMounts"]]
-            container.update(
-                image="localhost/tf-with-terraform", env=[*container["env"], *variables], volumeMounts=mounts)
+            mounts = [{**mount, "name": f"{self.name}-{mount['name']}"} for mount in container["volumeMounts"]]
+            kept = [variable for variable in container["env"] if variable["name"] not in replaced]
+            container.update(image="localhost/tf-with-terraform", env=[*kept, *variables], volumeMounts=mounts)
         self.file.write_text(yaml.safe_dump_all([account, settings, job]))
         test.engine.do("kube", "play", "--network", "host", f"/share/{self.file.name}")
-        self.container = Container.of_pod(test.engine, f"{self.key}-pod-{pod['containers'][0]['name']}")
+        self.container = Container.of_pod(test.engine, f"{self.name}-pod-{pod['containers'][0]['name']}")
         wait_until("the lock of the Job", self.locks, self.container.story)
 
     def locks(self):
         return list(self.test.world.cloud.locks(self.key))
+
+    def began(self):
+        wait_until("the provisioner", lambda: self.inside("test -e began"), self.container.story)
 
     def inside(self, script):
         return self.test.engine.do("exec", self.container.name, "/bin/sh", "-c", script, check=False)[0] == 0
@@ -621,7 +630,7 @@ def our_job_for_kubernetes_releases_its_lock_when_its_pod_is_stopped(test):
         return
     job = Job(test, "completes")
     try:
-        wait_until("the provisioner", lambda: job.inside("test -e began"), job.container.story)
+        job.began()
         job.inside(": >go")
         test.check("the Job completes", job.container.wait() == 0, job.container.story)
         test.check("no lock is left", not job.locks(), job.container.story)
@@ -630,7 +639,7 @@ def our_job_for_kubernetes_releases_its_lock_when_its_pod_is_stopped(test):
 
     job = Job(test, "is-stopped")
     try:
-        wait_until("the provisioner", lambda: job.inside("test -e began"), job.container.story)
+        job.began()
         seconds = test.engine.inspect(job.container.name, ".Config.StopTimeout")
         test.check("the engine waits as long as the file says", seconds == str(job.grace), seconds)
         begun = time.monotonic()
@@ -644,10 +653,41 @@ def our_job_for_kubernetes_releases_its_lock_when_its_pod_is_stopped(test):
         job.down()
 
 
+def our_job_for_kubernetes_whose_pod_is_killed_leaves_its_lock_to_the_next_one(test):
+    """The pod is killed at the end of its grace period, because terraform has not stopped by then."""
+    if test.engine.is_docker:
+        test.say("Docker does not run pods")
+        return
+    job = Job(test, "is-killed", LEASE)
+    try:
+        job.began()
+        test.renewed(job.key)
+        ids = [info["ID"] for _, info in job.locks()]
+        # It cannot stop, because it does not run. TFW_STOP_TIMEOUT would let it be killed in time.
+        os.kill(job.container.terraform(), signal.SIGSTOP)
+        job.container.do("stop", "--time", "2")
+        test.check("everything in the pod is killed", job.container.wait() == 137, job.container.story)
+        test.check("the lock stays", ids and [info["ID"] for _, info in job.locks()] == ids, job.locks)
+        following = Job(test, "follows", LEASE, ["-lock-timeout=5m"], state="is-killed")
+        try:
+            wait_until("the provisioner", lambda: following.inside("test -e began"), following.container.story, TAKEOVER_TIMEOUT)
+            test.check("the next Job has another lock", [info["ID"] for _, info in job.locks()] != ids, job.locks)
+            following.inside(": >go")
+            code, (out, err) = following.container.wait(), following.container.text()
+            test.check("it released the lock, and completes", code == 0 and "released the lock" in out + err,
+                       following.container.story)
+            test.check("no lock is left", not job.locks(), following.container.story)
+        finally:
+            following.down()
+    finally:
+        job.down()
+
+
 # The longest ones first.
 TESTS = [
     a_paused_container_writes_nothing_after_its_lock_was_taken,
     what_a_killed_container_leaves_is_gone_after_one_lease_by_any_other_container,
+    our_job_for_kubernetes_whose_pod_is_killed_leaves_its_lock_to_the_next_one,
     a_container_that_is_started_again_after_a_kill_goes_on_after_one_lease_at_the_latest,
     a_pause_that_is_longer_than_the_lease_keeps_a_lock_that_nobody_takes,
     a_stop_is_one_interrupt_and_the_lock_is_released,
