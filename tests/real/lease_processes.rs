@@ -69,7 +69,7 @@ fn a_suspended_terraform_whose_lock_another_run_holds_is_killed_and_not_continue
 #[test]
 fn tf_handles_signals_while_its_fuses_do_not_end() {
     let mut env = leased(Lock::DynamoDb, "1m");
-    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\ntouch second\nsleep 1000\n");
+    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\n: > second\nsleep 1000\n");
     let run = start(&env);
     let fuses = ["tf-fuse", "tf-spare"].map(|name| named(&env, name));
     for fuse in fuses {

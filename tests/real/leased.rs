@@ -1517,11 +1517,12 @@ fn a_service_that_is_slow_when_it_is_tested_has_a_lease_later() {
     }
 }
 
-/// A second terraform of a wrapper must get the interrupt, too.
+/// A second terraform of a wrapper must get the interrupt, too. The wrapper itself writes `second`: bash ignores an interrupt
+/// that comes while it waits for a child which does not die of it.
 #[test]
 fn tf_handles_signals_while_its_keeper_ends() {
     let mut env = leased(Lock::DynamoDb, "1m");
-    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\ntouch second\nsleep 1000\n");
+    env.stand_in("wrapper", "#!/bin/bash\nterraform \"$@\"\n: > second\nsleep 1000\n");
     let run = start(&env);
     let keeper = named(&env, "tf-keeper");
     kill(keeper, Signal::SIGSTOP).unwrap();
