@@ -50,22 +50,27 @@ pub(crate) struct Lost {
     pub(crate) is_found_working: bool,
     /// Whether terraform has exited by itself, although it was to be killed.
     pub(crate) has_exited: bool,
-    /// When the last renewal was reported, or when the lease began. `None` if no lease has begun.
+    /// When the last confirmed renewal was sent, or when the lease began. `None` if no lease has begun.
     pub(crate) renewed: Option<Timestamp>,
+    /// When terraform was to be stopped at the latest. `None` if no lease has begun.
+    pub(crate) deadline: Option<Timestamp>,
     /// When terraform last began to write its state. `None` if it has not.
     pub(crate) written: Option<Timestamp>,
 }
 
 /// Decides whether terraform may have written its state after it had lost its lock.
 ///
-/// Until the last renewal, the lock was the run's. If the loss was found while terraform worked, every later write may
-/// have come too late. A terraform that was stopped in time had its lock until the deadline. The deadline counts from
-/// before the last renewal was sent, and not from its report. So an earlier time decides: a run that is connected has its
-/// lease renewed long before that.
+/// When the last renewal was sent, the lock was the run's. If the loss was found while terraform worked, every later write
+/// may have come too late. A terraform that is stopped in time has its lock until the deadline and longer: nobody takes it
+/// before the end of the lease. So half of the time between the two is left for a timer that is late.
 pub(crate) fn late_write(terms: Terms, lost: Lost) -> LateWrite {
-    let connected = SignedDuration::try_from(terms.refusal_time()).unwrap_or(SignedDuration::MAX);
-    let safe = if lost.is_found_working { SignedDuration::ZERO } else { connected };
-    let until = lost.renewed.map(|renewed| saturating_add(renewed, safe));
+    let spare = SignedDuration::try_from(terms.length().saturating_sub(terms.working_time()) / 2)
+        .unwrap_or(SignedDuration::MAX);
+    let until = if lost.is_found_working {
+        lost.renewed
+    } else {
+        lost.deadline.map(|deadline| saturating_add(deadline, spare))
+    };
     let is_late = until.zip(lost.written).is_some_and(|(until, written)| written > until);
     match (is_late, lost.is_found_working) {
         (true, true) => LateWrite::BeforeTheLossWasFound,
@@ -213,17 +218,19 @@ mod tests {
             (true, true, at(0), LateWrite::No),
             (true, true, at(1), LateWrite::BeforeTheLossWasFound),
             (true, false, None, LateWrite::No),
-            // 60 % of the lease.
-            (false, false, at(180), LateWrite::No),
-            (false, false, at(181), LateWrite::AfterAStop),
+            // Terraform may work for 240 s, and the lease lapses after 300 s.
+            (false, false, at(270), LateWrite::No),
+            (false, false, at(271), LateWrite::AfterAStop),
             (false, true, at(0), LateWrite::AfterAStop),
             (false, false, None, LateWrite::No),
         ] {
-            let lost = Lost { is_found_working, has_exited, renewed: at(0), written };
+            let lost = Lost { is_found_working, has_exited, renewed: at(0), deadline: at(240), written };
             assert_eq!(late_write(terms, lost), expected, "{lost:?}");
         }
-        let lost = Lost { is_found_working: true, has_exited: false, renewed: None, written: at(0) };
-        assert_eq!(late_write(terms, lost), LateWrite::No);
+        let never = Lost { is_found_working: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
+        for is_found_working in [false, true] {
+            assert_eq!(late_write(terms, Lost { is_found_working, ..never }), LateWrite::No);
+        }
     }
 
     #[test]

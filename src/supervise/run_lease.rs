@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -41,6 +41,7 @@ use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
+use crate::time::saturating_add;
 use crate::trace::trace;
 
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
@@ -135,9 +136,12 @@ pub(crate) struct RunLease {
     stopped: Option<Stopped>,
     /// How often in a row the fuse in use has not answered its keeper.
     fuse_silences: u32,
-    /// When the last renewal was reported after which terraform may work, or when the lease began. The first renewal may be
-    /// stored although none was reported. `None` if no lease has begun.
+    /// When the last confirmed renewal was sent after which terraform may work, or when the lease began: the lock was the
+    /// run's later than that. `None` if no lease has begun.
     renewed: Option<Timestamp>,
+    /// The last deadline of the fuse that is known. The first renewal may be stored, and its fuse may have a deadline,
+    /// although none was reported. `None` if no lease has begun.
+    deadline: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
     /// Whether terraform was not stopped when the lock was found to be lost.
@@ -179,6 +183,7 @@ impl RunLease {
             stopped: None,
             fuse_silences: 0,
             renewed: None,
+            deadline: None,
             loss: None,
             is_lost_working: false,
             is_lost_in_unlock: false,
@@ -267,10 +272,8 @@ impl RunLease {
     /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write it, as
     /// its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
-        late_write(
-            self.terms,
-            Lost { is_found_working: self.is_lost_working, has_exited, renewed: self.renewed, written },
-        )
+        let (renewed, deadline) = (self.renewed, self.deadline);
+        late_write(self.terms, Lost { is_found_working: self.is_lost_working, has_exited, renewed, deadline, written })
     }
 
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
@@ -335,7 +338,9 @@ impl RunLease {
         }
         crash_point::reached("lease: armed the fence");
         self.leased = Some(lock.id.clone());
-        self.renewed = Some(Timestamp::now());
+        let now = Timestamp::now();
+        let working_time = SignedDuration::try_from(self.terms.working_time()).unwrap_or(SignedDuration::MAX);
+        (self.renewed, self.deadline) = (Some(now), Some(saturating_add(now, working_time)));
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places,
@@ -612,7 +617,7 @@ impl RunLease {
             }
         }
         match report {
-            Report::Renewed { fence, fuse } => {
+            Report::Renewed { fence, sent, fuse } => {
                 self.reason = None;
                 if fuse.is_some() {
                     self.fuse_silences = 0;
@@ -620,15 +625,16 @@ impl RunLease {
                 let newest = self.fence.as_ref().map(Fence::fuse_number);
                 if let Some(stopped) = &mut self.stopped {
                     // A renewal that only the old fuse knows says nothing about how long terraform may work.
-                    stopped.is_renewed = fence == Promise::None || (stopped.is_rearmed && fuse == newest);
+                    stopped.is_renewed =
+                        fence == Promise::None || (stopped.is_rearmed && fuse.map(|(number, _)| number) == newest);
                     stopped.look = Look::Ours;
-                    if stopped.is_renewed {
-                        self.renewed = Some(Timestamp::now());
+                    if !stopped.is_renewed {
+                        return None;
                     }
-                    return None;
                 }
-                self.renewed = Some(Timestamp::now());
-                if fence == Promise::None && self.fence.is_some() {
+                let deadline = fuse.map(|(_, deadline)| deadline);
+                (self.renewed, self.deadline) = (Some(wall_time(sent)), deadline.map(wall_time).or(self.deadline));
+                if fence == Promise::None && self.fence.is_some() && self.stopped.is_none() {
                     // The host's clock has stood still. From now on nobody takes the lock without being asked.
                     self.take_down();
                 }
@@ -929,6 +935,12 @@ impl RunLease {
     }
 }
 
+/// Returns the wall-clock time of `at`, a time of [`boot_clock::now`].
+fn wall_time(at: Duration) -> Timestamp {
+    let signed = |duration| SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
+    saturating_add(Timestamp::now(), signed(at).saturating_sub(signed(boot_clock::now())))
+}
+
 /// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
 fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
     let is_held = |lock: &&RecordedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
@@ -975,12 +987,17 @@ mod tests {
     fn a_terraform_that_went_on_after_a_stop_and_wrote_its_state_has_not_run_on() {
         let mut lease = lease_of_a_stopped_run();
         let now = Timestamp::now();
-        lease.renewed = Some(now - SignedDuration::from_hours(1));
+        let ago = now - SignedDuration::from_hours(1);
+        (lease.renewed, lease.deadline) = (Some(ago), Some(ago));
         assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterAStop);
-        lease.heard(Report::Renewed { fence: Promise::None, fuse: None }, &mut |_| LockPhase::Held);
-        let after = |duration| Some(now + duration);
-        assert_eq!(lease.late_write(after(SignedDuration::from_secs(1)), false), LateWrite::No);
-        assert_eq!(lease.late_write(after(SignedDuration::from_mins(1)), false), LateWrite::AfterAStop);
+        let sent = boot_clock::now();
+        let renewed = |fuse| Report::Renewed { fence: Promise::None, sent, fuse };
+        lease.heard(renewed(None), &mut |_| LockPhase::Held);
+        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterAStop);
+        lease.heard(renewed(Some((1, sent + Duration::from_secs(48)))), &mut |_| LockPhase::Held);
+        let after = |seconds| Some(now + SignedDuration::from_secs(seconds));
+        assert_eq!(lease.late_write(after(48), false), LateWrite::No);
+        assert_eq!(lease.late_write(after(60), false), LateWrite::AfterAStop);
     }
 
     #[test]

@@ -505,13 +505,12 @@ fn a_host_that_is_cut_off_while_another_host_uses_its_lock_writes_nothing(lock: 
         let other = holder.beside("other", &format!("if test -e wrote; then {WAITS}; fi; touch wrote"));
         let run = holder.work();
         let terraform = terraform_below(run.pid());
-        // Renewals are 0.4 s apart.
+        // Renewals are 0.4 s apart, and terraform is stopped after 2.4 s.
         std::thread::sleep(Duration::from_secs_f64(random() * 0.5));
         cable.cut(true);
-        if random() < 0.5 {
-            std::thread::sleep(Duration::from_secs_f64(random() * 0.7));
-        } else {
-            wait_until_stopped(&holder.env, terraform);
+        match trial % 3 {
+            0 => wait_until_stopped(&holder.env, terraform),
+            _ => std::thread::sleep(Duration::from_secs_f64(random() * 2.2)),
         }
         let _open = lets_go(&go);
         wait_until_stopped(&holder.env, terraform);

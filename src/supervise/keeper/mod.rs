@@ -91,9 +91,11 @@ impl std::fmt::Debug for Orders {
 /// What a keeper reports to the process that has started it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    /// The service has confirmed a renewal. `fence` is what its record promises. `fuse` is the number of the fuse that
-    /// has confirmed the deadline of this renewal ([`fuse::Answer::fuse`]). `None` if none has.
-    Renewed { fence: Promise, fuse: Option<u32> },
+    /// The service has confirmed a renewal. `fence` is what its record promises. `sent` is when the request was sent: the lock
+    /// was the run's later than that. `fuse` is the number of the fuse that has confirmed a deadline
+    /// ([`fuse::Answer::fuse`](super::fuse::Answer::fuse)), and that deadline. `None` if none has. The times are of
+    /// `sys::boot_clock`.
+    Renewed { fence: Promise, sent: Duration, fuse: Option<(u32, Duration)> },
     /// What the lock looks like while the fuse is gone. `reason` says why it is unknown.
     Looked { look: Look, loss: Option<Loss>, reason: String },
     /// A request has failed for this reason. The keeper goes on. The same reason is not reported again until a request has

@@ -316,7 +316,7 @@ impl Renewals {
             return Ok(self.lost(loss(&self.orders.lock, seen.lock.as_ref()).unwrap_or(Loss::Gone)));
         }
         self.lock = seen.lock;
-        let mut step = self.confirmed(last, next.deadline, has_fuse).await;
+        let mut step = self.confirmed(sent, last, next.deadline, has_fuse).await;
         if !has_fuse {
             step.pause = jittered(LOOK_INTERVAL, random());
         }
@@ -366,10 +366,11 @@ impl Renewals {
         })
     }
 
-    /// Notes that the service has stored a record with the time in `last`, and tells the fuse the deadline that follows.
+    /// Notes that the service has stored a record with the time in `last`, after a request that was sent at `sent`, and tells
+    /// the fuse the deadline that follows.
     /// `has_fuse`: there was a fuse when the renewal was sent. A later fuse gets no deadline from it: that fuse waits for a
     /// renewal of its own.
-    async fn confirmed(&mut self, last: Response, deadline: Duration, has_fuse: bool) -> Step {
+    async fn confirmed(&mut self, sent: Duration, last: Response, deadline: Duration, has_fuse: bool) -> Step {
         self.confirmed = last.sent;
         self.history.has_interrupted = false;
         let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
@@ -379,8 +380,8 @@ impl Renewals {
         let lacks_answer = self.promised == Promise::Stop && has_fuse && fuse.is_none() && self.terraform_is_stopped();
         self.is_armed &= !lacks_answer;
         let pause = if lacks_answer { FUSE_PAUSE } else { self.until_next_renewal() };
-        let fuse = fuse.filter(|answer| answer.deadline.is_some()).map(|answer| answer.fuse);
-        let report = Report::Renewed { fence: self.promised, fuse };
+        let fuse = fuse.and_then(|answer| Some((answer.fuse, answer.deadline?)));
+        let report = Report::Renewed { fence: self.promised, sent, fuse };
         Step { report: Some(report), pause }
     }
 
