@@ -954,6 +954,11 @@ fn writes_after_it_was_continued(lock: Lock, order: Continued, is_cut: bool) -> 
     let proxy = through(&mut env, |_| ProxyAction::Pass);
     let run = start(&env);
     let fuse = named(&env, "tf-fuse");
+    // `tf` reads everything that the keeper has reported.
+    kill(named(&env, "tf-keeper"), Signal::SIGSTOP).unwrap();
+    let reports = || env.trace().matches("keeper: Renewed").count();
+    let is_heard = || (reports() == 2 * env.trace().matches(HEARD).count()).then_some(());
+    wait_for("the last report", is_heard, || env.trace());
     let mut all = marked(&home(&env));
     for pid in &all {
         let _ = kill(*pid, Signal::SIGSTOP);
@@ -998,42 +1003,62 @@ fn writes_after_it_was_continued(lock: Lock, order: Continued, is_cut: bool) -> 
     (continued_after, has_written)
 }
 
+/// When `tf` hears of the first renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hears {
+    AtOnce,
+    /// Its response is lost.
+    Never,
+    /// `tf` is stopped before.
+    Later,
+}
+
 /// Another process continues a terraform that was stopped for its lease, and it writes its state over that of the run that
 /// has the lock now. `tf` and its guardian are stopped meanwhile.
 #[test]
 fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
-    // Whether `tf` hears of a renewal, or the response to the first one is lost.
-    for is_heard in [true, false] {
+    for hears in [Hears::AtOnce, Hears::Never, Hears::Later] {
         let (mut env, go) = about_to_write(Lock::DynamoDb);
-        let is_away = Arc::new(AtomicBool::new(false));
-        let away = is_away.clone();
+        let [is_away, is_slow, is_sent] = [false, hears == Hears::Later, false].map(|is| Arc::new(AtomicBool::new(is)));
+        let (away, slow, sent) = (is_away.clone(), is_slow.clone(), is_sent.clone());
         // Terraform writes the digest after the state. Without a response, it does not go on to its unlock.
         let proxy = through(&mut env, move |request| {
+            let renews = request.text().contains("\"beat\"");
+            sent.fetch_or(renews, Ordering::SeqCst);
+            while renews && slow.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             if !request.is_ours() && is_dynamodb(request, ".PutItem") && request.text().contains("-md5") {
                 ProxyAction::Hold
             } else if request.is_ours() && away.load(Ordering::SeqCst) {
                 ProxyAction::Close
-            } else if !is_heard && request.text().contains("\"beat\"") {
+            } else if renews && hears != Hears::AtOnce {
                 away.store(true, Ordering::SeqCst);
-                ProxyAction::LoseAnswer
+                if hears == Hears::Never { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
             } else {
                 ProxyAction::Pass
             }
         });
-        let run = start(&env);
-        if is_heard {
+        let run = env.start_apply(Subject::Tf);
+        wait_for("a renewal", || is_sent.load(Ordering::SeqCst).then_some(()), || env.trace());
+        let (tf, terraform) = (tf_of(&env), terraform_below(run.pid()));
+        let ours = [guardian_of(&env, tf), tf];
+        let stop_ours = || {
+            for pid in ours {
+                kill(pid, Signal::SIGSTOP).unwrap();
+                wait_until_stopped(&env, pid);
+            }
+        };
+        if hears == Hears::AtOnce {
             env.wait_for_trace(HEARD);
             is_away.store(true, Ordering::SeqCst);
+        } else if hears == Hears::Later {
+            stop_ours();
+            is_slow.store(false, Ordering::SeqCst);
         }
-        let terraform = terraform_below(run.pid());
         wait_until_stopped(&env, terraform);
         let other = succeed(&env);
-        let tf = tf_of(&env);
-        let ours = [guardian_of(&env, tf), tf];
-        for pid in ours {
-            kill(pid, Signal::SIGSTOP).unwrap();
-            wait_until_stopped(&env, pid);
-        }
+        stop_ours();
         let _open = lets_go(&go);
         killpg(terraform, Signal::SIGCONT).unwrap();
         proxy.wait_until_held();
@@ -1043,8 +1068,8 @@ fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
             kill(pid, Signal::SIGCONT).unwrap();
         }
         let end = run.wait();
-        assert_eq!(end.signal(), Some(9), "{is_heard}: {}", env.dump(&end));
-        assert!(end.err.contains(MAY_HAVE_WRITTEN), "{is_heard}: {}", env.dump(&end));
+        assert_eq!(end.signal(), Some(9), "{hears:?}: {}", env.dump(&end));
+        assert!(end.err.contains(MAY_HAVE_WRITTEN), "{hears:?}: {}", env.dump(&end));
         assert_eq!(env.locks(), [other]);
         proxy.let_go();
         wait_until_all_is_gone(&env);
