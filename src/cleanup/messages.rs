@@ -432,6 +432,9 @@ pub(crate) fn lapsed_lease(lapsed: &Lapsed) -> String {
     )
 }
 
+/// What a taker knows about a lock whose deletion it has requested without a response.
+pub(crate) const DELETE_UNANSWERED: &str = "this run requested the deletion of the lock, and the response was lost";
+
 /// Reports a step of a takeover. `command` returns the `tf locks` command with the given arguments.
 pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String) -> String {
     match progress {
@@ -450,6 +453,11 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
         Progress::Took(lapsed) => {
             format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
         }
+        Progress::MayHaveTaken(lapsed) => format!(
+            "the lock is gone: {}; {}\n{DELETE_UNANSWERED}, so another process may have deleted it",
+            lock(&lapsed.info),
+            lapsed_lease(lapsed)
+        ),
         Progress::Gone(lapsed) => format!("the lock is already released: {}", lock(&lapsed.info)),
         Progress::Renewed(lapsed) => {
             format!("the lock is still held: {}; {} has renewed its lease", lock(&lapsed.info), leaseholder(lapsed))
@@ -457,7 +465,7 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
         Progress::Leaves(lapsed, reason) => {
             let id = argument(&lapsed.info.id);
             let next = match reason {
-                Reason::NotTaken(failure) => {
+                Reason::NotTaken(failure) | Reason::Unknown(failure) => {
                     let when = failure.denied().map_or_else(
                         || "if you know that no terraform is using this state".to_owned(),
                         |action| format!("with the permission {action}"),
@@ -480,8 +488,15 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                 }
                 Reason::GlobalTable(reason) => visible_lines(reason),
                 Reason::Failure(failure) | Reason::NotTaken(failure) => visible_lines(&failure.to_string()),
+                Reason::Unknown(failure) => {
+                    format!("{DELETE_UNANSWERED}: {}", visible_lines(&failure.to_string()))
+                }
             };
-            format!("the lock was not released: {}; {}\n{why}\n{next}", lock(&lapsed.info), lapsed_lease(lapsed))
+            let fact = match reason {
+                Reason::Unknown(_) => "it is unknown whether the lock was released",
+                _ => "the lock was not released",
+            };
+            format!("{fact}: {}; {}\n{why}\n{next}", lock(&lapsed.info), lapsed_lease(lapsed))
         }
     }
 }

@@ -247,8 +247,11 @@ fn chdir(current: Option<&Path>, directory: &Path) -> Option<String> {
 /// Reports what a taker has seen or done, unless `is_repeated`, and writes the history. `chdir` is as [`chdir`].
 fn note(progress: Progress<'_>, chdir: Option<&str>, is_repeated: bool) {
     trace!("takeover: {progress:?}");
-    if let Progress::Took(lapsed) = progress {
-        let why = messages::lapsed_lease(lapsed);
+    if let Progress::Took(lapsed) | Progress::MayHaveTaken(lapsed) = progress {
+        let mut why = messages::lapsed_lease(lapsed);
+        if matches!(progress, Progress::MayHaveTaken(_)) {
+            why = format!("{why}; {}", messages::DELETE_UNANSWERED);
+        }
         history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
     }
     crash_point::reached("takeover: before the message");

@@ -351,7 +351,7 @@ impl Release {
             return Ok(self.refuse(again, lock.verdict()));
         }
         match self.claim(reach, lock).await? {
-            Some(Taken::Yes | Taken::Gone) => return Ok(self.was_released(lock)),
+            Some(Taken::Gone(_)) => return Ok(self.was_released(lock)),
             Some(Taken::Changed) => return self.changed(reach, lock).await,
             None => {}
         }

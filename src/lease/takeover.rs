@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::record::{Fence, NotBelieved, Record};
-use super::terms::Terms;
+use super::record::{Claim, Fence, NotBelieved, Record};
+use super::terms::{CLAIM_LENGTH, Terms};
 
 /// The state of a lock's lease, by the service's own time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,6 +257,57 @@ impl AfterClaim {
     }
 }
 
+/// What the responses to a taker's deletes of one lock show. Of two deletes, the greater result counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum DeleteResult {
+    /// No delete was sent.
+    #[default]
+    NotSent,
+    /// The condition of the delete has failed, so it has deleted nothing.
+    Refused,
+    /// A response is missing, so the delete may have succeeded, or may still succeed.
+    Unknown,
+    /// The service has confirmed the delete.
+    Confirmed,
+}
+
+impl DeleteResult {
+    /// The result after a read that still shows the lock. A confirmation before it was wrong: a proxy may have sent it.
+    pub(crate) fn after_the_lock_was_seen(self) -> Self {
+        self.min(Self::Unknown)
+    }
+}
+
+/// Who has deleted a lock that a taker has tried to take, as far as the taker knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeletedBy {
+    ThisTaker,
+    /// This taker, or another process or a person who has deleted the lock at the same time.
+    Unknown,
+    Another,
+}
+
+/// Decides who has deleted a lock that is gone. `result` is what this taker knows about its own deletes. `has_claim` is
+/// whether the lock had the claim of this taker, and no other taker can have replaced it.
+///
+/// While a claim stands, nobody else says that the lock was released: the holder's host names the taker. An object
+/// alone has no claim. The holder's host, another taker or a person may have deleted it between the last read and the
+/// delete whose response is missing.
+pub(crate) fn deleted_by(result: DeleteResult, has_claim: bool) -> DeletedBy {
+    match result {
+        DeleteResult::Confirmed => DeletedBy::ThisTaker,
+        DeleteResult::Refused | DeleteResult::Unknown if has_claim => DeletedBy::ThisTaker,
+        DeleteResult::NotSent | DeleteResult::Refused => DeletedBy::Another,
+        DeleteResult::Unknown => DeletedBy::Unknown,
+    }
+}
+
+/// Whether no other taker can have replaced `claim` by `now`, a time of the service. The tolerance for the clocks of
+/// the service's hosts is not added, because another host may have told another taker a later time.
+pub(crate) fn is_exclusive(claim: &Claim, now: Timestamp) -> bool {
+    claim.at().is_some_and(|at| Duration::try_from(now.duration_since(at)).unwrap_or_default() <= CLAIM_LENGTH)
+}
+
 /// How many attempts to take a lock may fail in a row before that is reported.
 const MAX_FAILED_ATTEMPTS: u32 = 3;
 
@@ -302,7 +353,7 @@ pub(crate) fn after_failure(failures: u32, last: AttemptFailure, is_awaited: boo
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Claim, Renewal};
+    use super::super::record::Renewal;
     use super::*;
 
     const NOW: i64 = 1_790_000_000;
@@ -439,6 +490,32 @@ mod tests {
             let next = |is_awaited| after_failure(failures, AttemptFailure::Passing, is_awaited);
             assert_eq!((next(false), next(true)), (before_terraform, while_it_waits), "{failures}");
         }
+    }
+
+    #[test]
+    fn a_taker_says_that_it_released_a_lock_only_if_nobody_else_can_have_deleted_it() {
+        for (result, alone, with_claim) in [
+            (DeleteResult::NotSent, DeletedBy::Another, DeletedBy::Another),
+            (DeleteResult::Refused, DeletedBy::Another, DeletedBy::ThisTaker),
+            (DeleteResult::Unknown, DeletedBy::Unknown, DeletedBy::ThisTaker),
+            (DeleteResult::Confirmed, DeletedBy::ThisTaker, DeletedBy::ThisTaker),
+        ] {
+            assert_eq!((deleted_by(result, false), deleted_by(result, true)), (alone, with_claim), "{result:?}");
+            let seen = if result == DeleteResult::Confirmed { DeleteResult::Unknown } else { result };
+            assert_eq!(result.after_the_lock_was_seen(), seen);
+        }
+        // A later request cannot take back what an earlier one may have done.
+        assert_eq!(DeleteResult::Unknown.max(DeleteResult::Refused), DeleteResult::Unknown);
+        assert_eq!(DeleteResult::Confirmed.max(DeleteResult::Unknown), DeleteResult::Confirmed);
+    }
+
+    #[test]
+    fn a_claim_is_exclusive_until_another_taker_may_replace_it() {
+        for (age, expected) in [(-5, true), (0, true), (60, true), (61, false), (1000, false)] {
+            let claim = Claim { by: "a@b".to_owned(), at: NOW - age, number: 1 };
+            assert_eq!(is_exclusive(&claim, now()), expected, "{age}");
+        }
+        assert!(!is_exclusive(&Claim { by: String::new(), at: i64::MAX, number: 1 }, now()));
     }
 
     #[test]

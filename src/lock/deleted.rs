@@ -1,6 +1,8 @@
 //! The result of a conditional delete.
 
+use crate::aws::failure::Failure;
 use crate::lease::record::Claim;
+use crate::lease::takeover::DeleteResult;
 
 /// The result of a conditional delete, as the service reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,4 +29,28 @@ impl Deleted {
     pub(super) fn of_attempt(self, attempt: u32) -> Self {
         if self == Self::Changed { Self::refused(attempt > 0) } else { self }
     }
+
+    fn result(&self) -> DeleteResult {
+        match self {
+            Self::Yes(_) => DeleteResult::Confirmed,
+            Self::Changed => DeleteResult::Refused,
+            Self::Unclear => DeleteResult::Unknown,
+        }
+    }
+}
+
+/// Sends the conditional delete `delete`, and notes in `result` what is known about it. As long as there is no
+/// response, and if the request fails, it may have succeeded.
+///
+/// # Errors
+/// As `delete`.
+pub(super) async fn noted(
+    result: &mut DeleteResult,
+    delete: impl Future<Output = Result<Deleted, Failure>>,
+) -> Result<Deleted, Failure> {
+    let before = *result;
+    *result = before.max(DeleteResult::Unknown);
+    let deleted = delete.await?;
+    *result = before.max(deleted.result());
+    Ok(deleted)
 }

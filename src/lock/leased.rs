@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::deleted::Deleted;
+use super::deleted::{Deleted, noted};
 use super::dynamodb::{self, ItemKey};
 use super::probe::{self, IfMatch};
 use super::s3::{self, ObjectKey};
@@ -14,7 +14,7 @@ use crate::aws::failure::Failure;
 use crate::crash_point;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
-use crate::lease::takeover::AfterClaim;
+use crate::lease::takeover::{AfterClaim, DeleteResult};
 use crate::terraform::lock_info::LockInfo;
 
 /// A lock and its lease record, as one consistent read found them. Two of them are equal if neither the lock nor its
@@ -184,7 +184,7 @@ impl Stores {
 
     /// As [`Stores::read_lease`]. A lock counts as absent only if two reads do not find it, because a single response
     /// proves nothing.
-    async fn read_lease_surely(&self, store_key: &StoreKey) -> Result<LeaseRead, Failure> {
+    pub(super) async fn read_lease_surely(&self, store_key: &StoreKey) -> Result<LeaseRead, Failure> {
         let read = self.read_lease(store_key).await?;
         if read.lock.is_some() { Ok(read) } else { self.read_lease(store_key).await }
     }
@@ -331,7 +331,7 @@ impl Stores {
 
     /// Deletes a lock that this process has claimed: first its object at `object`, if that is part of the same lock,
     /// and then its item at `item`, on the condition that it still has the claim. `claimed` is the lock as it was read
-    /// after the claim.
+    /// after the claim. Notes in `result` what is known about the delete of the item.
     ///
     /// # Errors
     /// Returns a [`Failure`] if a request fails for a reason other than its condition. A part of the lock may have been
@@ -341,6 +341,7 @@ impl Stores {
         item: &StoreKey,
         object: Option<&StoreKey>,
         claimed: &LeasedLock,
+        result: &mut DeleteResult,
     ) -> Result<Removed, Failure> {
         let taken = claimed.record.as_ref().and_then(|record| record.as_ref().ok()?.taken.as_ref());
         let (StoreKey::DynamoDb { table, key, .. }, Some(attributes), Some(info), Some(claim)) =
@@ -356,7 +357,7 @@ impl Stores {
         crash_point::reached("takeover: deleted the object");
         for _ in 0..ATTEMPTS {
             let key = ItemKey { table, path: key };
-            let deleted = dynamodb::delete_claimed(&self.dynamodb, key, attributes).await?;
+            let deleted = noted(result, dynamodb::delete_claimed(&self.dynamodb, key, attributes)).await?;
             let now = self.read_lease_surely(item).await?;
             match after_claim(claim, claimed, now.lock.as_ref()) {
                 None => return Err(no_lock(item)),

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::deleted::Deleted;
+use super::deleted::noted;
 use super::leased::{LeaseRead, LeasedLock};
 use super::location::LockLocation;
 use super::release::{self, EXPLANATION_TIMEOUT, SERVICE_TIMEOUT, nothing_if_excluded};
@@ -24,8 +24,8 @@ use crate::aws::failure::{Cause, Failure};
 use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
-    AfterFailure, AttemptFailure, Circumstances, Obstacle, Permission, TakerStep, Unchanged, WatchStep, after_failure,
-    permission, watch_step,
+    AfterFailure, AttemptFailure, Circumstances, DeleteResult, DeletedBy, Obstacle, Permission, TakerStep, Unchanged,
+    WatchStep, after_failure, deleted_by, is_exclusive, permission, watch_step,
 };
 use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
@@ -86,12 +86,25 @@ pub(crate) enum Progress<'a> {
     WaitsFor(&'a Lapsed, &'a Claim),
     /// The lock was released.
     Took(&'a Lapsed),
+    /// The lock is gone. This taker has requested its deletion, and the response was lost, so somebody else may have
+    /// deleted it.
+    MayHaveTaken(&'a Lapsed),
     /// The lock was watched, and is gone although this taker has not deleted it.
     Gone(&'a Lapsed),
     /// The lock was watched, and its holder has renewed the lease.
     Renewed(&'a Lapsed),
     /// The lease has lapsed, and the lock is not taken over.
     Leaves(&'a Lapsed, &'a Reason),
+}
+
+impl<'a> Progress<'a> {
+    fn of_gone(by: DeletedBy, lapsed: &'a Lapsed) -> Self {
+        match by {
+            DeletedBy::ThisTaker => Self::Took(lapsed),
+            DeletedBy::Unknown => Self::MayHaveTaken(lapsed),
+            DeletedBy::Another => Self::Gone(lapsed),
+        }
+    }
 }
 
 /// Why a lock with a lapsed lease is not taken over.
@@ -104,6 +117,8 @@ pub(crate) enum Reason {
     Failure(Failure),
     /// The claim or the delete has failed.
     NotTaken(Failure),
+    /// The delete was requested. Its response, and that to the read after it, was lost.
+    Unknown(Failure),
 }
 
 /// A lock with a lapsed lease, for a message.
@@ -166,7 +181,7 @@ pub(crate) async fn take_over(
     let mut failed: (String, u32) = Default::default();
     loop {
         let decision = tokio::select! {
-            () = &mut told => return End::Over,
+            () = &mut told => return watch.told_to_end(&mut report).await,
             decision = watch.decide(&mut report) => decision,
         };
         let (lock, lapsed) = match decision {
@@ -178,7 +193,7 @@ pub(crate) async fn take_over(
             let rest = timeout(MAX_REST_WAIT, rests.wait_for(|rests| *rests));
             tokio::select! {
                 biased;
-                () = &mut told => return End::Over,
+                () = &mut told => return watch.told_to_end(&mut report).await,
                 _ = rest => {}
             }
             // The wait may have been long.
@@ -186,10 +201,10 @@ pub(crate) async fn take_over(
                 continue;
             }
         }
-        let failure = match timeout(SERVICE_TIMEOUT, watch.take(&lock, lapsed.now)).await {
-            Ok(Ok(end @ (Taken::Yes | Taken::Gone))) => {
-                report(if end == Taken::Yes { Progress::Took(&lapsed) } else { Progress::Gone(&lapsed) });
-                watch.lapsed = None;
+        let failure = match timeout(SERVICE_TIMEOUT, watch.take(&lock, &lapsed)).await {
+            Ok(Ok(Taken::Gone(by))) => {
+                report(Progress::of_gone(by, &lapsed));
+                (watch.lapsed, watch.sent) = (None, None);
                 if taker.until == Until::Decided {
                     return End::Over;
                 }
@@ -206,22 +221,24 @@ pub(crate) async fn take_over(
             failed = (lapsed.info.id.clone(), 0);
         }
         failed.1 += 1;
-        let mut say = || report(Progress::Leaves(&lapsed, &Reason::NotTaken(failure.clone())));
         match after_failure(failed.1, attempt_failure(&failure), taker.until == Until::Told) {
             AfterFailure::GiveUp => {
-                say();
+                if watch.report_failure(&lapsed, failure.clone(), &mut report).await {
+                    return End::Over;
+                }
                 return if failure.is_final() { End::GaveUp } else { End::Failed };
             }
             AfterFailure::Reconnect => {
+                watch.told_to_end(&mut report).await;
                 connect::forget_credentials(&location.backend);
                 return End::Failed;
             }
             AfterFailure::TryAgain { pause, is_said } => {
                 if is_said {
-                    say();
+                    watch.report_failure(&lapsed, failure, &mut report).await;
                 }
                 tokio::select! {
-                    () = &mut told => return End::Over,
+                    () = &mut told => return watch.told_to_end(&mut report).await,
                     () = sleep(pause) => {}
                 }
             }
@@ -259,11 +276,30 @@ enum Decision {
 /// The result of an attempt to take over a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
-    Yes,
-    /// The lock was deleted by somebody else.
-    Gone,
+    /// The lock is gone.
+    Gone(DeletedBy),
     /// The lock has changed, so that it must be judged again.
     Changed,
+}
+
+/// What a read shows about a lock that this taker may have deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AfterDelete {
+    /// The lock is gone, and that was reported.
+    Over,
+    /// The lock is still there, or this taker has sent no delete.
+    Held,
+    /// The read has failed.
+    Unread,
+}
+
+/// The deletes of one lock that this taker has sent. They have the condition that the lock is still as it was read, so
+/// they cannot delete it after it has changed.
+struct SentDeletes {
+    lapsed: Lapsed,
+    /// The lock as it was read before the first of them, or before the claim.
+    lock: LeasedLock,
+    result: DeleteResult,
 }
 
 /// What must not change beside the lock: everything that a request of the holder in flight would change.
@@ -304,6 +340,8 @@ struct Watch<'a> {
     unchanged: Unchanged<(LeasedLock, Rest)>,
     /// The claim of this taker. After a failed request, the lock may have it.
     claim: Option<Claim>,
+    /// The deletes of the lock that is there, or may be. `None` if no attempt to take it was made.
+    sent: Option<SentDeletes>,
     /// What was reported, and about which lock. `None` if nothing was reported about a lock that is still there.
     lapsed: Option<(Reported, Lapsed)>,
     /// The last failure, if nothing was read after it.
@@ -326,6 +364,7 @@ impl<'a> Watch<'a> {
             begun: Instant::now(),
             unchanged: Unchanged::new(),
             claim: None,
+            sent: None,
             lapsed: None,
             failure: None,
             read: None,
@@ -365,8 +404,14 @@ impl<'a> Watch<'a> {
                 if failure.cause() == Cause::ExpiredCredentials {
                     connect::forget_credentials(&self.location.backend);
                 }
-                if let Some((_, lapsed)) = &self.lapsed {
-                    report(Progress::Leaves(lapsed, &Reason::Failure(failure.clone())));
+                let reason: fn(Failure) -> Reason = match &self.sent {
+                    Some(SentDeletes { result: DeleteResult::NotSent, .. }) => Reason::NotTaken,
+                    Some(_) => Reason::Unknown,
+                    None => Reason::Failure,
+                };
+                let tried = self.sent.as_ref().map(|sent| &sent.lapsed);
+                if let Some(lapsed) = tried.or(self.lapsed.as_ref().map(|(_, lapsed)| lapsed)) {
+                    report(Progress::Leaves(lapsed, &reason(failure.clone())));
                 }
                 return Decision::End(End::Failed);
             }
@@ -399,6 +444,14 @@ impl<'a> Watch<'a> {
             read => read?,
         };
         (self.failure, self.read) = (None, Some(Instant::now()));
+        let LeaseRead { lock, date } = match lock {
+            // A single response proves nothing.
+            None if self.sent.is_some() => self.within(SERVICE_TIMEOUT, self.reread(date)).await?,
+            lock => LeaseRead { lock, date },
+        };
+        if self.see_whether_deleted(lock.as_ref(), date, report) && lock.is_none() {
+            return Ok(self.leave());
+        }
         let Some(info) = lock.as_ref().and_then(|lock| lock.stored.info()) else {
             return Ok(self.without_a_lock(report));
         };
@@ -485,6 +538,90 @@ impl<'a> Watch<'a> {
         })
     }
 
+    /// Reads the lock again that a read at the service's time `date` has not found.
+    async fn reread(&self, date: Option<Timestamp>) -> Result<LeaseRead, Failure> {
+        match self.stores.read_lease(&self.part).await {
+            Err(failure) if failure.cause().excludes_locks() => Ok(LeaseRead { lock: None, date }),
+            read => read,
+        }
+    }
+
+    /// Reports what became of the lock that this taker has tried to delete, if `now`, a read at the service's time
+    /// `date`, shows that it is gone and this taker has or may have deleted it. Returns whether that is so.
+    fn see_whether_deleted(
+        &mut self,
+        now: Option<&LeasedLock>,
+        date: Option<Timestamp>,
+        report: &mut impl FnMut(Progress<'_>),
+    ) -> bool {
+        let Some(sent) = &mut self.sent else { return false };
+        let is_gone = match now.map(|now| now.stored.info()) {
+            None => true,
+            Some(Some(info)) => info.id != sent.lapsed.info.id,
+            // A proxy may have sent it.
+            Some(None) => return false,
+        };
+        if !is_gone {
+            let is_claimed = now.and_then(record_of).is_some_and(|record| is_own(self.claim.as_ref(), record));
+            if is_claimed || now == Some(&sent.lock) {
+                sent.result = sent.result.after_the_lock_was_seen();
+            } else {
+                self.sent = None;
+            }
+            return false;
+        }
+        let has_claim = self.claim.as_ref().zip(date).is_some_and(|(claim, date)| is_exclusive(claim, date));
+        let by = deleted_by(sent.result, has_claim);
+        if by != DeletedBy::Another {
+            report(Progress::of_gone(by, &sent.lapsed));
+            self.lapsed = None;
+        }
+        self.sent = None;
+        by != DeletedBy::Another
+    }
+
+    /// Reads the lock once more, if this taker has sent a delete whose result it does not know.
+    async fn look_after_delete(&mut self, report: &mut impl FnMut(Progress<'_>)) -> AfterDelete {
+        if self.sent.as_ref().is_none_or(|sent| sent.result == DeleteResult::NotSent) {
+            return AfterDelete::Held;
+        }
+        match self.within(EXPLANATION_TIMEOUT, self.stores.read_lease_surely(&self.part)).await {
+            Ok(LeaseRead { lock, date }) if self.see_whether_deleted(lock.as_ref(), date, report) => AfterDelete::Over,
+            Ok(LeaseRead { lock, .. }) if lock.as_ref().is_none_or(|lock| lock.stored.info().is_some()) => {
+                AfterDelete::Held
+            }
+            Ok(_) | Err(_) => AfterDelete::Unread,
+        }
+    }
+
+    /// What follows if the taker is told to end: it reports what is known about a delete that it has sent.
+    async fn told_to_end(&mut self, report: &mut impl FnMut(Progress<'_>)) -> End {
+        if self.look_after_delete(report).await == AfterDelete::Unread
+            && let Some(sent) = &self.sent
+        {
+            let failure = Failure::no_answer(self.part.service(), "the request timed out");
+            report(Progress::Leaves(&sent.lapsed, &Reason::Unknown(failure)));
+        }
+        End::Over
+    }
+
+    /// Reports that an attempt to take the lock has failed, unless the attempt has deleted it all the same. Returns
+    /// whether the lock is gone.
+    async fn report_failure(
+        &mut self,
+        lapsed: &Lapsed,
+        failure: Failure,
+        report: &mut impl FnMut(Progress<'_>),
+    ) -> bool {
+        let reason = match self.look_after_delete(report).await {
+            AfterDelete::Over => return true,
+            AfterDelete::Held => Reason::NotTaken(failure),
+            AfterDelete::Unread => Reason::Unknown(failure),
+        };
+        report(Progress::Leaves(lapsed, &reason));
+        false
+    }
+
     /// What follows if the lock may not be taken over.
     fn leave(&mut self) -> Next {
         self.unchanged.miss();
@@ -559,18 +696,34 @@ impl<'a> Watch<'a> {
         record_of(lock).is_some_and(|record| is_own(self.claim.as_ref(), record))
     }
 
-    /// Claims and deletes `lock`, which was read at the service's time `now`.
-    async fn take(&mut self, lock: &LeasedLock, now: Timestamp) -> Result<Taken, Failure> {
+    /// Claims and deletes `lock`.
+    async fn take(&mut self, lock: &LeasedLock, lapsed: &Lapsed) -> Result<Taken, Failure> {
+        let is_claimed = self.has_claimed(lock);
+        let sent = self.sent.get_or_insert_with(|| SentDeletes {
+            lapsed: lapsed.clone(),
+            lock: lock.clone(),
+            result: DeleteResult::NotSent,
+        });
         if matches!(self.part, StoreKey::S3 { .. }) {
-            return take_object(self.stores, &self.part, lock).await;
+            return take_object(self.stores, &self.part, lock, &mut sent.result).await;
         }
-        if self.has_claimed(lock) {
-            return delete(self.stores, &self.part, self.object.as_ref(), lock).await;
+        let parts = ItemAndObject { item: &self.part, object: self.object.as_ref() };
+        if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
+            let end = lapsed.now.checked_add(SERVICE_TIMEOUT).unwrap_or(lapsed.now);
+            return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.result).await;
         }
-        let claim = Claim { by: self.taker.by.clone(), at: now.as_second(), number: random() };
+        let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };
         self.claim = Some(claim.clone());
-        claim_and_delete(self.stores, &self.part, self.object.as_ref(), lock, &claim).await
+        claim_and_delete(self.stores, parts, lock, &claim, &mut sent.result).await
     }
+}
+
+/// Where the parts of a lock with an item are.
+#[derive(Clone, Copy)]
+struct ItemAndObject<'a> {
+    item: &'a StoreKey,
+    /// `None` if the lock is an item alone.
+    object: Option<&'a StoreKey>,
 }
 
 /// Releases a lock with a lease at the request of a person: claims the item `lock`, and deletes it and the other part
@@ -588,7 +741,8 @@ pub(crate) async fn release_item(
     (by, now): (&str, Timestamp),
 ) -> Result<Taken, Failure> {
     let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random() };
-    claim_and_delete(stores, item, object, lock, &claim).await
+    let mut result = DeleteResult::NotSent;
+    claim_and_delete(stores, ItemAndObject { item, object }, lock, &claim, &mut result).await
 }
 
 enum Next {
@@ -612,23 +766,25 @@ fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// Claims the item `lock`, and deletes both parts of the lock.
+/// Claims the item `lock`, and deletes both parts of the lock. Notes in `result` what is known about the delete of the
+/// item.
 async fn claim_and_delete(
     stores: &Stores,
-    item: &StoreKey,
-    object: Option<&StoreKey>,
+    parts: ItemAndObject<'_>,
     lock: &LeasedLock,
     claim: &Claim,
+    result: &mut DeleteResult,
 ) -> Result<Taken, Failure> {
+    let item = parts.item;
     crash_point::reached("takeover: before the claim");
     for _ in 0..ATTEMPTS {
         let (after, read) = stores.claim(item, lock, claim).await?;
         match (after.next(), &read.lock) {
             (TakerStep::Delete, Some(claimed)) => {
                 crash_point::reached("takeover: claimed");
-                return delete(stores, item, object, claimed).await;
+                return delete(stores, parts, claimed, true, result).await;
             }
-            (TakerStep::Done, _) => return Ok(Taken::Gone),
+            (TakerStep::Done, _) => return Ok(Taken::Gone(DeletedBy::Another)),
             (TakerStep::LookAgain, _) => return Ok(Taken::Changed),
             (TakerStep::ClaimAgain | TakerStep::Delete, _) => sleep(RETRY_INTERVAL).await,
         }
@@ -636,18 +792,19 @@ async fn claim_and_delete(
     Err(Failure::refusal(item.service(), "the service does not store the claim of the lock"))
 }
 
-/// Deletes both parts of a lock that this taker has claimed.
+/// Deletes both parts of a lock that this taker has claimed. `is_exclusive` is whether no other taker can replace the
+/// claim meanwhile.
 async fn delete(
     stores: &Stores,
-    item: &StoreKey,
-    object: Option<&StoreKey>,
+    ItemAndObject { item, object }: ItemAndObject<'_>,
     claimed: &LeasedLock,
+    is_exclusive: bool,
+    result: &mut DeleteResult,
 ) -> Result<Taken, Failure> {
-    let removed = stores.delete_claimed(item, object, claimed).await?;
+    let removed = stores.delete_claimed(item, object, claimed, result).await?;
     crash_point::reached("takeover: deleted");
     match removed {
-        // While the claim stands, nobody else says that the lock was released.
-        Removed::Gone(_) | Removed::GoneBefore => Ok(Taken::Yes),
+        Removed::Gone(_) | Removed::GoneBefore => Ok(Taken::Gone(deleted_by(*result, is_exclusive))),
         // Only another taker changes a claimed lock, and only after the claim has lapsed.
         Removed::Anothers => Ok(Taken::Changed),
         Removed::Refused => {
@@ -660,8 +817,13 @@ async fn delete(
 const UNTESTED: &str = "tf could not test whether the service obeys the condition of a delete (If-Match)";
 
 /// Deletes a lock that is an object alone. The condition of the delete is the decision: the lock and its record are
-/// still what was read.
-async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> Result<Taken, Failure> {
+/// still what was read. Notes in `result` what is known about the deletes.
+async fn take_object(
+    stores: &Stores,
+    object: &StoreKey,
+    lock: &LeasedLock,
+    result: &mut DeleteResult,
+) -> Result<Taken, Failure> {
     let only_a_person =
         |why: &str| Failure::refusal(object.service(), &format!("{why}, so only a person can release this lock"));
     match stores.treatment_of_deletes(object).await {
@@ -678,36 +840,32 @@ async fn take_object(stores: &Stores, object: &StoreKey, lock: &LeasedLock) -> R
         Err(failure) => return Err(failure),
     }
     crash_point::reached("takeover: before the delete");
-    for attempt in 0..ATTEMPTS {
-        let deleted = stores.delete(object, &lock.stored).await?.of_attempt(attempt);
+    for _ in 0..ATTEMPTS {
+        noted(result, stores.delete(object, &lock.stored)).await?;
         crash_point::reached("takeover: deleted");
-        let mut now = stores.read_lease(object).await?.lock;
-        if now.is_none() {
-            // A single response proves nothing.
-            now = stores.read_lease(object).await?.lock;
-        }
-        if let Some(taken) = taken(&deleted, lock, now.as_ref()) {
+        let now = stores.read_lease_surely(object).await?.lock;
+        if let Some(taken) = taken(*result, lock, now.as_ref()) {
             return Ok(taken);
         }
+        *result = result.after_the_lock_was_seen();
         sleep(RETRY_INTERVAL).await;
     }
     Err(Failure::refusal(object.service(), "the service confirmed the delete, but the lock is still there"))
 }
 
-/// Returns the result of a conditional delete of `lock`. `now` is what is there after the delete. `None` if that does
-/// not show the result, so that the delete must be repeated.
-fn taken(deleted: &Deleted, lock: &LeasedLock, now: Option<&LeasedLock>) -> Option<Taken> {
+/// Returns the result of conditional deletes of the object `lock`. `now` is what is there after the last one. `None` if
+/// that does not show the result, so that the delete must be repeated.
+fn taken(result: DeleteResult, lock: &LeasedLock, now: Option<&LeasedLock>) -> Option<Taken> {
     let is_same = match now {
         None => false,
         Some(now) => now.stored.info()?.id == lock.stored.info()?.id,
     };
-    match deleted {
+    match result {
         _ if now == Some(lock) => None,
-        Deleted::Changed | Deleted::Unclear if is_same => Some(Taken::Changed),
         // The service has deleted what was read, and the holder cannot have written it again.
-        Deleted::Yes(_) if is_same => None,
-        Deleted::Yes(_) | Deleted::Unclear => Some(Taken::Yes),
-        Deleted::Changed => Some(Taken::Gone),
+        DeleteResult::Confirmed if is_same => None,
+        _ if is_same => Some(Taken::Changed),
+        result => Some(Taken::Gone(deleted_by(result, false))),
     }
 }
 

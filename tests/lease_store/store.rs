@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::aws::credentials::Purpose;
 use crate::lease::record::{Claim, Fence, Holder, Record, Renewal};
-use crate::lease::takeover::AfterClaim;
+use crate::lease::takeover::{AfterClaim, DeleteResult};
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::probe::IfMatch;
@@ -74,7 +74,8 @@ impl Fixture {
 
     fn delete_claimed(&self, claimed: &LeasedLock) -> Removed {
         let object = (self.env.lock == Lock::Both).then(|| self.object());
-        self.runtime.block_on(self.stores.delete_claimed(&self.place, object.as_ref(), claimed)).unwrap()
+        let mut result = DeleteResult::default();
+        self.runtime.block_on(self.stores.delete_claimed(&self.place, object.as_ref(), claimed, &mut result)).unwrap()
     }
 
     /// Returns the whole item, as the service sends it.

@@ -1,7 +1,7 @@
 //! The lock of a host that is gone: its lease has lapsed, and the next run takes it over.
 
 use std::fs;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
@@ -251,6 +251,135 @@ fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once
     };
     let services = refusing_services().into_iter().enumerate().filter(|(number, _)| matches!(number, 1 | 5));
     std::thread::scope(|scope| services.for_each(|(_, service)| drop(scope.spawn(move || refused(service)))));
+}
+
+/// Whether this is a delete by `tf` of what decides whether the lock at `path` is held: its item, or an object alone.
+fn deletes_lock(request: &Message, path: &str) -> bool {
+    let is_object = request.start.starts_with("DELETE ") && request.start.contains(&format!("{path}.tflock"));
+    request.is_ours() && (is_object || is_dynamodb(request, ".DeleteItem"))
+}
+
+/// Checks that the lock is gone, that `tf` has said so, and that it is in the history. An object alone may have been
+/// deleted by somebody else whose delete came at the same time.
+#[track_caller]
+fn assert_deletion_reported(env: &TestEnv, end: &Ended) {
+    assert_eq!(end.code(), Some(0), "{}", env.dump(end));
+    env.assert_unlocked();
+    let is_alone = env.lock == Lock::File;
+    let said = if is_alone { "tf: the lock is gone: " } else { "tf: released the lock: " };
+    let lines: Vec<_> = end.err.lines().filter(|line| line.contains(LEASED)).collect();
+    assert_eq!(lines.iter().filter(|line| line.starts_with(said)).count(), 1, "{}", env.dump(end));
+    assert_eq!(end.err.contains("the response was lost"), is_alone, "{}", env.dump(end));
+    assert_eq!(takeovers(env), 1, "{:?}: {}", history(env), env.dump(end));
+    let why = history(env)[0]["why"].as_str().unwrap().to_owned();
+    assert_eq!(why.contains("the response was lost"), is_alone, "{why}");
+}
+
+/// Every response to a delete of the lock is lost, although the delete arrives.
+fn a_takeover_is_reported_although_the_responses_to_its_delete_are_lost(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let path = env.path();
+    let _proxy =
+        through(
+            &mut env,
+            move |request| {
+                if deletes_lock(request, &path) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
+            },
+        );
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_deletion_reported(&env, &end);
+}
+for_each_lock!(a_takeover_is_reported_although_the_responses_to_its_delete_are_lost);
+
+/// The response to the first delete is lost. The SDK sends it again, and that one finds no lock.
+fn a_takeover_is_reported_although_one_response_is_lost(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let path = env.path();
+    let once = AtomicBool::new(true);
+    let _proxy = through(&mut env, move |request| {
+        if deletes_lock(request, &path) && once.swap(false, Ordering::Relaxed) {
+            ProxyAction::LoseAnswer
+        } else {
+            ProxyAction::Pass
+        }
+    });
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_deletion_reported(&env, &end);
+}
+for_each_lock!(a_takeover_is_reported_although_one_response_is_lost);
+
+/// The service confirms the delete. After that, the network is away for six requests.
+fn a_confirmed_takeover_is_reported_although_the_read_after_it_fails(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let path = env.path();
+    let left = AtomicUsize::new(usize::MAX);
+    let _proxy = through(&mut env, move |request| {
+        if deletes_lock(request, &path) {
+            left.store(6, Ordering::Relaxed);
+        } else if (1..=6).contains(&left.load(Ordering::Relaxed)) && request.is_ours() {
+            left.fetch_sub(1, Ordering::Relaxed);
+            return ProxyAction::Close;
+        }
+        ProxyAction::Pass
+    });
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_taken(&env, &end);
+}
+for_each_lock!(a_confirmed_takeover_is_reported_although_the_read_after_it_fails);
+
+/// Terraform gets the lock, so the taker is told to end before it has read the lock again.
+fn a_takeover_without_a_response_is_reported_while_terraform_waits(lock: Lock) {
+    let mut env = leased(lock, "5s");
+    let path = env.path();
+    let _proxy =
+        through(
+            &mut env,
+            move |request| {
+                if deletes_lock(request, &path) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
+            },
+        );
+    env.lock_with_lease(&record(1, 5));
+    let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=2m"]);
+    assert_deletion_reported(&env, &end);
+}
+for_each_lock!(a_takeover_without_a_response_is_reported_while_terraform_waits);
+
+/// From the first delete on, the service cannot be reached. Whether an item or an object alone is gone is not known. Of
+/// a lock with both, only the object may be gone.
+#[test]
+fn a_takeover_whose_result_cannot_be_read_is_said_to_be_unknown() {
+    let run = |lock: Lock, is_terraform_refused: bool| {
+        let mut env = leased(lock, "5m");
+        let path = env.path();
+        let away = AtomicBool::new(false);
+        let _proxy = through(&mut env, move |request| {
+            let is_delete = deletes_lock(request, &path);
+            match (is_delete, away.fetch_or(is_delete, Ordering::Relaxed) && request.is_ours()) {
+                (true, false) => ProxyAction::LoseAnswer,
+                (_, true) => ProxyAction::Close,
+                (false, false) => ProxyAction::Pass,
+            }
+        });
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let end = env.run(Subject::Tf, &PLAN);
+        let lines: Vec<_> = end.err.lines().filter(|line| line.starts_with("tf: ")).collect();
+        let [fact, why, next] = lines[..] else { panic!("{}", env.dump(&end)) };
+        let said =
+            if is_terraform_refused { "the lock was not released: " } else { "it is unknown whether the lock was" };
+        assert!(fact.strip_prefix("tf: ").unwrap().starts_with(said), "{}", env.dump(&end));
+        assert_eq!(why.contains("the response was lost"), !is_terraform_refused, "{}", env.dump(&end));
+        assert!(next.ends_with(&format!("type: tf locks release {LEASED}")), "{}", env.dump(&end));
+        assert_eq!((end.code(), takeovers(&env)), (Some(i32::from(is_terraform_refused)), 0), "{}", env.dump(&end));
+    };
+    let locks = [(Lock::File, false), (Lock::DynamoDb, false), (Lock::Both, true)];
+    std::thread::scope(|scope| {
+        for (lock, refused) in locks {
+            scope.spawn(move || run(lock, refused));
+        }
+    });
 }
 
 /// Twenty times, two plans meet the same lapsed lease. Exactly one of them takes the lock.
