@@ -26,7 +26,7 @@ use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, Trouble};
 use crate::lease::notice::{Notice, NoticeStep};
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::Claim;
-use crate::lease::takeover::Obstacle;
+use crate::lease::takeover::{MAX_READ_GAP, Obstacle};
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
 use crate::lock::release_step::QUIET_WINDOW;
@@ -353,6 +353,9 @@ const RECOVER: &str = "tf locks recover";
 /// The condition under which a person may remove a lock.
 pub(crate) const UNUSED: &str = "once no terraform is using this state";
 
+/// The condition under which a person may release a lock whose holder is likely dead.
+pub(crate) const IF_UNUSED: &str = "if you know that no terraform is using this state";
+
 /// The arguments of `tf locks`, without the path, that remove an object that is in the place of a lock but is not a
 /// lock. Without the option, the command would release a lock in another part of the same location.
 pub(crate) const RELEASE_NO_LOCK: &str = "release --no-lock";
@@ -466,12 +469,12 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
             let id = argument(&lapsed.info.id);
             let next = match reason {
                 Reason::NotTaken(failure) | Reason::Unknown(failure) => {
-                    let when = failure.denied().map_or_else(
-                        || "if you know that no terraform is using this state".to_owned(),
-                        |action| format!("with the permission {action}"),
-                    );
+                    let when = failure
+                        .denied()
+                        .map_or_else(|| IF_UNUSED.to_owned(), |action| format!("with the permission {action}"));
                     format!("{when}, type: {} {id}", command("release"))
                 }
+                Reason::TooSlow(_) => format!("{IF_UNUSED}, type: {} {id}", command("release")),
                 _ => format!("for details, type: {} {id}", command("show")),
             };
             let why = match reason {
@@ -488,6 +491,12 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                 }
                 Reason::GlobalTable(reason) => visible_lines(reason),
                 Reason::Failure(failure) | Reason::NotTaken(failure) => visible_lines(&failure.to_string()),
+                Reason::TooSlow(gap) => format!(
+                    "the service answers too slowly: tf must see at least every {} s that nothing has changed, and the \
+                     last read took {} s",
+                    MAX_READ_GAP.as_secs(),
+                    gap.as_millis().div_ceil(1000)
+                ),
                 Reason::Unknown(failure) => {
                     format!("{DELETE_UNANSWERED}: {}", visible_lines(&failure.to_string()))
                 }

@@ -64,6 +64,8 @@ pub(crate) struct Circumstances {
     pub(crate) is_same_region: bool,
     /// How long the lock and its record have been seen unchanged.
     pub(crate) unchanged_for: Duration,
+    /// How long the slowest response took meanwhile.
+    pub(crate) response_time: Duration,
     /// Whether this host's clock agrees with the service's time ([`Terms::agrees`]).
     pub(crate) host_agrees: bool,
     /// Whether the journal of this host shows that a process of the run that holds the lock is or may be running.
@@ -131,7 +133,11 @@ pub(crate) fn permission(
     // A lease that lapsed long ago needs no further time either, if the service's time is right. A proxy, or an S3 service
     // that checks no times, may send a wrong one. So without a second clock that agrees, the lock is watched.
     let lapsed_long_ago = terms.has_lapsed_long_ago(renewed, now) && circumstances.host_agrees;
-    let quiet = if lapsed_long_ago || record.taken.is_some() { Duration::ZERO } else { terms.quiet_window() };
+    let quiet = if lapsed_long_ago || record.taken.is_some() {
+        Duration::ZERO
+    } else {
+        terms.quiet_window(circumstances.response_time)
+    };
     let missing = quiet.saturating_sub(circumstances.unchanged_for);
     if missing.is_zero() { Permission::Yes } else { Permission::Wait(missing) }
 }
@@ -166,6 +172,7 @@ pub(crate) fn watch_step(
         consent: true,
         is_same_region,
         unchanged_for: Duration::ZERO,
+        response_time: Duration::ZERO,
         host_agrees: true,
         runs_here: false,
     };
@@ -176,7 +183,7 @@ pub(crate) fn watch_step(
         Permission::No(Obstacle::Fresh) => {
             let lapses_soon = record.ok().zip(notice).and_then(|(record, notice)| {
                 let terms = record.terms()?;
-                Some(terms.time_to_lapse(record.renewed_at()?, now) <= terms.quiet_window() + notice)
+                Some(terms.time_to_lapse(record.renewed_at()?, now) <= terms.quiet_window(Duration::ZERO) + notice)
             });
             if lapses_soon == Some(true) { WatchStep::Compare } else { WatchStep::Leave(Obstacle::Fresh) }
         }
@@ -186,14 +193,45 @@ pub(crate) fn watch_step(
 
 /// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
 /// away, and the requests of the holder may have been held back until it was back.
-const MAX_READ_GAP: Duration = Duration::from_secs(5);
+pub(crate) const MAX_READ_GAP: Duration = Duration::from_secs(5);
 
-/// Counts for how long a watcher has seen the same, read by read. Times are counted from the begin of the watch.
+/// The times of one read of everything that must not change. They are counted from the begin of the watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReadTimes {
+    /// Before the first request was sent.
+    pub(crate) sent: Duration,
+    /// After the last response was read.
+    pub(crate) completed: Duration,
+    /// How long the response took that had the record.
+    pub(crate) response_time: Duration,
+}
+
+/// What a watcher has seen by the last read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Constancy {
+    /// How long nothing has changed: from the end of the first read to the begin of the last one.
+    pub(crate) unchanged_for: Duration,
+    /// How long the slowest response took in these reads.
+    pub(crate) response_time: Duration,
+    /// The time between the last two reads, if it was so long that they show nothing about the time between them.
+    pub(crate) gap: Option<Duration>,
+}
+
+/// Counts for how long a watcher has seen the same, read by read.
 #[derive(Clone, Debug)]
 pub(crate) struct Unchanged<T> {
-    /// What was seen last, when it was seen first, and when the last read of it was completed. `None` if nothing was
-    /// seen, or if a read has failed since then.
-    seen: Option<(T, Duration, Duration)>,
+    /// `None` if nothing was seen, or if a read has failed since then.
+    seen: Option<Seen<T>>,
+}
+
+#[derive(Clone, Debug)]
+struct Seen<T> {
+    last: T,
+    /// When the first read of it was completed.
+    since: Duration,
+    /// When the last read of it was completed.
+    read: Duration,
+    response_time: Duration,
 }
 
 impl<T: PartialEq> Unchanged<T> {
@@ -206,15 +244,48 @@ impl<T: PartialEq> Unchanged<T> {
         self.seen = None;
     }
 
-    /// Takes one more read, `now`. It was sent at `sent` and completed at `completed`. Returns how long nothing has
-    /// changed: from the end of the first read to the begin of this one.
-    pub(crate) fn see(&mut self, now: T, sent: Duration, completed: Duration) -> Duration {
-        let since = match self.seen.take() {
-            Some((last, since, read)) if last == now && completed.saturating_sub(read) <= MAX_READ_GAP => since,
-            _ => completed,
+    /// Returns what was seen last. `None` if nothing was seen, or if a read has failed since then.
+    pub(crate) fn last(&self) -> Option<&T> {
+        self.seen.as_ref().map(|seen| &seen.last)
+    }
+
+    /// Takes one more read, `now`.
+    pub(crate) fn see(&mut self, now: T, times: ReadTimes) -> Constancy {
+        let ReadTimes { sent, completed, response_time } = times;
+        let mut gap = None;
+        let (since, response_time) = match self.seen.take().filter(|seen| seen.last == now) {
+            Some(seen) if completed.saturating_sub(seen.read) <= MAX_READ_GAP => {
+                (seen.since, seen.response_time.max(response_time))
+            }
+            last => {
+                gap = last.map(|seen| completed.saturating_sub(seen.read));
+                (completed, response_time)
+            }
         };
-        self.seen = Some((now, since, completed));
-        sent.saturating_sub(since)
+        self.seen = Some(Seen { last: now, since, read: completed, response_time });
+        Constancy { unchanged_for: sent.saturating_sub(since), response_time, gap }
+    }
+}
+
+/// How many gaps in a row show that the service is too slow to be watched.
+const MAX_GAPS: u32 = 3;
+
+/// What a taker does after the time between two reads was too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AfterGaps {
+    Continue,
+    /// It reports that the service is too slow, and goes on.
+    Say,
+    /// It reports that the service is too slow, and ends.
+    GiveUp,
+}
+
+/// Decides what a taker does after so many `gaps` in a row. `is_awaited` is as in [`after_failure`].
+pub(crate) fn after_gaps(gaps: u32, is_awaited: bool) -> AfterGaps {
+    match is_awaited {
+        false if gaps >= MAX_GAPS => AfterGaps::GiveUp,
+        true if gaps == MAX_GAPS => AfterGaps::Say,
+        _ => AfterGaps::Continue,
     }
 }
 
@@ -391,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_lock_is_claimed_only_if_everything_allows_it() {
-        let quiet_window = Terms::new(Duration::from_mins(5)).unwrap().quiet_window();
+        let quiet_window = Terms::new(Duration::from_mins(5)).unwrap().quiet_window(Duration::ZERO);
         for age in [0, 311, 1201] {
             for claimed in [None, Some(0), Some(71)] {
                 for fence in [Fence::Stop, Fence::None] {
@@ -401,6 +472,7 @@ mod tests {
                                 consent: bits & 1 != 0,
                                 is_same_region: bits & 2 != 0,
                                 unchanged_for: Duration::from_secs(unchanged),
+                                response_time: Duration::ZERO,
                                 host_agrees: bits & 4 == 0,
                                 runs_here: bits & 8 != 0,
                             };
@@ -455,17 +527,58 @@ mod tests {
     fn only_reads_without_a_gap_and_without_a_change_count() {
         let at = Duration::from_secs;
         let mut unchanged = Unchanged::new();
-        assert_eq!(unchanged.see('a', at(0), at(1)), at(0));
-        assert_eq!(unchanged.see('a', at(2), at(3)), at(1));
-        assert_eq!(unchanged.see('a', at(7), at(8)), at(6));
+        let mut see = |now, sent, completed| {
+            let times = ReadTimes { sent: at(sent), completed: at(completed), response_time: at(completed - sent) };
+            let seen = unchanged.see(now, times);
+            (seen.unchanged_for.as_secs(), seen.response_time.as_secs(), seen.gap.map(|gap| gap.as_secs()))
+        };
+        assert_eq!(see('a', 0, 1), (0, 1, None));
+        assert_eq!(see('a', 2, 4), (1, 2, None));
+        assert_eq!(see('a', 8, 9), (7, 2, None));
         // The holder has renewed its lease.
-        assert_eq!(unchanged.see('b', at(8), at(9)), at(0));
-        assert_eq!(unchanged.see('b', at(10), at(11)), at(1));
-        // The network was away.
-        assert_eq!(unchanged.see('b', at(16), at(17)), at(0));
+        assert_eq!(see('b', 9, 10), (0, 1, None));
+        assert_eq!(see('b', 11, 12), (1, 1, None));
+        // The network was away, or the service is slow.
+        assert_eq!(see('b', 17, 18), (0, 1, Some(6)));
+        assert_eq!(see('b', 18, 24), (0, 6, Some(6)));
+        assert_eq!(see('c', 24, 30), (0, 6, None));
         unchanged.miss();
-        assert_eq!(unchanged.see('b', at(18), at(19)), at(0));
-        assert_eq!(unchanged.see('b', at(20), at(21)), at(1));
+        assert_eq!(unchanged.last(), None);
+        let times = |sent| ReadTimes { sent: at(sent), completed: at(sent + 1), response_time: at(1) };
+        assert_eq!(unchanged.see('c', times(31)).unchanged_for, at(0));
+        assert_eq!((unchanged.see('c', times(33)).unchanged_for, unchanged.last()), (at(1), Some(&'c')));
+    }
+
+    #[test]
+    fn a_service_that_is_too_slow_is_reported_once() {
+        for gaps in 1..10 {
+            let expected = match gaps {
+                0..3 => (AfterGaps::Continue, AfterGaps::Continue),
+                3 => (AfterGaps::GiveUp, AfterGaps::Say),
+                _ => (AfterGaps::GiveUp, AfterGaps::Continue),
+            };
+            assert_eq!((after_gaps(gaps, false), after_gaps(gaps, true)), expected, "{gaps}");
+        }
+    }
+
+    /// A renewal that is sent in time may arrive late by the time of a response.
+    #[test]
+    fn behind_a_slow_service_a_lock_must_be_unchanged_for_longer() {
+        let record = record(311, None, Fence::Stop);
+        for (response_time, window) in [(0, 78), (20, 78), (30, 87)] {
+            for unchanged in [window, window + 1] {
+                let circumstances = Circumstances {
+                    consent: true,
+                    is_same_region: true,
+                    unchanged_for: Duration::from_secs(unchanged),
+                    response_time: Duration::from_secs(response_time),
+                    host_agrees: true,
+                    runs_here: false,
+                };
+                let may = permission(Ok(&record), now(), circumstances) == Permission::Yes;
+                assert_eq!(may, unchanged > window, "{response_time} {unchanged}");
+            }
+        }
     }
 
     #[test]

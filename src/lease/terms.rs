@@ -104,10 +104,13 @@ impl Terms {
         Duration::try_from(left).unwrap_or_default()
     }
 
-    /// How long a record must not change before its lock is taken over. If the clocks of the service's hosts differ by
-    /// more than the tolerance, a holder that is connected renews its lease in this time.
-    pub(crate) fn quiet_window(self) -> Duration {
-        self.clock_tolerance().max(self.renewal_interval() * 3 / 2)
+    /// How long a record must not change before its lock is taken over, if the service takes `response_time` for its
+    /// slowest response. If the clocks of the service's hosts differ by more than the tolerance, a holder that is
+    /// connected renews its lease in this time: a renewal is sent at most one interval after the one before it, and may
+    /// arrive up to `response_time` later.
+    pub(crate) fn quiet_window(self, response_time: Duration) -> Duration {
+        let interval = self.renewal_interval();
+        self.clock_tolerance().max(interval * 3 / 2).max(interval * 11 / 10 + response_time)
     }
 
     /// Whether a lease lapsed so long ago that the clocks of the service's hosts cannot explain it.
@@ -229,9 +232,11 @@ mod tests {
         assert_eq!(seconds(terms.renewal_interval()), 52);
         assert_eq!(seconds(terms.refusal_time()), 180);
         assert_eq!(seconds(terms.working_time()), 240);
-        assert_eq!(seconds(terms.quiet_window()), 78);
+        assert_eq!(seconds(terms.quiet_window(Duration::ZERO)), 78);
+        assert_eq!(seconds(terms.quiet_window(Duration::from_secs(20))), 78);
+        assert_eq!(seconds(terms.quiet_window(Duration::from_secs(30))), 87);
         assert_eq!(seconds(terms.longest_stop()), 900);
         assert_eq!(seconds(terms.keeper_timeout()), 10);
-        assert_eq!(seconds(Terms::of_claim().quiet_window()), 12);
+        assert_eq!(seconds(Terms::of_claim().quiet_window(Duration::from_secs(3))), 12);
     }
 }

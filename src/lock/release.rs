@@ -130,7 +130,7 @@ impl<'a> Services<'a> {
     /// Reads everything that a write of the terraform with the lock `recorded` would change: the state, its digest, and
     /// the parts of the lock. Returns a [`Failure`] also if a part's location holds something that is not a lock.
     async fn look(&self, recorded: &RecordedLock, run: &Run) -> Result<Look, Failure> {
-        let state = s3::fingerprint(&self.stores.s3, &self.location.bucket, &self.location.key).await?;
+        let state = s3::fingerprint(&self.stores.s3, &self.location.bucket, &self.location.key, false).await?;
         let digest = match &self.location.table {
             Some(table) => nothing_if_excluded(
                 dynamodb::digest(&self.stores.dynamodb, ItemKey { table, path: &self.location.lock_path() }).await,

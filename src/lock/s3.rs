@@ -296,10 +296,25 @@ impl KeyPages {
 /// Returns a text that differs between two versions of the state. It contains the ETag and the time of the last change.
 /// `None` if there is no such object.
 ///
+/// `was_absent` is whether the last read has found no such object. This one then takes the time of one response: it
+/// does not send a HEAD request, whose response would have to be confirmed.
+///
 /// # Errors
 /// Returns a [`Failure`] if the request fails, or if S3 cannot have sent the response.
-pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Result<Option<String>, Failure> {
+pub(crate) async fn fingerprint(
+    client: &Client,
+    bucket: &str,
+    key: &str,
+    was_absent: bool,
+) -> Result<Option<String>, Failure> {
     let text = |etag: Option<&str>, modified: Option<&aws_smithy_types::DateTime>| format!("{etag:?} {modified:?}");
+    let by_get = async || {
+        let answer = get(client, bucket, key, &ServiceTime::default()).await?;
+        Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
+    };
+    if was_absent {
+        return by_get().await;
+    }
     match client.head_object().bucket(bucket).key(key).send().await {
         Ok(answer)
             if (Headers {
@@ -315,8 +330,7 @@ pub(crate) async fn fingerprint(client: &Client, bucket: &str, key: &str) -> Res
         // The response to a HEAD request has no body. So it does not show whether S3 sent a 404, or what another error
         // means. The response to a GET request shows both.
         Err(error) if error.raw_response().is_some_and(|response| response.status().is_client_error()) => {
-            let answer = get(client, bucket, key, &ServiceTime::default()).await?;
-            Ok(answer.map(|answer| text(answer.e_tag(), answer.last_modified())))
+            by_get().await
         }
         Err(error) => Err(failure("s3:GetObject", &error)),
     }

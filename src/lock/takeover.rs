@@ -24,8 +24,9 @@ use crate::aws::failure::{Cause, Failure};
 use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
-    AfterFailure, AttemptFailure, Circumstances, DeleteResult, DeletedBy, Obstacle, Permission, TakerStep, Unchanged,
-    WatchStep, after_failure, deleted_by, is_exclusive, permission, watch_step,
+    AfterFailure, AfterGaps, AttemptFailure, Circumstances, Constancy, DeleteResult, DeletedBy, Obstacle, Permission,
+    ReadTimes, TakerStep, Unchanged, WatchStep, after_failure, after_gaps, deleted_by, is_exclusive, permission,
+    watch_step,
 };
 use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
@@ -41,6 +42,14 @@ const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// The longest time between two reads of a lock that is compared with what was read before, or whose claim is waited
 /// for.
 const MAX_COMPARE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long the first read of a lock may take if the start of terraform waits for it. A service that needs more time is
+/// too slow to be watched (`MAX_READ_GAP`), or almost so.
+const FIRST_READ_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// How long a claim and the deletes may take together. It is about ten requests. They must end before the claim can
+/// lapse ([`is_exclusive`]).
+const TAKE_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// How often a claim or a delete is tried while the lock is still what was read.
 const ATTEMPTS: u32 = 5;
@@ -115,6 +124,8 @@ pub(crate) enum Reason {
     GlobalTable(String),
     /// A read has failed after the lock was seen.
     Failure(Failure),
+    /// The time between two reads of the lock was so long, again and again, that it cannot be watched.
+    TooSlow(Duration),
     /// The claim or the delete has failed.
     NotTaken(Failure),
     /// The delete was requested. Its response, and that to the read after it, was lost.
@@ -201,7 +212,7 @@ pub(crate) async fn take_over(
                 continue;
             }
         }
-        let failure = match timeout(SERVICE_TIMEOUT, watch.take(&lock, &lapsed)).await {
+        let failure = match timeout(TAKE_TIMEOUT, watch.take(&lock, &lapsed)).await {
             Ok(Ok(Taken::Gone(by))) => {
                 report(Progress::of_gone(by, &lapsed));
                 (watch.lapsed, watch.sent) = (None, None);
@@ -312,6 +323,15 @@ struct Rest {
     object: Option<StoredLock>,
 }
 
+/// What belongs to a read of the lock.
+struct Beside {
+    /// When the read was sent, counted from the begin of the watch.
+    sent: Duration,
+    response_time: Duration,
+    /// What must not change beside the lock. `None` if the lock is not compared yet.
+    rest: Option<Result<Rest, Failure>>,
+}
+
 /// What was reported about the lock that is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reported {
@@ -338,6 +358,8 @@ struct Watch<'a> {
     object: Option<StoreKey>,
     begun: Instant,
     unchanged: Unchanged<(LeasedLock, Rest)>,
+    /// How many times in a row the time between two reads was too long.
+    gaps: u32,
     /// The claim of this taker. After a failed request, the lock may have it.
     claim: Option<Claim>,
     /// The deletes of the lock that is there, or may be. `None` if no attempt to take it was made.
@@ -363,6 +385,7 @@ impl<'a> Watch<'a> {
             object: parts.next(),
             begun: Instant::now(),
             unchanged: Unchanged::new(),
+            gaps: 0,
             claim: None,
             sent: None,
             lapsed: None,
@@ -432,23 +455,42 @@ impl<'a> Watch<'a> {
     /// one.
     fn limit(&self) -> Duration {
         let is_first = self.read.is_none() && self.taker.until == Until::Decided;
-        if is_first { EXPLANATION_TIMEOUT.saturating_sub(self.begun.elapsed()) } else { SERVICE_TIMEOUT }
+        if is_first { FIRST_READ_TIMEOUT.saturating_sub(self.begun.elapsed()) } else { SERVICE_TIMEOUT }
     }
 
-    async fn step(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Result<Next, Failure> {
+    /// Reads the lock. While it is compared, everything is read at the same time, so that a slow service does not make
+    /// the time between two reads too long (`Unchanged`).
+    async fn read(&mut self) -> Result<(LeaseRead, Beside), Failure> {
         let sent = self.begun.elapsed();
-        let read = self.within(self.limit(), self.stores.read_lease(&self.part)).await;
-        let LeaseRead { lock, date } = match read {
+        let lock = async {
+            let read = self.within(self.limit(), self.stores.read_lease(&self.part)).await;
+            (read, self.begun.elapsed().saturating_sub(sent))
+        };
+        let ((read, response_time), rest) = match self.unchanged.last() {
+            None => (lock.await, None),
+            Some((_, last)) => {
+                let (lock, rest) = tokio::join!(lock, self.rest(last.state.is_none()));
+                (lock, Some(rest))
+            }
+        };
+        let read = match read {
             // No lock can be there, for example because the table does not exist.
             Err(failure) if failure.cause().excludes_locks() => LeaseRead { lock: None, date: None },
             read => read?,
         };
         (self.failure, self.read) = (None, Some(Instant::now()));
-        let LeaseRead { lock, date } = match lock {
+        let read = match read {
             // A single response proves nothing.
-            None if self.sent.is_some() => self.within(SERVICE_TIMEOUT, self.reread(date)).await?,
-            lock => LeaseRead { lock, date },
+            LeaseRead { lock: None, date } if self.sent.is_some() => {
+                self.within(SERVICE_TIMEOUT, self.reread(date)).await?
+            }
+            read => read,
         };
+        Ok((read, Beside { sent, response_time, rest }))
+    }
+
+    async fn step(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Result<Next, Failure> {
+        let (LeaseRead { lock, date }, beside) = self.read().await?;
         if self.see_whether_deleted(lock.as_ref(), date, report) && lock.is_none() {
             return Ok(self.leave());
         }
@@ -493,22 +535,46 @@ impl<'a> Watch<'a> {
             }
             WatchStep::Claim | WatchStep::Compare => {}
         }
+        self.compare(lock, lapsed, beside, report).await
+    }
+
+    /// Decides what to do about a lock whose lease lapses soon or has lapsed, and that nobody has claimed.
+    async fn compare(
+        &mut self,
+        lock: LeasedLock,
+        lapsed: Lapsed,
+        Beside { sent, response_time, rest }: Beside,
+        report: &mut impl FnMut(Progress<'_>),
+    ) -> Result<Next, Failure> {
+        let (now, record) = (lapsed.now, Ok(&lapsed.record));
         if let Some(reason) = self.global_table().await? {
             return Ok(self.leaves(lapsed, &Reason::GlobalTable(reason), report));
         }
         let host_agrees = Terms::agrees(now, Timestamp::now());
         let mut circumstances = Circumstances {
             consent: true,
-            is_same_region,
+            is_same_region: lapsed.record.region == self.stores.region(),
             unchanged_for: Duration::ZERO,
+            response_time,
             host_agrees,
             runs_here: false,
         };
         let mut may = permission(record, now, circumstances);
         if may != Permission::Yes {
-            let rest = self.rest().await?;
-            circumstances.unchanged_for = self.unchanged.see((lock.clone(), rest), sent, self.begun.elapsed());
+            let rest = match rest {
+                Some(rest) => rest?,
+                None => self.rest(false).await?,
+            };
+            let times = ReadTimes { sent, completed: self.begun.elapsed(), response_time };
+            let seen = self.unchanged.see((lock.clone(), rest), times);
+            (circumstances.unchanged_for, circumstances.response_time) = (seen.unchanged_for, seen.response_time);
             may = permission(record, now, circumstances);
+            // Before the lapse, a gap delays nothing.
+            if matches!(may, Permission::Wait(_))
+                && let Some(next) = self.after_gap(seen, &lapsed, report)
+            {
+                return Ok(next);
+            }
         }
         // The journal is read only for a lock that is about to be watched or taken.
         let is_watched = matches!(self.lapsed, Some((Reported::Watches, _)));
@@ -631,6 +697,21 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Counts a read after which the lock was `seen`. Reports once that the service is too slow, if it is. Returns what
+    /// follows if the watch is over.
+    fn after_gap(&mut self, seen: Constancy, lapsed: &Lapsed, report: &mut impl FnMut(Progress<'_>)) -> Option<Next> {
+        let Some(gap) = seen.gap else {
+            self.gaps = 0;
+            return None;
+        };
+        self.gaps += 1;
+        let decision = after_gaps(self.gaps, self.taker.until == Until::Told);
+        if decision != AfterGaps::Continue {
+            report(Progress::Leaves(lapsed, &Reason::TooSlow(gap)));
+        }
+        (decision == AfterGaps::GiveUp).then_some(Next::Decided(Decision::End(End::Over)))
+    }
+
     /// What follows if the lease has lapsed and the lock may not be taken over. Reports it once for a lock.
     fn leaves(&mut self, lapsed: Lapsed, reason: &Reason, report: &mut impl FnMut(Progress<'_>)) -> Next {
         if self.lapsed.is_none() {
@@ -665,11 +746,11 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reads everything that must not change beside the part with the record.
-    async fn rest(&self) -> Result<Rest, Failure> {
+    /// Reads everything that must not change beside the part with the record. `had_no_state` is whether the last read
+    /// has found no state.
+    async fn rest(&self, had_no_state: bool) -> Result<Rest, Failure> {
         let Self { location: LockLocation { bucket, key, table, .. }, stores, object, .. } = self;
-        // At the same time, so that a slow service does not make the time between two reads too long (`Unchanged`).
-        let state = Box::pin(s3::fingerprint(&stores.s3, bucket, key));
+        let state = Box::pin(s3::fingerprint(&stores.s3, bucket, key, had_no_state));
         let digest = Box::pin(async {
             let Some(table) = table else { return Ok(None) };
             let path = &self.location.lock_path();
@@ -709,7 +790,7 @@ impl<'a> Watch<'a> {
         }
         let parts = ItemAndObject { item: &self.part, object: self.object.as_ref() };
         if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
-            let end = lapsed.now.checked_add(SERVICE_TIMEOUT).unwrap_or(lapsed.now);
+            let end = lapsed.now.checked_add(TAKE_TIMEOUT).unwrap_or(lapsed.now);
             return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.result).await;
         }
         let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };

@@ -3,6 +3,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ use crate::support::http::Message;
 use crate::support::lease::{LEASED, record};
 use crate::support::process::Run;
 use crate::support::processes::{home, marked};
-use crate::support::proxy::ProxyAction;
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -218,7 +219,7 @@ fn a_lock_that_cannot_be_taken_is_left_with_one_message() {
         let mut env = leased(lock, "5m");
         env.lock_with_lease(&record(LONG_AGO, 300));
         let _proxy = through_changing(&mut env, change, rule);
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let end = env.run(Subject::Tf, &PLAN);
         assert!(begun.elapsed().as_secs() < 20, "{:?}: {}", begun.elapsed(), env.dump(&end));
         assert_said_once(&env, &end, said);
@@ -275,17 +276,21 @@ fn assert_deletion_reported(env: &TestEnv, end: &Ended) {
     assert_eq!(why.contains("the response was lost"), is_alone, "{why}");
 }
 
+/// Lets `env` reach the services through a proxy that loses the response to a delete of the lock, if `is_lost`.
+fn losing_deletes(env: &mut TestEnv, is_lost: impl Fn() -> bool + Send + Sync + 'static) -> Proxy {
+    let path = env.path();
+    through(
+        env,
+        move |request| {
+            if deletes_lock(request, &path) && is_lost() { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
+        },
+    )
+}
+
 /// Every response to a delete of the lock is lost, although the delete arrives.
 fn a_takeover_is_reported_although_the_responses_to_its_delete_are_lost(lock: Lock) {
     let mut env = leased(lock, "5m");
-    let path = env.path();
-    let _proxy =
-        through(
-            &mut env,
-            move |request| {
-                if deletes_lock(request, &path) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
-            },
-        );
+    let _proxy = losing_deletes(&mut env, || true);
     env.lock_with_lease(&record(LONG_AGO, 300));
     let end = env.run(Subject::Tf, &PLAN);
     assert_deletion_reported(&env, &end);
@@ -295,15 +300,8 @@ for_each_lock!(a_takeover_is_reported_although_the_responses_to_its_delete_are_l
 /// The response to the first delete is lost. The SDK sends it again, and that one finds no lock.
 fn a_takeover_is_reported_although_one_response_is_lost(lock: Lock) {
     let mut env = leased(lock, "5m");
-    let path = env.path();
     let once = AtomicBool::new(true);
-    let _proxy = through(&mut env, move |request| {
-        if deletes_lock(request, &path) && once.swap(false, Ordering::Relaxed) {
-            ProxyAction::LoseAnswer
-        } else {
-            ProxyAction::Pass
-        }
-    });
+    let _proxy = losing_deletes(&mut env, move || once.swap(false, Ordering::Relaxed));
     env.lock_with_lease(&record(LONG_AGO, 300));
     let end = env.run(Subject::Tf, &PLAN);
     assert_deletion_reported(&env, &end);
@@ -333,14 +331,7 @@ for_each_lock!(a_confirmed_takeover_is_reported_although_the_read_after_it_fails
 /// Terraform gets the lock, so the taker is told to end before it has read the lock again.
 fn a_takeover_without_a_response_is_reported_while_terraform_waits(lock: Lock) {
     let mut env = leased(lock, "5s");
-    let path = env.path();
-    let _proxy =
-        through(
-            &mut env,
-            move |request| {
-                if deletes_lock(request, &path) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
-            },
-        );
+    let _proxy = losing_deletes(&mut env, || true);
     env.lock_with_lease(&record(1, 5));
     let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=2m"]);
     assert_deletion_reported(&env, &end);
@@ -440,27 +431,58 @@ fn a_write_in_flight_is_waited_for() {
     run.wait_for_err("if nothing changes for 3 s");
     let state = json!({ "version": 4, "serial": 1, "lineage": "l", "terraform_version": "1.11.4", "outputs": {}, "resources": [] });
     // The lock must not change for 2.2 s. Without the write, it would be taken 1.2 s after this pause.
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    let begun = std::time::Instant::now();
+    std::thread::sleep(Duration::from_secs(1));
+    let begun = Instant::now();
     cloud().s3("PUT", &env.path(), state.to_string().as_bytes());
     let end = run.wait();
     assert_taken(&env, &end);
     assert!(begun.elapsed().as_secs() >= 2, "{:?}: {}", begun.elapsed(), env.dump(&end));
 }
 
-/// Each response takes 1.2 s. The watch reads the lock, the state, the digest and the object.
-#[test]
-fn a_slow_service_does_not_prevent_a_takeover() {
-    let mut env = leased(Lock::Both, "5s");
-    let _proxy = through(&mut env, |request| {
-        if request.is_ours() {
-            std::thread::sleep(std::time::Duration::from_millis(1200));
+/// Lets `env` reach the services through a proxy that delays each response to `tf` by `delay`.
+/// The first `at_once` ones are not delayed.
+fn delayed(env: &mut TestEnv, delay: Duration, at_once: usize) -> Proxy {
+    let requests = AtomicUsize::new(0);
+    through(env, move |request| {
+        if request.is_ours() && requests.fetch_add(1, Ordering::Relaxed) >= at_once {
+            std::thread::sleep(delay);
         }
         ProxyAction::Pass
+    })
+}
+
+/// The watch reads the lock, the state, the digest and the object.
+fn a_slow_service_does_not_prevent_a_takeover(lock: Lock) {
+    let run = |delay| {
+        let mut env = leased(lock, "5s");
+        let _proxy = delayed(&mut env, Duration::from_millis(delay), 0);
+        env.lock_with_lease(&record(8, 5));
+        let end = env.start(Subject::Tf, &PLAN).wait_at_most(Duration::from_secs(90));
+        assert_taken(&env, &end);
+    };
+    std::thread::scope(|scope| {
+        for delay in [1200, 1600, 3000] {
+            scope.spawn(move || run(delay));
+        }
     });
-    env.lock_with_lease(&record(8, 5));
-    let end = env.run(Subject::Tf, &PLAN);
-    assert_taken(&env, &end);
+}
+for_each_lock!(a_slow_service_does_not_prevent_a_takeover);
+
+/// A change of the holder's could go unnoticed between two reads that are so far apart. Terraform is refused, or waits
+/// until its time is up.
+#[test]
+fn why_a_lock_in_a_service_that_is_too_slow_is_not_taken_is_said_once() {
+    let run = |arguments: &[&str], at_once| {
+        let mut env = leased(Lock::File, "5s");
+        let _proxy = delayed(&mut env, Duration::from_millis(5500), at_once);
+        env.lock_with_lease(&record(8, 5));
+        let end = env.start(Subject::Tf, arguments).wait_at_most(Duration::from_secs(90));
+        assert_said_once(&env, &end, ["the service answers too slowly", "type: tf locks release"]);
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| run(&PLAN, 1));
+        scope.spawn(|| run(&["plan", "-no-color", "-lock-timeout=45s"], 0));
+    });
 }
 
 #[test]
@@ -480,7 +502,7 @@ fn an_interrupt_ends_the_wait() {
 fn a_run_that_waits_for_the_lock_goes_on(lock: Lock) {
     let env = leased(lock, "10s");
     env.lock_with_lease(&record(0, 10));
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color", "-lock-timeout=2m"]);
     assert_taken(&env, &end);
     assert!(begun.elapsed().as_secs() < 40, "{:?}: {}", begun.elapsed(), env.dump(&end));
