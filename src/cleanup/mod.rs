@@ -4,6 +4,7 @@ pub(crate) mod after_run;
 pub(crate) mod candidate_backends;
 pub(crate) mod clean_up;
 pub(crate) mod end_of_run;
+mod forked_recovery;
 pub(crate) mod invocation;
 pub(crate) mod messages;
 pub(crate) mod ordered_process;
