@@ -113,61 +113,100 @@ pub(crate) struct Tried {
     pub(crate) lacks_credentials: bool,
 }
 
+/// What is to be done before terraform starts.
+#[derive(Default)]
+struct DueWork<'a> {
+    /// The dead runs that are finished before terraform starts.
+    near: Vec<Dead>,
+    /// The dead runs that are finished in the background.
+    far: Vec<Dead>,
+    /// The pending requests for a lock at a location of the new run.
+    late: Vec<(&'a StateDirectory, PendingRequest)>,
+    /// The other pending requests of runs with the same data directory.
+    others_late: Vec<(&'a StateDirectory, PendingRequest)>,
+}
+
+impl<'a> DueWork<'a> {
+    /// Reads the pending requests and the journals in `states`.
+    fn find(states: &'a [StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Self {
+        let mut work = Self::default();
+        for state in states {
+            let now = Timestamp::now();
+            let pending = PendingRequests::of(state).read(now).into_iter();
+            for pending in pending.filter(|pending| !pending.was_just_tried(now)) {
+                match relation(&pending, here) {
+                    Relation::SameLocation => work.late.push((state, pending)),
+                    Relation::SameDirectory => work.others_late.push((state, pending)),
+                    Relation::None => {}
+                }
+            }
+            let Some(journal) = Journal::there(state) else { continue };
+            for name in journal.names() {
+                work.add_run(state, &journal, &name, here, signals);
+            }
+        }
+        work
+    }
+
+    /// Adds the run `name`, if it is dead and due. Moves an invalid record away.
+    fn add_run(
+        &mut self,
+        state: &StateDirectory,
+        journal: &Journal,
+        name: &str,
+        here: &CandidateBackends,
+        signals: &mut Signals,
+    ) {
+        let limits = WaitLimits { recovering: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT };
+        match look(journal, name, |record| is_of(record, here), limits, signals) {
+            FoundRun::Dead(record, entry, standpoint) => {
+                let turn = recovery_plan::turn(DeadRun {
+                    is_near: is_of(&record, here),
+                    was_tried: record.over,
+                    is_recent: entry.was_written_within(RETRY_INTERVAL),
+                });
+                let pending_requests = PendingRequests::of(state).of_run(&record);
+                let dead = Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason: None };
+                match turn {
+                    Turn::BeforeTerraform => self.near.push(dead),
+                    Turn::InBackground => self.far.push(dead),
+                    Turn::Later => {}
+                }
+            }
+            FoundRun::Broken(_) => {
+                if let Some(path) = journal.set_aside(name) {
+                    console::say(&messages::set_aside(&path));
+                }
+            }
+            FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
+            FoundRun::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
+            FoundRun::Living(_) | FoundRun::Recovering(_) | FoundRun::Gone => {}
+        }
+    }
+}
+
 /// Finishes dead runs before terraform starts. `here` are the candidate backends of the new run. This process must have
 /// only one thread, because it forks.
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
-    let mut near = Vec::new();
-    let mut far = Vec::new();
-    let mut late = Vec::new();
-    let mut others_late = Vec::new();
-    for state in states {
-        let now = Timestamp::now();
-        for pending in PendingRequests::of(state).read(now).into_iter().filter(|pending| !pending.was_just_tried(now)) {
-            match relation(&pending, here) {
-                Relation::SameLocation => late.push((state, pending)),
-                Relation::SameDirectory => others_late.push((state, pending)),
-                Relation::None => {}
-            }
-        }
-        let Some(journal) = Journal::there(state) else { continue };
-        for name in journal.names() {
-            match look(
-                &journal,
-                &name,
-                |record| is_of(record, here),
-                WaitLimits { recovering: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT },
-                signals,
-            ) {
-                FoundRun::Dead(record, entry, standpoint) => {
-                    let turn = recovery_plan::turn(DeadRun {
-                        is_near: is_of(&record, here),
-                        was_tried: record.over,
-                        is_recent: entry.was_written_within(RETRY_INTERVAL),
-                    });
-                    let pending_requests = PendingRequests::of(state).of_run(&record);
-                    let dead =
-                        Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason: None };
-                    match turn {
-                        Turn::BeforeTerraform => near.push(dead),
-                        Turn::InBackground => far.push(dead),
-                        Turn::Later => {}
-                    }
-                }
-                FoundRun::Broken(_) => {
-                    if let Some(path) = journal.set_aside(&name) {
-                        console::say(&messages::set_aside(&path));
-                    }
-                }
-                FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
-                FoundRun::Doubtful(_, processes) => trace!("run {name} is left alone: {processes:?}"),
-                FoundRun::Living(_) | FoundRun::Recovering(_) | FoundRun::Gone => {}
-            }
-        }
-    }
+    let DueWork { near, far, late, others_late } = DueWork::find(states, here, signals);
     if !far.is_empty() {
         finish_without_waiting(far);
     }
     let mut asked = None;
+    check_pending_requests(&late, &others_late, here, signals, &mut asked);
+    let tried = finish_near(near, signals, &mut asked);
+    Before { asked, tried }
+}
+
+/// Checks for each of these pending requests whether its lock exists now. If so, releases the lock. `late` are the
+/// requests for a lock at a location of `here`. Stores the first signal that asks `tf` to stop in `asked`.
+fn check_pending_requests(
+    late: &[(&StateDirectory, PendingRequest)],
+    others_late: &[(&StateDirectory, PendingRequest)],
+    here: &CandidateBackends,
+    signals: &mut Signals,
+    asked: &mut Option<Signal>,
+) {
     // One time limit for all pending requests together, because terraform's start waits for these checks.
     let until = Instant::now() + EXPLANATION_TIMEOUT;
     let remaining = || Effort { limit: until.saturating_duration_since(Instant::now()), ..Effort::EXPLANATION };
@@ -185,13 +224,18 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             }
         };
         let announced = late.iter().any(|(_, pending)| !pending.abandoned);
-        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, check_all, console::say, signals, &mut asked);
+        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, check_all, console::say, signals, asked);
     }
     for (state, pending) in others_late {
         let announced = !pending.abandoned;
-        let look = || check_elsewhere(state, &pending, remaining());
-        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, look, console::say, signals, &mut asked);
+        let look = || check_elsewhere(state, pending, remaining());
+        in_a_process(RecoveryProcess { keep: Vec::new(), announced }, look, console::say, signals, asked);
     }
+}
+
+/// Finishes the dead runs `near`, until a signal asks `tf` to stop. Stores that signal in `asked`. Returns the runs that
+/// could not be finished.
+fn finish_near(near: Vec<Dead>, signals: &mut Signals, asked: &mut Option<Signal>) -> Vec<Tried> {
     let mut tried = Vec::new();
     for dead in near {
         if asked.is_some() {
@@ -204,13 +248,13 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
             || finish(dead, Audience::Person),
             console::say,
             signals,
-            &mut asked,
+            asked,
         );
         if journal.has(&name) {
             tried.push(Tried { run: name, lacks_credentials: left == Left::ForLackOfCredentials });
         }
     }
-    Before { asked, tried }
+    tried
 }
 
 /// Returns the ID of each dead run that may have taken a lock at a location of `here`, or that had the same data
