@@ -305,7 +305,7 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
     let mut everything = Everything { request, say, recovered: Recovered::default() };
     // One time limit for all runs together, because the caller must wait for all of them.
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
-    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+    for state in StateDirectory::existing() {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             let rest = until.saturating_duration_since(Instant::now());
@@ -554,7 +554,7 @@ pub(crate) enum Forgotten {
 /// locks may be unknown. If so, the whole run is deleted from the journal. The whole run is also deleted if it is a
 /// [`FoundRun::Foreign`] and no process holds its lock file. Does not release a lock.
 pub(crate) fn forget(what: &str) -> Forgotten {
-    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+    for state in StateDirectory::existing() {
         let Some(journal) = Journal::there(&state) else { continue };
         for name in journal.names() {
             let is_meant = |record: &JournalRecord| is_named(record, what);

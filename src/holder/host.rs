@@ -52,7 +52,7 @@ impl HostView {
     pub(crate) fn look() -> Self {
         let mut recorded = HashMap::new();
         let mut late = HashMap::new();
-        for directory in StateDirectory::all(|name| std::env::var_os(name)) {
+        for directory in StateDirectory::existing() {
             let pending = PendingRequests::of(&directory).read(Timestamp::now());
             late.extend(pending.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
             let Some(journal) = Journal::there(&directory) else { continue };

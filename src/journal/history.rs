@@ -167,7 +167,7 @@ pub(crate) fn record(event: &LockEvent) {
 pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     let mut events = Vec::new();
     let mut torn = 0;
-    for state in StateDirectory::all(|name| std::env::var_os(name)) {
+    for state in StateDirectory::existing() {
         let path = state.join(FILE);
         for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
             let mut text = Vec::new();

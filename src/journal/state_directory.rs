@@ -69,6 +69,11 @@ impl StateDirectory {
         all
     }
 
+    /// As [`StateDirectory::all`], with the environment of this process.
+    pub(crate) fn existing() -> Vec<Self> {
+        Self::all(|name| std::env::var_os(name))
+    }
+
     /// The path `name` in the directory. It may not exist.
     pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.0.join(name)
