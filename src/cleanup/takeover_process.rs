@@ -26,6 +26,7 @@ use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::lock::takeover::{self, End, Progress, Reason, Taker, Until};
 use crate::panics;
+use crate::runtime;
 use crate::sys::poll;
 use crate::sys::session;
 use crate::sys::signals::Signals;
@@ -200,7 +201,6 @@ pub(crate) fn run() -> u8 {
     let chdir = chdir(std::env::current_dir().ok().as_deref(), &directory);
     working_directory::go(&directory);
     crash_point::reached("takeover: begun");
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return FAILED };
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
     let runs_here = |lock: &LockInfo| HostView::look().runs_here(lock);
@@ -214,9 +214,8 @@ pub(crate) fn run() -> u8 {
         let is_repeated = is_said && matches!(progress, Progress::Leaves(_, Reason::NotTaken(_)));
         note(progress, chdir.as_deref(), is_repeated);
     };
-    let end = panics::caught(|| runtime.block_on(takeover::take_over(&location, &taker, told, note)));
-    // Do not wait for a name lookup that hangs in a thread of its own.
-    runtime.shutdown_background();
+    let end = panics::caught(|| runtime::block_on(takeover::take_over(&location, &taker, told, note)));
+    let end = end.and_then(Result::ok);
     trace!("takeover: {end:?}");
     crash_point::reached("takeover: over");
     match end {

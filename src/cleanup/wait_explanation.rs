@@ -23,6 +23,7 @@ use crate::lock::leased::locks_of;
 use crate::lock::location::LockLocation;
 use crate::lock::release::{self, Unread};
 use crate::panics;
+use crate::runtime;
 use crate::sys::session;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
@@ -108,10 +109,9 @@ pub(crate) fn run() -> u8 {
     let Some((wait, orders)) = Orders::read::<Wait>() else { return CANNOT_READ };
     let Some(location) = LockLocation::of_json(&wait.location) else { return CANNOT_READ };
     working_directory::go(&wait.directory);
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return CANNOT_READ };
     let Some(told) = orders.end(|_| ()) else { return CANNOT_READ };
     let end = panics::caught(|| {
-        runtime.block_on(async {
+        runtime::block_on(async {
             let mut told = pin!(told);
             tokio::select! {
                 () = &mut told => Ended::Over,
@@ -119,8 +119,7 @@ pub(crate) fn run() -> u8 {
             }
         })
     });
-    // Do not wait for a name lookup that hangs in a thread of its own.
-    runtime.shutdown_background();
+    let end = end.and_then(Result::ok);
     trace!("explanation of the wait: {end:?}");
     if end == Some(Ended::Over) { 0 } else { CANNOT_READ }
 }

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::cleanup::messages;
 use crate::panics;
+use crate::runtime;
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::trace::trace;
@@ -52,25 +53,20 @@ impl Waiter<'_> {
     /// # Errors Returns the reason as a text if a person has ended the wait, if no descriptor or thread is available
     /// for `work`, or if `work` panics.
     pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
-        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(error) => {
-                trace!("no runtime: {error}");
-                return Err(messages::NO_RESOURCES);
-            }
-        };
         let finished = panics::caught(|| {
-            runtime.block_on(async {
+            runtime::block_on(async {
                 tokio::select! {
                     finished = work => Some(finished),
                     () = self.second_interrupt() => None,
                 }
             })
         });
-        // Do not wait for the runtime's threads: a name lookup may hang in one of them.
-        runtime.shutdown_background();
         match finished {
-            Some(finished) => finished.ok_or(messages::INTERRUPTED),
+            Some(Ok(finished)) => finished.ok_or(messages::INTERRUPTED),
+            Some(Err(error)) => {
+                trace!("no runtime: {error}");
+                Err(messages::NO_RESOURCES)
+            }
             None => Err(messages::NO_RESOURCES),
         }
     }

@@ -39,6 +39,7 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
+use crate::runtime;
 use crate::settings::LeaseSettings;
 use crate::supervise::{keeper, outcome};
 use crate::sys::environment;
@@ -247,14 +248,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
 /// # Errors
 /// Fails if the runtime cannot be created, or if `work` fails.
 fn block_on(work: impl Future<Output = Result<Finding, Trouble>>) -> Result<Finding, Trouble> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Trouble::Said(format!("could not start the AWS client: {error}")))?;
-    let found = runtime.block_on(work);
-    // Do not wait for a name lookup that hangs in a thread of its own.
-    runtime.shutdown_background();
-    found
+    runtime::block_on(work).map_err(|error| Trouble::Said(format!("could not start the AWS client: {error}")))?
 }
 
 #[cfg(test)]
