@@ -2,7 +2,6 @@
 //!
 //! It ends when its stdin ends, but not between the claim of a lock and its delete.
 
-use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
@@ -15,7 +14,7 @@ use serde_json::Value;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::ordered_process;
+use crate::cleanup::ordered_process::{self, OrderedProcess};
 use crate::cleanup::working_directory;
 use crate::console;
 use crate::crash_point;
@@ -63,7 +62,7 @@ struct Orders {
 /// A taker, as seen by the process that has started it.
 #[derive(Debug)]
 pub(crate) struct TakeoverProcess {
-    child: Child,
+    process: OrderedProcess,
     /// Whether the process was told that terraform is between two attempts to get the lock.
     rests: bool,
 }
@@ -110,59 +109,49 @@ impl TakeoverProcess {
             is_said,
             directory: here.working_directory.clone(),
         };
-        Ok(Self { child: ordered_process::start(WORD, &orders)?, rests: false })
+        Ok(Self { process: OrderedProcess::start(WORD, &orders)?, rests: false })
     }
 
     /// Returns the process ID.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     /// Tells the process whether terraform is between two attempts to get the lock. The process deletes the lock only
     /// then.
     pub(crate) fn tell_whether_terraform_rests(&mut self, rests: bool) {
-        let Some(stdin) = self.child.stdin.as_mut().filter(|_| self.rests != rests) else { return };
-        // A process that does not read, for example because it is stopped, must not block this one.
-        if poll::ready_now(stdin.as_fd(), PollFlags::POLLOUT)
-            && stdin.write_all(&[if rests { RESTS } else { TRIES }]).is_ok()
-        {
+        if self.rests != rests && self.process.send(if rests { RESTS } else { TRIES }) {
             self.rests = rests;
         }
     }
 
-    /// Tells the process to end.
-    pub(crate) fn tell_to_end(&mut self) {
-        drop(self.child.stdin.take());
-    }
-
     /// Returns how the process has ended. `None` if it is still running.
     pub(crate) fn ended(&mut self) -> Option<Ended> {
-        Some(how(self.child.try_wait().ok()??))
+        self.process.ended().map(how)
     }
 
     /// Tells the process to end, and returns its child process for the wait.
-    pub(crate) fn into_child(mut self) -> Child {
-        self.tell_to_end();
-        self.child
+    pub(crate) fn into_child(self) -> Child {
+        self.process.into_child()
     }
 
     /// Waits until the process has ended. A signal that asks `tf` to stop tells the process to end, and is returned. A
     /// second SIGINT kills it. If it had claimed the lock, the claim lapses.
     fn wait(mut self, signals: &mut Signals) -> Before {
         let mut asked = None;
-        let Some(stdout) = self.child.stdout.take() else { return Before::default() };
+        let Some(stdout) = self.process.take_stdout() else { return Before::default() };
         loop {
             let awaited = [(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
             let ready = poll::wait(&awaited, None);
             while let Some(signal) = signals.next_stop() {
-                self.tell_to_end();
+                self.process.tell_to_end();
                 if asked.is_some() && signal == Signal::SIGINT {
-                    let _ = self.child.kill();
+                    self.process.kill();
                 }
                 asked.get_or_insert(signal);
             }
             if ready.first() == Some(&true) {
-                let has_given_up = self.child.wait().is_ok_and(|status| how(status) == Ended::GaveUp);
+                let has_given_up = self.process.wait().is_some_and(|status| how(status) == Ended::GaveUp);
                 return Before { asked, has_given_up };
             }
         }

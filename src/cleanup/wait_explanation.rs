@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages::{self, Refusal};
-use crate::cleanup::ordered_process::{self, Orders};
+use crate::cleanup::ordered_process::{OrderedProcess, Orders};
 use crate::cleanup::working_directory;
 use crate::console;
 use crate::holder::host::HostView;
@@ -58,7 +58,7 @@ struct Wait {
 /// The process that explains a wait, as seen by the process that has started it.
 #[derive(Debug)]
 pub(crate) struct WaitExplanation {
-    child: Child,
+    process: OrderedProcess,
 }
 
 /// How the process has ended, as its exit code says.
@@ -82,24 +82,23 @@ impl WaitExplanation {
     ) -> std::io::Result<Self> {
         let directory = here.working_directory.clone();
         let wait = Wait { location: location.to_json(), asked: asked.id.clone(), directory };
-        Ok(Self { child: ordered_process::start(WORD, &wait)? })
+        Ok(Self { process: OrderedProcess::start(WORD, &wait)? })
     }
 
     /// Returns the process ID.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     /// Returns how the process has ended. `None` if it is still running.
     pub(crate) fn ended(&mut self) -> Option<Ended> {
-        let status = self.child.try_wait().ok()??;
+        let status = self.process.ended()?;
         Some(if status.success() { Ended::Over } else { Ended::CannotRead })
     }
 
     /// Tells the process to end, and returns its child process for the wait.
-    pub(crate) fn into_child(mut self) -> Child {
-        drop(self.child.stdin.take());
-        self.child
+    pub(crate) fn into_child(self) -> Child {
+        self.process.into_child()
     }
 }
 
