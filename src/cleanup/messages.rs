@@ -18,8 +18,9 @@ use nix::sys::signal::Signal;
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
 use crate::console::{argument, quoted};
-use crate::holder::evidence::{Judgement, Verdict};
+use crate::holder::evidence::Judgement;
 use crate::holder::lease_text;
+use crate::holder::next_step::{self, NextStep, ReportKind};
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
 use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, Trouble};
@@ -917,8 +918,7 @@ pub(crate) struct Refusal<'a> {
     /// The lease record of the lock. `None` if it has none.
     pub(crate) lease: Option<&'a ObservedLease>,
     pub(crate) judgement: &'a Judgement,
-    /// After which time the same command, if it is repeated, releases the lock before terraform starts, because its
-    /// lease has lapsed by then. `None` if a repetition would be refused as well, or if that is not known.
+    /// As in [`ReportKind::Refused`].
     pub(crate) is_released_after: Option<Duration>,
 }
 
@@ -938,23 +938,66 @@ pub(crate) fn refused(
         judgement.verdict.of_the_holder(),
         judgement.reason
     );
-    let id = argument(&info.id);
-    let next = match judgement.verdict {
-        _ if finishing => return said,
-        Verdict::LikelyDead if is_released_after.is_some() => "to release it, run the command again".to_owned(),
-        Verdict::Alive if let Some(time) = is_released_after => format!(
+    let kind = ReportKind::Refused { is_finishing: finishing, is_released_after: *is_released_after };
+    let step = next_step::next_step(judgement.verdict, kind);
+    match lock_step(step, info, &LockName::of_id(&info.id), command) {
+        Some(next) => format!("{said}\n{next}"),
+        None => said,
+    }
+}
+
+/// How a `tf locks` command names a lock.
+pub(crate) struct LockName {
+    /// The argument: the lock's ID, or its path.
+    pub(crate) argument: String,
+    /// The path, if a command with `--force` needs it beside the ID.
+    pub(crate) path: Option<String>,
+}
+
+impl LockName {
+    /// The lock is found by its ID, in the directory of the command.
+    pub(crate) fn of_id(id: &str) -> Self {
+        Self { argument: argument(id), path: None }
+    }
+
+    /// The lock is found by its path, in a table or a bucket.
+    pub(crate) fn of_path(path: &str) -> Self {
+        Self { argument: argument(path), path: Some(argument(path)) }
+    }
+}
+
+/// Says what a person can do about the lock `info`. `command` returns a `tf locks` command for the location of the
+/// lock. `None` if nothing is to be done.
+pub(crate) fn lock_step(
+    step: NextStep,
+    info: &LockInfo,
+    name: &LockName,
+    command: impl Fn(&str) -> String,
+) -> Option<String> {
+    let lock = &name.argument;
+    Some(match step {
+        NextStep::None => return None,
+        NextStep::RunAgain => "to release it, run the command again".to_owned(),
+        NextStep::RunAgainAfter(time) => format!(
             "the holder has not renewed its lease in time; unless it does so now, the command releases the lock if you \
              run it again in {}",
             length_of_time(Duration::from_secs(time.as_secs() + 1))
         ),
-        Verdict::Alive => "wait until that run is over, or let terraform wait with -lock-timeout=10m".to_owned(),
-        Verdict::Dead => format!("to release it, type: {} {id}", command("release")),
-        Verdict::LikelyDead => {
-            format!("if you know that no terraform is using this state, type: {} {id}", command("release"))
+        NextStep::Wait => "wait until that run is over, or let terraform wait with -lock-timeout=10m".to_owned(),
+        NextStep::Release => format!("to release it, type: {} {lock}", command("release")),
+        NextStep::ReleaseIfUnused => format!("{IF_UNUSED}, type: {} {lock}", command("release")),
+        NextStep::ReleaseIfUnusedUnasked => format!("{IF_UNUSED}, type: {} --yes {lock}", command("release")),
+        NextStep::Show => format!("for details, type: {} {lock}", command("show")),
+        NextStep::Force => {
+            let ask = match visible(&info.who) {
+                who if who.is_empty() => "the lock's Who is empty, so nothing shows whom to ask".to_owned(),
+                who => format!("ask {who}"),
+            };
+            let force = option("--force", &visible_whole(&info.id));
+            let path = name.path.as_ref().map_or_else(String::new, |path| format!(" {path}"));
+            format!("{ask}\n{IF_UNUSED}, type: {}{force}{path}", command("release"))
         }
-        Verdict::Unknown => format!("for details, type: {} {id}", command("show")),
-    };
-    format!("{said}\n{next}")
+    })
 }
 
 /// Why a line about the lock is printed for which terraform waits.
@@ -1124,6 +1167,7 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::holder::evidence::Verdict;
     use crate::lease::notice::{Announcement, HostEnd};
 
     #[test]
@@ -1217,15 +1261,36 @@ mod tests {
             let said = refused(&refusal, Timestamp::UNIX_EPOCH, |words| format!("tf locks {words}"), false);
             said.lines().last().unwrap_or_default().to_owned()
         };
-        let release = format!("tf locks release {}", info.id);
-        assert!(said(Verdict::LikelyDead, None).ends_with(&release));
-        assert_eq!(said(Verdict::LikelyDead, Some(Duration::ZERO)), "to release it, run the command again");
-        assert!(said(Verdict::Alive, None).starts_with("wait until that run is over"));
+        assert!(said(Verdict::LikelyDead, None).ends_with(&format!("tf locks release {}", info.id)));
         let soon = said(Verdict::Alive, Some(Duration::from_secs(19)));
         assert!(soon.ends_with("the command releases the lock if you run it again in 20 s"), "{soon}");
-        // What this host knows about the holder counts more than the lease.
-        assert!(said(Verdict::Dead, Some(Duration::ZERO)).ends_with(&release));
-        assert!(said(Verdict::Unknown, Some(Duration::ZERO)).contains("tf locks show"));
+    }
+
+    #[test]
+    fn each_next_step_that_has_a_command_names_the_lock() {
+        let info = LockInfo { id: "ID-7".into(), who: "anna@vm".into(), ..LockInfo::default() };
+        let said = |step, name: &LockName| lock_step(step, &info, name, |words| format!("tf locks {words} --table t"));
+        let (by_id, by_path) = (LockName::of_id("ID-7"), LockName::of_path("b/k"));
+        for (step, id, path) in [
+            (NextStep::Release, "release --table t ID-7", "release --table t b/k"),
+            (NextStep::ReleaseIfUnused, "release --table t ID-7", "release --table t b/k"),
+            (NextStep::ReleaseIfUnusedUnasked, "release --table t --yes ID-7", "release --table t --yes b/k"),
+            (NextStep::Show, "show --table t ID-7", "show --table t b/k"),
+            (NextStep::Force, "release --table t --force ID-7", "release --table t --force ID-7 b/k"),
+        ] {
+            for (name, command) in [(&by_id, id), (&by_path, path)] {
+                let said = said(step, name).unwrap();
+                assert!(said.ends_with(&format!("type: tf locks {command}")), "{said}");
+                assert_eq!(said.contains("ask anna@vm"), step == NextStep::Force, "{said}");
+            }
+        }
+        assert_eq!(said(NextStep::None, &by_id), None);
+        for step in [NextStep::Wait, NextStep::RunAgain, NextStep::RunAgainAfter(Duration::ZERO)] {
+            assert!(said(step, &by_id).is_some_and(|said| !said.contains("tf locks")), "{step:?}");
+        }
+        let unknown = LockInfo::default();
+        let said = lock_step(NextStep::Force, &unknown, &by_id, ToOwned::to_owned).unwrap();
+        assert!(said.contains("nothing shows whom to ask"), "{said}");
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::cleanup::takeover_process;
 use crate::console::{visible, visible_whole};
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::holder::host::HostView;
+use crate::holder::next_step::ReportKind;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::lock::leased::LeaseRead;
@@ -290,7 +291,8 @@ impl Release {
                 format!("not released: nothing proves that the holder is dead\n{reason}")
             }
         };
-        console::say(&format!("{text}\n{}", show::next_step(lock, &self.place)));
+        let kind = ReportKind::NotReleased { can_ask: std::io::stdin().is_terminal() };
+        console::say(&format!("{text}\n{}", show::next_step(lock, kind, &self.place)));
         Finding::Failed
     }
 

@@ -11,9 +11,9 @@ use super::connection::{LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::lease_view;
 use super::output::{End, Output, Widths};
-use crate::cleanup::messages;
-use crate::console::{argument, length_of_time, visible, visible_whole};
-use crate::holder::evidence::Verdict;
+use crate::cleanup::messages::{self, LockName};
+use crate::console::{argument, length_of_time, visible};
+use crate::holder::next_step::{self, ReportKind};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock of this directory
@@ -55,7 +55,7 @@ impl Show {
             } else {
                 if let Some(lock) = &lock {
                     console::print(&description(lock, Timestamp::now()));
-                    console::print(&next_step(lock, &self.place));
+                    console::print(&next_step(lock, ReportKind::Shown, &self.place));
                 }
                 if let Some(first) = junk.first() {
                     for junk in &junk {
@@ -82,26 +82,11 @@ pub(super) fn description_of_junk(junk: &UnreadableLock) -> String {
 
 /// Returns what the user can do about a lock. `place` are the options with which the lock was found; the commands
 /// repeat them.
-pub(super) fn next_step(lock: &FoundLock, place: &LocationArgs) -> String {
+pub(super) fn next_step(lock: &FoundLock, kind: ReportKind, place: &LocationArgs) -> String {
     // In a table or a bucket, a lock is found by its path.
-    let word = || if place.is_outside() { argument(&lock.path()) } else { argument(&lock.info.id) };
-    let release = place.command("release");
-    match lock.verdict() {
-        Verdict::Alive => "wait until that run is over, or interrupt it with ^C in its own terminal".to_owned(),
-        Verdict::Dead => format!("to release the lock, type: {release} {}", word()),
-        Verdict::LikelyDead => {
-            format!("if you know that no terraform is using this state, type: {release} --yes {}", word())
-        }
-        Verdict::Unknown => {
-            let ask = match visible(&lock.info.who) {
-                who if who.is_empty() => "the lock's Who is empty, so nothing shows whom to ask".to_owned(),
-                who => format!("ask {who}"),
-            };
-            let force = console::option("--force", &visible_whole(&lock.info.id));
-            let path = if place.is_outside() { format!(" {}", word()) } else { String::new() };
-            format!("{ask}\nonce you know that no terraform is using this state, type: {release}{force}{path}")
-        }
-    }
+    let name = if place.is_outside() { LockName::of_path(&lock.path()) } else { LockName::of_id(&lock.info.id) };
+    let step = next_step::next_step(lock.verdict(), kind);
+    messages::lock_step(step, &lock.info, &name, |words| place.command(words)).unwrap_or_default()
 }
 
 /// Describes a lock completely: one line for each fact, with its name first.
@@ -153,7 +138,7 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::holder::evidence::Judgement;
+    use crate::holder::evidence::{Judgement, Verdict};
     use crate::lock::dynamodb::InfoAttribute;
     use crate::lock::stores::{StoreKey, StoredLock};
     use crate::terraform::lock_info::LockInfo;
@@ -172,22 +157,25 @@ mod tests {
         }
     }
 
+    /// The command in a directory and the command in a table, with what each kind adds.
     #[test]
-    fn the_next_step_asks_for_more_the_less_is_known_of_the_holder() {
+    fn the_next_step_repeats_the_options_with_which_the_lock_was_found() {
         let mut outside = LocationArgs::directory_of(None);
         outside.table = Some("t".into());
-        for (verdict, [yes, force], word) in [
-            (Verdict::Dead, [false, false], "release --table t b/k"),
-            (Verdict::LikelyDead, [true, false], "release --table t --yes b/k"),
-            (Verdict::Unknown, [false, true], "release --table t --force ID-7 b/k"),
+        let inside = LocationArgs::directory_of(None);
+        let can_not_ask = ReportKind::NotReleased { can_ask: false };
+        for (verdict, kind, in_table, in_directory) in [
+            (Verdict::Dead, ReportKind::Shown, "release --table t b/k", "release ID-7"),
+            (Verdict::LikelyDead, ReportKind::Shown, "release --table t b/k", "release ID-7"),
+            (Verdict::LikelyDead, can_not_ask, "release --table t --yes b/k", "release --yes ID-7"),
+            (Verdict::Unknown, ReportKind::Shown, "release --table t --force ID-7 b/k", "release --force ID-7"),
         ] {
-            let step = next_step(&lock(verdict, "anna@vm"), &outside);
-            assert_eq!((step.contains("--yes"), step.contains("--force")), (yes, force), "{step}");
-            assert!(step.ends_with(word), "{step}");
-            assert_eq!(step.contains("ask anna@vm"), force, "{step}");
+            for (place, command) in [(&outside, in_table), (&inside, in_directory)] {
+                let step = next_step(&lock(verdict, "anna@vm"), kind, place);
+                assert!(step.ends_with(&format!("type: tf locks {command}")), "{step}");
+            }
         }
-        let alive = next_step(&lock(Verdict::Alive, "anna@vm"), &outside);
+        let alive = next_step(&lock(Verdict::Alive, "anna@vm"), ReportKind::Shown, &outside);
         assert!(!alive.contains("release"), "{alive}");
-        assert!(next_step(&lock(Verdict::Unknown, ""), &outside).contains("nothing shows whom to ask"));
     }
 }

@@ -13,4 +13,5 @@ pub(crate) mod evidence;
 pub(crate) mod facts;
 pub(crate) mod host;
 pub(crate) mod lease_text;
+pub(crate) mod next_step;
 pub(crate) mod witness;
