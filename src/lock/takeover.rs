@@ -265,6 +265,14 @@ fn attempt_failure(failure: &Failure) -> AttemptFailure {
     }
 }
 
+/// Whether a failed step ends the watch. `is_awaited` is whether terraform waits for a lock: the watch then goes on while
+/// a service fails. `failing_for` is the time since the last step without a failure. `None` if the lock was never read. A
+/// step has requests to both services, so one of them that fails at once ends the watch too.
+fn ends_watch(failure: AttemptFailure, is_awaited: bool, failing_for: Option<Duration>) -> bool {
+    let is_silent = !is_awaited && failing_for.is_none_or(|failing_for| failing_for > SERVICE_TIMEOUT);
+    is_silent || failure != AttemptFailure::Passing
+}
+
 /// How a watch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -366,10 +374,10 @@ struct Watch<'a> {
     sent: Option<SentDeletes>,
     /// What was reported, and about which lock. `None` if nothing was reported about a lock that is still there.
     lapsed: Option<(Reported, Lapsed)>,
-    /// The last failure, if nothing was read after it.
-    failure: Option<Failure>,
-    /// When the last read was completed. `None` if nothing was read yet.
-    read: Option<Instant>,
+    /// Whether the lock was read.
+    has_read: bool,
+    /// When the last step was completed that had no failure, or when the watch began.
+    succeeded: Instant,
     table: TableCheck,
 }
 
@@ -389,8 +397,8 @@ impl<'a> Watch<'a> {
             claim: None,
             sent: None,
             lapsed: None,
-            failure: None,
-            read: None,
+            has_read: false,
+            succeeded: Instant::now(),
             table: if release_is_asked_for() { TableCheck::Usable } else { TableCheck::Unknown },
         })
     }
@@ -403,27 +411,24 @@ impl<'a> Watch<'a> {
         (self.taker.terms.renewal_interval() / 2).min(MAX_COMPARE_INTERVAL)
     }
 
-    fn failed(&mut self, failure: Failure) {
-        trace!("takeover: {failure}");
-        self.unchanged.miss();
-        self.failure = Some(failure);
-    }
-
     /// Reads the lock until it may be claimed, or until the watch is over.
     async fn decide(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Decision {
         loop {
             let begun = Instant::now();
-            let pause = match self.step(report).await {
+            let failure = match self.step(report).await {
                 Ok(Next::Decided(decision)) => return decision,
-                Ok(Next::Pause(pause)) => pause,
-                Err(failure) => {
-                    self.failed(failure);
-                    self.compare_interval()
+                Ok(Next::Pause(pause)) => {
+                    self.succeeded = Instant::now();
+                    sleep(pause.saturating_sub(begun.elapsed())).await;
+                    continue;
                 }
+                Err(failure) => failure,
             };
-            if let Some(failure) = &self.failure
-                && self.is_too_much(failure)
-            {
+            trace!("takeover: {failure}");
+            self.unchanged.miss();
+            let is_awaited = self.taker.until == Until::Told;
+            let failing_for = self.has_read.then(|| self.succeeded.elapsed());
+            if ends_watch(attempt_failure(&failure), is_awaited, failing_for) {
                 if failure.cause() == Cause::ExpiredCredentials {
                     connect::forget_credentials(&self.location.backend);
                 }
@@ -434,27 +439,18 @@ impl<'a> Watch<'a> {
                 };
                 let tried = self.sent.as_ref().map(|sent| &sent.lapsed);
                 if let Some(lapsed) = tried.or(self.lapsed.as_ref().map(|(_, lapsed)| lapsed)) {
-                    report(Progress::Leaves(lapsed, &reason(failure.clone())));
+                    report(Progress::Leaves(lapsed, &reason(failure)));
                 }
                 return Decision::End(End::Failed);
             }
-            sleep(pause.saturating_sub(begun.elapsed())).await;
+            sleep(self.compare_interval().saturating_sub(begun.elapsed())).await;
         }
-    }
-
-    /// Whether a failure ends the watch. A watch during which terraform waits goes on while the service is silent.
-    fn is_too_much(&self, failure: &Failure) -> bool {
-        let is_silent = match self.taker.until {
-            Until::Decided => self.read.is_none_or(|read| read.elapsed() > SERVICE_TIMEOUT),
-            Until::Told => false,
-        };
-        is_silent || failure.is_final() || failure.cause() == Cause::ExpiredCredentials
     }
 
     /// Returns the limit for one read. The first read of a taker for whom the start of terraform waits has a shorter
     /// one.
     fn limit(&self) -> Duration {
-        let is_first = self.read.is_none() && self.taker.until == Until::Decided;
+        let is_first = !self.has_read && self.taker.until == Until::Decided;
         if is_first { FIRST_READ_TIMEOUT.saturating_sub(self.begun.elapsed()) } else { SERVICE_TIMEOUT }
     }
 
@@ -478,7 +474,7 @@ impl<'a> Watch<'a> {
             Err(failure) if failure.cause().excludes_locks() => LeaseRead { lock: None, date: None },
             read => read?,
         };
-        (self.failure, self.read) = (None, Some(Instant::now()));
+        self.has_read = true;
         let read = match read {
             // A single response proves nothing.
             LeaseRead { lock: None, date } if self.sent.is_some() => {
@@ -954,6 +950,20 @@ fn taken(result: DeleteResult, lock: &LeasedLock, now: Option<&LeasedLock>) -> O
 mod tests {
     use super::*;
     use crate::lease::record::{Fence, Renewal};
+
+    #[test]
+    fn a_watch_for_which_the_start_of_terraform_waits_ends_with_a_service_that_fails() {
+        let just_after = SERVICE_TIMEOUT + Duration::from_millis(1);
+        for (failing_for, is_silent) in
+            [(None, true), (Some(Duration::ZERO), false), (Some(SERVICE_TIMEOUT), false), (Some(just_after), true)]
+        {
+            for is_awaited in [false, true] {
+                let ends = |failure| ends_watch(failure, is_awaited, failing_for);
+                assert!(ends(AttemptFailure::Final) && ends(AttemptFailure::ExpiredCredentials));
+                assert_eq!(ends(AttemptFailure::Passing), is_silent && !is_awaited, "{is_awaited} {failing_for:?}");
+            }
+        }
+    }
 
     #[test]
     fn a_taker_recognizes_its_claim_by_number_and_time() {

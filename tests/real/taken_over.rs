@@ -485,6 +485,26 @@ fn why_a_lock_in_a_service_that_is_too_slow_is_not_taken_is_said_once() {
     });
 }
 
+/// DynamoDB, where the lock is, works. S3 refuses every request of `tf` at once, so the state cannot be watched.
+#[test]
+fn terraform_starts_although_one_of_the_two_services_fails_at_once() {
+    let mut env = leased(Lock::DynamoDb, "5s");
+    let failed = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&failed);
+    let _proxy = through(&mut env, move |request| {
+        if !request.is_ours() || request.header("x-amz-target").is_some() {
+            return ProxyAction::Pass;
+        }
+        seen.fetch_add(1, Ordering::Relaxed);
+        ProxyAction::Close
+    });
+    // It lapsed less than 15 min ago, so it must be watched.
+    env.lock_with_lease(&record(400, 300));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+    assert!(failed.load(Ordering::Relaxed) > 0, "{}", env.dump(&end));
+}
+
 #[test]
 fn an_interrupt_ends_the_wait() {
     let env = leased(Lock::Both, "1m");
