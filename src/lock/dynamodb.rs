@@ -283,7 +283,8 @@ pub(crate) async fn read(client: &Client, item: ItemKey<'_>) -> Result<Option<In
     Ok(attribute(client, item, item.lock_id(), "Info").await?.map(InfoAttribute::of))
 }
 
-/// Like [`read`]. The result also says whether the item has a lease record, whatever is in it.
+/// Like [`read`]. The result also says whether the item has a lease record, whatever is in it. If the attribute of the
+/// record may not be read, the item counts as one without a record.
 ///
 /// # Errors
 /// As [`read`].
@@ -301,8 +302,15 @@ pub(crate) async fn read_info_and_lease(
         .consistent_read(true)
         .send()
         .await
-        .map_err(|error| failure("dynamodb:GetItem", &error))?;
-    Ok(answer.item.map(|mut item| (InfoAttribute::of(item.remove("Info")), item.contains_key(FIELD))))
+        .map_err(|error| failure("dynamodb:GetItem", &error));
+    match answer {
+        Ok(answer) => {
+            Ok(answer.item.map(|mut item| (InfoAttribute::of(item.remove("Info")), item.contains_key(FIELD))))
+        }
+        // A policy may permit only the attributes that terraform itself reads (the condition key `dynamodb:Attributes`).
+        Err(failure) if failure.denied().is_some() => Ok(read(client, item).await?.map(|info| (info, false))),
+        Err(failure) => Err(failure),
+    }
 }
 
 /// Reads the MD5 of the state that terraform wrote last. Terraform stores it in another item of the same table

@@ -173,12 +173,19 @@ impl Stores {
         })
     }
 
-    /// Reads one part of a lock as [`Stores::read_lease`] does. `None` if nothing is stored at `store_key`.
+    /// Reads one part of a lock as [`Stores::read_lease`] does. `None` if nothing is stored at `store_key`. If a policy
+    /// permits only the attributes that terraform itself reads, the part counts as one without a record.
     ///
     /// # Errors
     /// As [`Stores::read_lease`].
     pub(crate) async fn read_part(&self, store_key: &StoreKey) -> Result<Option<StoredPart>, Failure> {
-        let LeaseRead { lock, date } = self.read_lease(store_key).await?;
+        let LeaseRead { lock, date } = match self.read_lease(store_key).await {
+            Err(failure) if failure.denied().is_some() && matches!(store_key, StoreKey::DynamoDb { .. }) => {
+                let stored = self.read(store_key).await?;
+                return Ok(stored.map(|stored| StoredPart::new(store_key.clone(), stored, None, None)));
+            }
+            read => read?,
+        };
         Ok(lock.map(|lock| StoredPart::new(store_key.clone(), lock.stored, lock.record, date)))
     }
 

@@ -63,6 +63,32 @@ fn a_policy_that_permits_only_deletes_that_return_nothing_is_enough() {
     env.assert_unlocked();
 }
 
+/// The condition key `dynamodb:Attributes` of an IAM policy can permit only the attributes that terraform requests.
+#[test]
+fn a_policy_that_permits_only_the_attributes_of_terraform_is_enough() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut env = TestEnv::new(lock, WAITS);
+        env.set("TFW_LEASE", "off");
+        let (_proxy, asked) = record(&mut env, |request| {
+            let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+            let is_wide = body["ProjectionExpression"].as_str().is_none_or(|read| read.contains("#lease"));
+            if request.asks_for("GetItem") && is_wide {
+                ProxyAction::Answer(request.denied())
+            } else {
+                ProxyAction::Pass
+            }
+        });
+        let run = env.start_apply(Subject::Tf);
+        let refused = env.run(Subject::Tf, &["plan", "-no-color"]);
+        assert!(refused.err.contains("the holder is alive"), "{}", env.dump(&refused));
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+        assert!(asked.lock().unwrap().iter().any(|request| request.text().contains("#lease")));
+        env.assert_unlocked();
+    }
+}
+
 /// A backend may have hundreds of workspaces. Neither a refused run nor the command that it names lists or reads them.
 fn a_refused_run_and_the_command_that_it_names_look_at_one_lock(lock: Lock) {
     let mut env = TestEnv::new(lock, "true");
