@@ -483,7 +483,7 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
                 Reason::Obstacle(Obstacle::RunsHere) => {
-                    "tf does not release it, because a process of that run is still running on this host".to_owned()
+                    "tf does not release it, because a process on this host is or may be working for that run".to_owned()
                 }
                 Reason::Obstacle(_) => {
                     "tf does not release it, because its lease does not promise that terraform was stopped: that host \

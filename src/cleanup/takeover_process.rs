@@ -192,7 +192,6 @@ pub(crate) fn run() -> u8 {
     crash_point::reached("takeover: begun");
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
-    let runs_here = |lock: &LockInfo| HostView::look().runs_here(lock);
     let taker = Taker { by: by(), terms, until, rests, runs_here };
     let hear = move |byte| {
         // Nobody listens any more when the work is over.
@@ -212,6 +211,18 @@ pub(crate) fn run() -> u8 {
         Some(End::NoCredentials) => NO_CREDENTIALS,
         Some(End::GaveUp) => GAVE_UP,
         Some(End::Failed) | None => FAILED,
+    }
+}
+
+/// Whether a process of the run that holds `lock` is or may be running on this host, or a process of this host is
+/// finishing the run. A process that only looks at the journal has the lock of a dead run for a moment, as one that
+/// finishes the run has. So this looks twice.
+fn runs_here(lock: &LockInfo) -> bool {
+    const TIME_OF_A_LOOK: Duration = Duration::from_millis(100);
+    let looks = || HostView::look().runs_here(lock);
+    looks() && {
+        poll::wait(&[], Some(TIME_OF_A_LOOK));
+        looks()
     }
 }
 

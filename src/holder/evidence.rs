@@ -93,9 +93,13 @@ pub(crate) enum Claim {
 }
 
 impl Claim {
-    /// Whether a process of the run is or may be running on this host.
+    /// Whether a process of the run is or may be running on this host, or a process of this host is finishing the run. That
+    /// process may be waiting for a write of the dead terraform that this host's kernel has not delivered yet.
     pub(crate) fn runs_here(&self) -> bool {
-        matches!(self, Self::Living { .. } | Self::Foreign { may_run_here: true, .. })
+        matches!(
+            self,
+            Self::Living { .. } | Self::Foreign { may_run_here: true, .. } | Self::Dead { recovering: true, .. }
+        )
     }
 }
 

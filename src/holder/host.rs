@@ -103,8 +103,8 @@ impl HostView {
         judge(lock, &seen)
     }
 
-    /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host.
-    /// Its lock then stays, whatever its lease says.
+    /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host, or
+    /// that a process of this host is finishing the run. Its lock then stays, whatever its lease says.
     pub(crate) fn runs_here(&self, lock: &LockInfo) -> bool {
         self.claim(lock).is_some_and(|claim| claim.runs_here())
     }
@@ -293,12 +293,12 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_running_here_if_the_journal_has_a_process_that_is_or_may_be_its_own() {
+    fn a_run_is_running_here_if_the_journal_has_a_process_that_is_or_may_be_its_own_or_finishes_it() {
         for (state, expected) in [
             (Some(RunState::Living), true),
             (Some(RunState::Foreign(DOUBTFUL)), true),
             (Some(RunState::Foreign("it ran on another machine")), false),
-            (Some(RunState::Recovering), false),
+            (Some(RunState::Recovering), true),
             (Some(RunState::Dead), false),
             (None, false),
         ] {

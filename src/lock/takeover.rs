@@ -68,7 +68,8 @@ pub(crate) struct Taker {
     /// Whether the terraform that waits for the lock is between two attempts to get it. If the lock is deleted during an
     /// attempt, terraform may give up.
     pub(crate) rests: watch::Receiver<bool>,
-    /// Returns whether a process of the run that holds the lock is or may be running on this host.
+    /// Returns whether a process of the run that holds the lock is or may be running on this host, or a process of this
+    /// host is finishing the run.
     pub(crate) runs_here: fn(&LockInfo) -> bool,
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through, through_changing};
 use super::locks_recover::recover;
-use super::survived::{assert_nothing_left, killed_whole, start_recorded};
+use super::survived::{assert_nothing_left, killed_whole, records, start_recorded};
 use super::two_hosts::races;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
@@ -642,6 +642,45 @@ fn a_lock_whose_run_still_has_a_process_on_this_host_stays(lock: Lock) {
     env.assert_unlocked();
 }
 for_each_lock!(a_lock_whose_run_still_has_a_process_on_this_host_stays);
+
+/// A process that finishes a dead run may wait for a write that the kernel of this host has not delivered. It has a lock
+/// on byte 1 of the run's lock file.
+#[test]
+fn a_lock_whose_run_is_being_finished_on_this_host_is_not_taken() {
+    let waiting = ["plan", "-no-color", "-lock-timeout=50s"];
+    let finished = |lock: Lock, arguments: &[&str], code: i32| {
+        let mut env = killed_whole(lock);
+        env.set("TFW_LEASE", "5m");
+        let info = env.locks().first().unwrap().clone();
+        let mut lapsed = record(LONG_AGO, 300);
+        lapsed["lock"] = id_of(&info).into();
+        env.put_lease(&info, &lapsed);
+        let [run] = records(&env).try_into().unwrap();
+        let owner = fs::OpenOptions::new().write(true).open(run.with_file_name("lock")).unwrap();
+        let byte = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK.try_into().unwrap(),
+            l_whence: nix::libc::SEEK_SET.try_into().unwrap(),
+            l_start: 1,
+            l_len: 1,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(&owner, nix::fcntl::FcntlArg::F_OFD_SETLK(&byte)).unwrap();
+        let run = env.start(Subject::Tf, arguments);
+        run.wait_for_err("another process is cleaning up after that run now");
+        env.assert_locked();
+        // That process has ended without a release.
+        drop(owner);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(code), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+        env.assert_unlocked();
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| finished(Lock::DynamoDb, &PLAN, 1));
+        scope.spawn(|| finished(Lock::File, &waiting, 0));
+        scope.spawn(|| finished(Lock::Both, &waiting, 0));
+    });
+}
 
 /// A lock without a record, and an entry that is not a lock, are left alone.
 #[test]
