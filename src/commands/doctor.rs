@@ -430,7 +430,7 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
             _ => permission(findings, "s3:DeleteObject", bucket, &answer, stores),
         }
         clock = clock.or(told);
-        conditional_delete(findings, bucket, if_match);
+        conditional_delete(findings, bucket, if_match.unwrap_or(IfMatch::Unknown));
         // Do not create an object that could not be deleted again.
         let if_none_match =
             if answer.is_ok() { probe::put_object(&stores.s3, bucket, &probe_key).await } else { IfNoneMatch::Untried };

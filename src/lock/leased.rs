@@ -216,13 +216,12 @@ impl Stores {
     /// of an object without a claim: its delete is the decision, and the holder may renew just before it.
     ///
     /// # Errors
-    /// Returns the [`Failure`] of the test, if its first delete fails.
+    /// Returns the [`Failure`] of a request of the test. That shows nothing about the condition.
     pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey) -> Result<IfMatch, Failure> {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
                 let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
-                let (trial, treatment) = probe::delete_object(&self.s3, bucket, &key).await;
-                trial.answer.map(|()| treatment)
+                probe::delete_object(&self.s3, bucket, &key).await.1
             }
             StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => Ok(IfMatch::Obeyed),
         }

@@ -34,7 +34,7 @@ pub(crate) enum IfMatch {
     Obeyed,
     /// The bucket ignores the condition: a delete deletes any object at the key, and a put replaces any object.
     Ignored,
-    /// Not known, because the request failed for another reason, or because the test object could not be put.
+    /// Not known, because a request of the test failed for another reason.
     Unknown,
 }
 
@@ -88,8 +88,13 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 }
 
 /// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
-/// `key` must not be in use, because a service that ignores the condition deletes any object there.
-pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key: &str) -> (Trial, IfMatch) {
+/// `key` must not be in use, because a service that ignores the condition deletes any object there. The treatment is a
+/// [`Failure`] if a request of the test has failed for another reason: that shows nothing about the condition.
+pub(crate) async fn delete_object(
+    client: &aws_sdk_s3::Client,
+    bucket: &str,
+    key: &str,
+) -> (Trial, Result<IfMatch, Failure>) {
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
         let response = error.raw_response();
@@ -98,18 +103,25 @@ pub(crate) async fn delete_object(client: &aws_sdk_s3::Client, bucket: &str, key
         // A 404 also means that the bucket does not exist. That shows nothing about the permission.
         let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
         let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
-        return (Trial { answer, clock }, if permitted { IfMatch::Obeyed } else { IfMatch::Unknown });
+        let treatment = answer.clone().map(|()| IfMatch::Obeyed);
+        return (Trial { answer, clock }, treatment);
     }
     // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
     // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
     let body = ByteStream::from_static(TEST_BODY.as_bytes());
-    if client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await.is_err() {
-        return (permitted, IfMatch::Unknown);
+    if let Err(error) = client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await {
+        return (permitted, Err(s3::failure("s3:PutObject", &error)));
     }
-    let taken = if delete().if_match(ANOTHERS).send().await.is_ok() { IfMatch::Ignored } else { IfMatch::Obeyed };
+    let treatment = match delete().if_match(ANOTHERS).send().await {
+        Ok(_) => Ok(IfMatch::Ignored),
+        Err(error) if error.raw_response().is_some_and(|response| response.status().as_u16() == 412) => {
+            Ok(IfMatch::Obeyed)
+        }
+        Err(error) => Err(s3::failure("s3:DeleteObject", &error)),
+    };
     let _ = delete().send().await;
-    (permitted, taken)
+    (permitted, treatment)
 }
 
 /// How a bucket treats `If-None-Match`, the condition with which terraform locks: there must be no object at the key.

@@ -254,6 +254,71 @@ fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once
     std::thread::scope(|scope| services.for_each(|(_, service)| drop(scope.spawn(move || refused(service)))));
 }
 
+/// Whether this is a request of the test of an S3 service: it has an object of its own, beside the lock.
+fn is_of_service_test(request: &Message, path: &str) -> bool {
+    let is_beside = request.start.contains(&format!("{path}.")) && !request.start.contains(&format!("{path}.tflock"));
+    request.is_ours() && is_beside
+}
+
+/// An S3 service that confirms every delete of an object that does not exist. A test of it needs all its requests.
+#[derive(Default)]
+struct ConfirmingService {
+    /// Whether the object of the test is there.
+    is_there: AtomicBool,
+}
+
+impl ConfirmingService {
+    /// What a proxy does with a request of a test, so that another service seems to be this one.
+    fn answer(&self, request: &Message) -> ProxyAction {
+        let is_delete = request.start.starts_with("DELETE ");
+        if request.start.starts_with("PUT ") {
+            self.is_there.store(true, Ordering::Relaxed);
+        } else if is_delete && request.header("if-match").is_none() {
+            self.is_there.store(false, Ordering::Relaxed);
+        } else if is_delete && !self.is_there.load(Ordering::Relaxed) {
+            return ProxyAction::Answer(Message::answer("204 No Content", ""));
+        }
+        ProxyAction::Pass
+    }
+}
+
+/// The service fails to answer the request that tests the condition of a delete, or the one that puts the object for
+/// the test. That shows nothing about the condition, so the test is made again.
+#[test]
+fn a_failed_request_of_the_test_of_a_service_decides_nothing() {
+    let run = |is_put_failing: bool, is_condition_ignored: bool| {
+        let mut env = leased(Lock::File, "5m");
+        let path = env.path();
+        let service = ConfirmingService::default();
+        let failures = Arc::new(AtomicUsize::new(0));
+        let failed = Arc::clone(&failures);
+        let change = if is_condition_ignored { ignore_if_match } else { |_: &mut Message| {} };
+        let _proxy = through_changing(&mut env, change, move |request| {
+            let is_put = request.start.starts_with("PUT ");
+            if !is_of_service_test(request, &path) || !(is_put || request.start.starts_with("DELETE ")) {
+                return ProxyAction::Pass;
+            }
+            // The SDK sends a request three times.
+            let is_failing = is_put == is_put_failing && (is_put || service.is_there.load(Ordering::Relaxed));
+            if is_failing && failed.fetch_add(1, Ordering::Relaxed) < 3 {
+                return ProxyAction::Answer(Message::answer("503 Service Unavailable", ""));
+            }
+            service.answer(request)
+        });
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let end = env.run(Subject::Tf, &PLAN);
+        assert!(failures.load(Ordering::Relaxed) > 3, "{is_put_failing}: {}", env.dump(&end));
+        if is_condition_ignored {
+            assert_said_once(&env, &end, ["the service ignores the condition of a delete (If-Match)", ""]);
+        } else {
+            assert_taken(&env, &end);
+        }
+    };
+    for (is_put_failing, is_condition_ignored) in [(false, false), (false, true), (true, false), (true, true)] {
+        run(is_put_failing, is_condition_ignored);
+    }
+}
+
 /// Whether this is a delete by `tf` of what decides whether the lock at `path` is held: its item, or an object alone.
 fn deletes_lock(request: &Message, path: &str) -> bool {
     let is_object = request.start.starts_with("DELETE ") && request.start.contains(&format!("{path}.tflock"));
