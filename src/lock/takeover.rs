@@ -465,8 +465,9 @@ impl<'a> Watch<'a> {
         };
         let ((read, response_time), rest) = match self.unchanged.last() {
             None => (lock.await, None),
-            Some((_, last)) => {
-                let (lock, rest) = tokio::join!(lock, self.rest(last.state.is_none()));
+            Some((before, last)) => {
+                let id = before.stored.info().map(|info| info.id).unwrap_or_default();
+                let (lock, rest) = tokio::join!(lock, self.rest(&id, last.state.is_none()));
                 (lock, Some(rest))
             }
         };
@@ -560,7 +561,7 @@ impl<'a> Watch<'a> {
         if may != Permission::Yes {
             let rest = match rest {
                 Some(rest) => rest?,
-                None => self.rest(false).await?,
+                None => self.rest(&lapsed.info.id, false).await?,
             };
             let times = ReadTimes { sent, completed: self.begun.elapsed(), response_time };
             let seen = self.unchanged.see((lock.clone(), rest), times);
@@ -743,9 +744,10 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reads everything that must not change beside the part with the record. `had_no_state` is whether the last read
-    /// has found no state.
-    async fn rest(&self, had_no_state: bool) -> Result<Rest, Failure> {
+    /// Reads everything that must not change beside the part with the record. `id` is that of the lock. A terraform that
+    /// waits for it puts an object of its own and deletes it again, with each of its attempts, so the object of another
+    /// lock counts as none. `had_no_state` is whether the last read has found no state.
+    async fn rest(&self, id: &str, had_no_state: bool) -> Result<Rest, Failure> {
         let Self { location: LockLocation { bucket, key, table, .. }, stores, object, .. } = self;
         let state = Box::pin(s3::fingerprint(&stores.s3, bucket, key, had_no_state));
         let digest = Box::pin(async {
@@ -755,7 +757,8 @@ impl<'a> Watch<'a> {
         });
         let object = Box::pin(async {
             let Some(object) = object else { return Ok(None) };
-            nothing_if_excluded(stores.read(object).await)
+            let read = nothing_if_excluded(stores.read(object).await)?;
+            Ok(read.filter(|stored| stored.info().is_none_or(|info| info.id == id)))
         });
         let read = async {
             let (state, digest, object) = tokio::try_join!(state, digest, object)?;

@@ -504,6 +504,35 @@ fn a_write_in_flight_is_waited_for() {
     assert!(begun.elapsed().as_secs() >= 2, "{:?}: {}", begun.elapsed(), env.dump(&end));
 }
 
+/// A vanished host has left the item of a lock with two parts. Terraforms on other hosts wait for it. With each attempt,
+/// they put an object and delete it again.
+#[test]
+fn the_objects_of_waiting_terraforms_do_not_prolong_the_watch() {
+    let env = leased(Lock::Both, "5s");
+    env.lock_with_lease(&record(8, 5));
+    let object = format!("{}.tflock", env.path());
+    let put = |number: usize| {
+        let id = format!("44444444-2222-3333-4444-{number:012}");
+        cloud().s3("PUT", &object, lock_json(&id, &env.path()).as_bytes());
+    };
+    put(0);
+    let run = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=1m"]);
+    let taken = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The count ends the thread also if the test fails.
+            for number in (1..1200).take_while(|_| !taken.load(Ordering::Relaxed)) {
+                put(number);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        run.wait_for_err("released the lock: ");
+        taken.store(true, Ordering::Relaxed);
+    });
+    cloud().s3("DELETE", &object, b"");
+    assert_taken(&env, &run.wait());
+}
+
 /// Lets `env` reach the services through a proxy that delays each response to `tf` by `delay`.
 /// The first `at_once` ones are not delayed.
 fn delayed(env: &mut TestEnv, delay: Duration, at_once: usize) -> Proxy {
