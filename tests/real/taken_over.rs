@@ -727,6 +727,15 @@ fn a_lock_whose_run_still_has_a_process_on_this_host_stays(lock: Lock) {
         assert_not_taken(&env, &end);
         assert!(end.err.contains("the holder is alive: held by terraform apply on this host"), "{}", env.dump(&end));
     }
+    // The lease is late, and lapses after this plan has begun. A later plan would not release the lock either.
+    let late = jiff::Timestamp::now().as_second() - 270;
+    lapsed["renewed"] = late.into();
+    env.put_lease(&info, &lapsed);
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_not_taken(&env, &end);
+    assert!(!end.err.contains("run it again") && end.err.contains("wait until that run is over"), "{}", env.dump(&end));
+    lapsed["renewed"] = (late - LONG_AGO).into();
+    env.put_lease(&info, &lapsed);
     assert!(!env.exists("child-over"), "{}", env.trace());
     env.write("child-go", "");
     env.wait_for_file("child-over");
