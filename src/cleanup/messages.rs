@@ -143,7 +143,7 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) ->
         Some(Loss::Claimed(claim)) => {
             let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
             // The lease may have lapsed, or a person may have typed `tf locks release --force`.
-            format!("{} has claimed the lock of this run{at}", visible(&claim.by))
+            format!("{} has claimed the lock of this run{at}", lease_text::claimant(claim))
         }
         Some(Loss::Another { who, created }) => {
             format!("the lock is held by another run now: {}, since {}", visible(who), visible(created))
@@ -235,7 +235,7 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
 fn released_or_claimed(what: &str, claim: Option<&Claim>) -> String {
     let Some(claim) = claim else { return format!("released {what}") };
     let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
-    format!("{what} is released; {} had claimed it{at}", visible(&claim.by))
+    format!("{what} is released; {} had claimed it{at}", lease_text::claimant(claim))
 }
 
 /// Reports that the recorded digest does not match the state. The command in the message names `workspace` if it is not
@@ -452,7 +452,7 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
             "a state lock blocks this run: {}; {}\n{} is releasing that lock; waiting for that",
             lock(&lapsed.info),
             lapsed_lease(lapsed),
-            visible(&claim.by)
+            lease_text::claimant(claim)
         ),
         Progress::Took(lapsed) => {
             format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
@@ -483,7 +483,8 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
                 Reason::Obstacle(Obstacle::RunsHere) => {
-                    "tf does not release it, because a process on this host is or may be working for that run".to_owned()
+                    "tf does not release it, because a process on this host is or may be working for that run"
+                        .to_owned()
                 }
                 Reason::Obstacle(_) => {
                     "tf does not release it, because its lease does not promise that terraform was stopped: that host \
@@ -1169,6 +1170,8 @@ mod tests {
     use super::*;
     use crate::holder::evidence::Verdict;
     use crate::lease::notice::{Announcement, HostEnd};
+    use crate::lease::record::{Fence, Record, Renewal};
+    use crate::lease::terms::Terms;
 
     #[test]
     fn a_notice_says_what_happens_to_the_host_when_why_and_what_follows() {
@@ -1205,10 +1208,25 @@ mod tests {
     /// Of two hosts, one says that it has released the lock.
     #[test]
     fn the_release_of_a_lock_that_another_host_has_claimed_names_that_host() {
-        let claim = Claim { by: "ci\u{7}@other".into(), at: 1_790_000_000, number: 7 };
-        let of = |claim| released_or_claimed("the lock", claim);
-        assert_eq!(of(None), "released the lock");
-        assert_eq!(of(Some(&claim)), "the lock is released; ci\\u{7}@other had claimed it at 2026-09-21T14:13:20Z");
+        assert_eq!(released_or_claimed("the lock", None), "released the lock");
+        for (by, expected) in [("ci\u{7}@other", "ci\\u{7}@other"), ("", "another host")] {
+            let claim = Claim { by: by.into(), at: 1_790_000_000, number: 7 };
+            let said = released_or_claimed("the lock", Some(&claim));
+            assert_eq!(said, format!("the lock is released; {expected} had claimed it at 2026-09-21T14:13:20Z"));
+        }
+    }
+
+    #[test]
+    fn a_taker_that_waits_for_a_claim_names_the_claimant() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        let record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop);
+        let now = Timestamp::from_second(1_790_000_400).unwrap();
+        let lapsed = Lapsed { info: LockInfo::default(), record, path: "b/k".into(), now };
+        for (by, expected) in [("ci@other", "ci@other"), ("", "another host")] {
+            let claim = Claim { by: by.into(), at: 1_790_000_390, number: 7 };
+            let said = takeover(Progress::WaitsFor(&lapsed, &claim), ToOwned::to_owned);
+            assert!(said.ends_with(&format!("\n{expected} is releasing that lock; waiting for that")), "{said}");
+        }
     }
 
     /// An unlock would let another run change what a provisioner of the dead run still changes.
@@ -1295,10 +1313,14 @@ mod tests {
 
     #[test]
     fn a_lost_lock_is_said_to_be_whose_it_is_or_that_nobody_knows_who_released_it() {
-        let claim = Claim { by: "ci@other".into(), at: 1_790_000_000, number: 7 };
+        let claim = |by: &str| Claim { by: by.into(), at: 1_790_000_000, number: 7 };
         let another = Loss::Another { who: "bert@vm".into(), created: "2026-11-26T12:00:00Z".into() };
         for (loss, who) in [
-            (Some(Loss::Claimed(claim)), "ci@other has claimed the lock of this run at 2026-09-21T14:13:20Z\n"),
+            (
+                Some(Loss::Claimed(claim("ci@other"))),
+                "ci@other has claimed the lock of this run at 2026-09-21T14:13:20Z\n",
+            ),
+            (Some(Loss::Claimed(claim(""))), "another host has claimed the lock of this run at 2026-09-21T14:13:20Z\n"),
             (Some(another), "the lock is held by another run now: bert@vm"),
             (Some(Loss::Gone), "the lock of this run is gone: somebody has released or deleted it"),
             (None, "the lock of this run is gone: somebody has released or deleted it"),

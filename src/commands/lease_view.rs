@@ -152,7 +152,7 @@ pub(super) fn lines(lease: &ObservedLease) -> Vec<(&'static str, String)> {
     lines.extend(record.interrupted.as_ref().map(|notice| ("interrupted", lease_text::interruption(notice))));
     if let Ok(KnownLease { claim: Some(known), .. }) = &known {
         let rest = if known.has_lapsed { ", and has not released the lock" } else { "" };
-        let by = visible(&known.claim.by);
+        let by = lease_text::claimant(known.claim);
         lines.push(("claimed by", format!("{by}, {} ago{rest}", length_of_time(known.age))));
     }
     lines

@@ -232,10 +232,7 @@ fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static 
     const NO_PROMISE: &str = "its host does not promise to stop terraform in time";
     match (lease.claim, lease.fence()) {
         (Some(KnownClaim { claim, age, has_lapsed }), _) => {
-            let by = match console::visible(&claim.by) {
-                by if by.is_empty() => "another host".to_owned(),
-                by => by,
-            };
+            let by = lease_text::claimant(claim);
             let rest = if has_lapsed { ", but has not released it" } else { "" };
             let age = length_of_time(age);
             (format!("{by} claimed the lock {age} ago{rest}"), "that the holder is likely dead")

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::console::{length_of_time, visible};
 use crate::lease::observed::ObservedLease;
-use crate::lease::record::{Fence, Holder, Interruption};
+use crate::lease::record::{Claim, Fence, Holder, Interruption};
 use crate::lease::terms::Terms;
 
 /// Returns the length of a lease in words: whole minutes without seconds, because that is how a user sets it.
@@ -47,6 +47,15 @@ pub(crate) fn interruption(interrupted: &Interruption) -> String {
         let _ = write!(text, " ({})", visible(&interrupted.why));
     }
     text
+}
+
+/// Returns who has claimed a lock: the URL of a CI job, or `user@host`. That is left out of a claim for which there was no
+/// room beside the lock.
+pub(crate) fn claimant(claim: &Claim) -> String {
+    match visible(&claim.by) {
+        by if by.is_empty() => "another host".to_owned(),
+        by => by,
+    }
 }
 
 fn grade(fence: Fence) -> &'static str {
