@@ -93,9 +93,11 @@ impl PartRead<'_> {
 }
 
 /// Returns how many of `parts` parts are still to do after `judged`, the results so far. The part that comes next is one
-/// of them. A part that could not be read or deleted is still to do: it needs time for another attempt.
+/// of them. A part that could not be read or deleted is still to do: it needs time for another attempt. So is a part that
+/// waits: it is deleted last.
 pub(crate) fn still_to_do(parts: usize, judged: &[Result<Judged, Failure>]) -> usize {
-    parts.saturating_sub(judged.iter().filter(|part| part.is_ok()).count())
+    let is_done = |part: &&Result<Judged, Failure>| part.as_ref().is_ok_and(|judged| *judged != Judged::Waits);
+    parts.saturating_sub(judged.iter().filter(is_done).count())
 }
 
 /// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part.
@@ -402,6 +404,7 @@ mod tests {
             (vec![], 2),
             (vec![Ok(Judged::Deleted)], 1),
             (vec![Ok(Judged::Absent)], 1),
+            (vec![Ok(Judged::Waits)], 2),
             (vec![silent()], 2),
             (vec![silent(), Ok(Judged::Deleted)], 1),
         ] {
