@@ -40,7 +40,7 @@ use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
     COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
-    may_item_follow, needs_quiet, still_to_do,
+    may_item_follow, must_be_read_again, needs_quiet, still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
@@ -679,8 +679,15 @@ impl Attempt<'_> {
             let is_last = place + 1 == services.parts.len();
             judged.push(self.part(services, part, to_do, is_last).await);
         }
+        let mut before = None;
+        if let [Ok(Judged::Waits), object] = judged.as_mut_slice()
+            && must_be_read_again(object)
+        {
+            let again = self.part(services, &services.parts[1], 2, true).await;
+            before = Some(std::mem::replace(object, again));
+        }
         if let [item @ Ok(Judged::Waits), object] = judged.as_mut_slice()
-            && may_item_follow(object)
+            && may_item_follow(before.as_ref(), object)
         {
             *item = self.part(services, &services.parts[0], 1, true).await;
             if *item == Ok(Judged::Absent) && *object == Ok(Judged::Deleted) {

@@ -100,13 +100,21 @@ pub(crate) fn still_to_do(parts: usize, judged: &[Result<Judged, Failure>]) -> u
     parts.saturating_sub(judged.iter().filter(is_done).count())
 }
 
-/// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part.
+/// Whether one read of the object does not find the run's part, and does not prove that it is gone: the response may come
+/// from a proxy. The object is then read once more before an item is deleted that waits for it.
+pub(crate) fn must_be_read_again(object: &Result<Judged, Failure>) -> bool {
+    matches!(object, Ok(Judged::Absent | Judged::Excluded | Judged::NoLock(_)))
+}
+
+/// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part, and `before`
+/// that of an earlier read in the same look. `None` if there was one read only.
 ///
 /// As long as the item with the record is there, any host can take the lock over after the lease has lapsed. So the item
 /// stays as long as the object may be the run's.
-pub(crate) fn may_item_follow(object: &Result<Judged, Failure>) -> bool {
+pub(crate) fn may_item_follow(before: Option<&Result<Judged, Failure>>, object: &Result<Judged, Failure>) -> bool {
     match object {
-        Ok(Judged::Absent | Judged::Excluded | Judged::Deleted | Judged::Anothers(_) | Judged::NoLock(_)) => true,
+        Ok(Judged::Deleted | Judged::Anothers(_)) => true,
+        Ok(Judged::Absent | Judged::Excluded | Judged::NoLock(_)) => before == Some(object),
         Ok(Judged::Doubt(_) | Judged::NeedsQuiet | Judged::NeedsConsent(_) | Judged::Waits) | Err(_) => false,
     }
 }
@@ -423,7 +431,13 @@ mod tests {
                     matches!(judged, Judged::Doubt(_) | Judged::NeedsQuiet | Judged::NeedsConsent(_) | Judged::Waits)
                 }
             };
-            assert_eq!(may_item_follow(&object), !may_be_ours, "{object:?}");
+            let is_gone = matches!(object, Ok(Judged::Deleted | Judged::Anothers(_)));
+            assert_eq!(must_be_read_again(&object), !may_be_ours && !is_gone, "{object:?}");
+            for before in findings().into_iter().map(Some).chain([None]) {
+                // One read that does not find the object proves nothing.
+                let expected = is_gone || (!may_be_ours && before.as_ref() == Some(&object));
+                assert_eq!(may_item_follow(before.as_ref(), &object), expected, "{before:?} {object:?}");
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use stateright::{Model, Property};
 
+use crate::aws::failure::Failure;
 use crate::cleanup::after_run::died;
 use crate::cleanup::clean_up::{CleanUpStep, Cleaned, ORDER};
 use crate::cleanup::end_of_run::EndOfRun;
@@ -26,7 +27,8 @@ use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::outcome::{AnothersLock, Because, Outcome, Released};
 use crate::lock::proof::{Match, Run, judge};
 use crate::lock::release_step::{
-    Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep, needs_quiet,
+    Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep,
+    may_item_follow, must_be_read_again, needs_quiet,
 };
 use crate::lock::stores::{Removed, StoredLock, removed};
 use crate::sys::process::Process;
@@ -70,13 +72,14 @@ impl Parts {
     }
 
     /// The order in which a release reads and deletes them (`LockLocation::store_keys`). An item with a lease waits after
-    /// its first read, and is read once more and deleted after the object (`Judged::Waits`).
+    /// its first read, and is read once more and deleted after the object (`Judged::Waits`). The second read of the object
+    /// is left out if the first one proves that it is gone (`must_be_read_again`).
     fn our_order(self) -> &'static [usize] {
         match self {
             Self::Item => &[ITEM],
             Self::Object => &[OBJECT],
             Self::Both => &[ITEM, OBJECT],
-            Self::BothLeased => &[ITEM, OBJECT, ITEM],
+            Self::BothLeased => &[ITEM, OBJECT, OBJECT, ITEM],
         }
     }
 
@@ -217,6 +220,17 @@ enum PartResult {
     Anothers,
     NeedsQuiet,
     Waits,
+}
+
+fn judged(part: PartResult) -> Result<Judged, Failure> {
+    Ok(match part {
+        PartResult::Absent => Judged::Absent,
+        PartResult::Deleted => Judged::Deleted,
+        PartResult::Anothers => Judged::Anothers(CONTENDER_ID.to_owned()),
+        PartResult::NeedsQuiet => Judged::NeedsQuiet,
+        PartResult::Waits => Judged::Waits,
+        PartResult::Unread => unreachable!("each part was read"),
+    })
 }
 
 /// Where a release is. A number is a place in [`Parts::our_order`].
@@ -765,8 +779,19 @@ impl Protocol {
         // Where the release goes on after the part at `place` of the order.
         let after = |place: usize, parts: [PartResult; 2]| match order.get(place + 1) {
             None => At::Combine,
-            Some(_) if place == 1 && parts[ITEM] != PartResult::Waits => At::Combine,
-            Some(_) => At::Read(place + 1),
+            Some(_) if place == 0 => At::Read(1),
+            Some(_) if parts[ITEM] != PartResult::Waits => At::Combine,
+            Some(_) => {
+                let object = judged(parts[OBJECT]);
+                let before = (place == 2).then(|| judged(release.parts[OBJECT]));
+                if place == 1 && must_be_read_again(&object) {
+                    At::Read(2)
+                } else if may_item_follow(before.as_ref(), &object) {
+                    At::Read(3)
+                } else {
+                    At::Combine
+                }
+            }
         };
         match release.at {
             At::Read(place) => {
@@ -826,19 +851,7 @@ impl Protocol {
                 }
             }
             At::Combine => {
-                let judged: Vec<_> = parts
-                    .iter()
-                    .map(|part| {
-                        Ok(match release.parts[*part] {
-                            PartResult::Absent => Judged::Absent,
-                            PartResult::Deleted => Judged::Deleted,
-                            PartResult::Anothers => Judged::Anothers(CONTENDER_ID.to_owned()),
-                            PartResult::NeedsQuiet => Judged::NeedsQuiet,
-                            PartResult::Waits => Judged::Waits,
-                            PartResult::Unread => unreachable!("each part was read"),
-                        })
-                    })
-                    .collect();
+                let judged: Vec<_> = parts.iter().map(|part| judged(release.parts[*part])).collect();
                 let unproven = |absent: [bool; 2]| -> Vec<(usize, Option<String>)> {
                     (0..parts.len()).filter(|place| absent[parts[*place]]).map(|place| (place, None)).collect()
                 };
@@ -883,7 +896,7 @@ impl Protocol {
             // Only the network and the time end these.
             At::Deleting(_) | At::Quiet(..) => return None,
         }
-        if matches!(release.at, At::Read(2) | At::ReadAgain(2, _))
+        if matches!(release.at, At::Read(3) | At::ReadAgain(3, _))
             && (now.at, now.parts) == (At::Combine, [PartResult::Absent, PartResult::Deleted])
         {
             // Somebody else has deleted the item meanwhile.

@@ -1,5 +1,6 @@
 //! The requests of `tf` to the services: none in a run that exits successfully, and otherwise those in docs/iam.md.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
@@ -279,6 +280,39 @@ fn of_a_leased_lock_of_two_parts_the_item_is_deleted_last() {
         env.assert_unlocked();
         assert_eq!(deletes(&asked), ["object", "item"], "{who}: {}", env.trace());
     }
+}
+
+/// Whether this is a read of the lock's object.
+fn reads_object(request: &Message) -> bool {
+    request.start.starts_with("GET ") && request.start.contains("/prod.tfstate.tflock")
+}
+
+/// One response that does not find the object may come from a proxy.
+#[test]
+fn an_item_with_a_lease_is_deleted_only_if_a_second_read_does_not_find_the_object_either() {
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.set("TFW_LEASE", "5m").set("TFW_CLOCK", "steady");
+    let is_dead = Arc::new(AtomicBool::new(false));
+    let hides = Arc::clone(&is_dead);
+    let (_proxy, asked) = record(&mut env, move |request| {
+        if reads_object(request) && hides.swap(false, Ordering::Relaxed) {
+            let mut absent = Message::answer("404 Not Found", "<Error><Code>NoSuchKey</Code></Error>");
+            absent.headers.push(("x-amz-request-id".to_owned(), "1".to_owned()));
+            ProxyAction::Answer(absent)
+        } else {
+            ProxyAction::Pass
+        }
+    });
+    let run = env.start_apply(Subject::Tf);
+    env.wait_for_lease();
+    env.wait_for_trace("journal written");
+    is_dead.store(true, Ordering::Relaxed);
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    assert!(!is_dead.load(Ordering::Relaxed), "{}", env.dump(&end));
+    env.assert_unlocked();
+    assert_eq!(deletes(&asked), ["object", "item"], "{}", env.dump(&end));
 }
 
 /// This is the reverse of the order in which terraform acquires them, so that no other run can acquire one of the two.
