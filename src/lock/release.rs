@@ -40,7 +40,7 @@ use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
     COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
-    may_item_follow, must_be_read_again, needs_quiet, still_to_do,
+    is_released_by_another, may_item_follow, must_be_read_again, needs_quiet, still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
@@ -264,6 +264,7 @@ async fn attempts(
         claim: None,
         created: None,
         deleted: false,
+        has_waited: false,
         write: None,
         agreed: release_is_asked_for(),
     };
@@ -614,6 +615,8 @@ struct Attempt<'a> {
     created: Option<jiff::Timestamp>,
     /// Whether this release has deleted at least one part.
     deleted: bool,
+    /// Whether the item has waited for the object ([`Judged::Waits`]).
+    has_waited: bool,
     /// The claim of another host that was deleted with a part.
     claim: Option<Claim>,
     /// The result of the wait for a write. `None` until nothing has changed for a whole [`QUIET_WINDOW`].
@@ -679,6 +682,7 @@ impl Attempt<'_> {
             let is_last = place + 1 == services.parts.len();
             judged.push(self.part(services, part, to_do, is_last).await);
         }
+        self.has_waited |= judged.first() == Some(&Ok(Judged::Waits));
         let mut before = None;
         if let [Ok(Judged::Waits), object] = judged.as_mut_slice()
             && must_be_read_again(object)
@@ -690,15 +694,25 @@ impl Attempt<'_> {
             && may_item_follow(before.as_ref(), object)
         {
             *item = self.part(services, &services.parts[0], 1, true).await;
-            if *item == Ok(Judged::Absent) && *object == Ok(Judged::Deleted) {
-                // Somebody else has deleted the item meanwhile, for example a host that has taken the lock over. It
-                // reports the release.
-                *object = Ok(Judged::Absent);
-                self.asked_to_go.clear();
-            }
         }
+        self.see_whether_another_has_released(services, &mut judged);
         self.deleted |= judged.iter().any(|part| matches!(part, Ok(Judged::Deleted)));
         judged
+    }
+
+    /// If somebody else has released the lock, changes `judged`, the results for its parts, and forgets the deletes of this
+    /// release.
+    fn see_whether_another_has_released(&mut self, services: &Services<'_>, judged: &mut [Result<Judged, Failure>]) {
+        let was_asked_to_go = services.parts.first().is_some_and(|item| self.asked_to_go.contains(item));
+        if let [item, object] = judged
+            && is_released_by_another(item, (self.has_waited, was_asked_to_go))
+        {
+            if *object == Ok(Judged::Deleted) {
+                *object = Ok(Judged::Absent);
+            }
+            self.asked_to_go.clear();
+            self.deleted = false;
+        }
     }
 
     /// Reads the parts once more after `failure`, which ends the release. A delete may have succeeded although its
@@ -715,7 +729,8 @@ impl Attempt<'_> {
             Judged::of_last_look(nothing_if_excluded(read), &self.recorded.id, self.asked_to_go.contains(part))
                 .ok_or_else(|| failure.clone())
         });
-        let parts: Vec<_> = parts.collect();
+        let mut parts: Vec<_> = parts.collect();
+        self.see_whether_another_has_released(&services, &mut parts);
         trace!("the last look: {parts:?}");
         let look = PartsLook {
             parts: &parts,

@@ -119,6 +119,17 @@ pub(crate) fn may_item_follow(before: Option<&Result<Judged, Failure>>, object: 
     }
 }
 
+/// Whether somebody else has released a lock. If `has_waited`, its item was seen to wait ([`Judged::Waits`]). If it is gone
+/// now, and this release has not requested its deletion (not `was_asked_to_go`), then a host that has taken the lock over
+/// has deleted it, or another process that cleans up after the run. That one reports the release, also if this release
+/// has deleted the object.
+pub(crate) fn is_released_by_another(
+    item: &Result<Judged, Failure>,
+    (has_waited, was_asked_to_go): (bool, bool),
+) -> bool {
+    has_waited && !was_asked_to_go && matches!(item, Ok(Judged::Absent | Judged::Anothers(_)))
+}
+
 /// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
 /// absent) or a text that describes something in the part's place that is not a lock.
 pub(crate) type Unproven = Vec<(usize, Option<String>)>;
@@ -437,6 +448,17 @@ mod tests {
                 // One read that does not find the object proves nothing.
                 let expected = is_gone || (!may_be_ours && before.as_ref() == Some(&object));
                 assert_eq!(may_item_follow(before.as_ref(), &object), expected, "{before:?} {object:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_not_requested_the_deletion_of_an_item_that_waited_has_not_released_the_lock() {
+        for item in findings() {
+            for (has_waited, was_asked_to_go) in [(false, false), (false, true), (true, false), (true, true)] {
+                let is_gone = matches!(item, Ok(Judged::Absent | Judged::Anothers(_)));
+                let expected = is_gone && has_waited && !was_asked_to_go;
+                assert_eq!(is_released_by_another(&item, (has_waited, was_asked_to_go)), expected, "{item:?}");
             }
         }
     }

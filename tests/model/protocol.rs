@@ -28,7 +28,7 @@ use crate::lock::outcome::{AnothersLock, Because, Outcome, Released};
 use crate::lock::proof::{Match, Run, judge};
 use crate::lock::release_step::{
     Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep,
-    may_item_follow, must_be_read_again, needs_quiet,
+    is_released_by_another, may_item_follow, must_be_read_again, needs_quiet,
 };
 use crate::lock::stores::{Removed, StoredLock, removed};
 use crate::sys::process::Process;
@@ -253,6 +253,8 @@ struct Release {
     parts: [PartResult; 2],
     asked_to_go: [bool; 2],
     was_deleted: bool,
+    /// Whether the item has waited for the object.
+    has_waited: bool,
     is_quiet: bool,
     waits: u8,
     /// The parts that the previous look has not proved to be absent.
@@ -266,6 +268,7 @@ impl Release {
         parts: [PartResult::Unread; 2],
         asked_to_go: [false; 2],
         was_deleted: false,
+        has_waited: false,
         is_quiet: false,
         waits: 0,
         before: None,
@@ -896,11 +899,15 @@ impl Protocol {
             // Only the network and the time end these.
             At::Deleting(_) | At::Quiet(..) => return None,
         }
-        if matches!(release.at, At::Read(3) | At::ReadAgain(3, _))
-            && (now.at, now.parts) == (At::Combine, [PartResult::Absent, PartResult::Deleted])
+        now.has_waited |= now.parts[ITEM] == PartResult::Waits;
+        if release.at != At::Combine
+            && now.at == At::Combine
+            && order.len() > 2
+            && is_released_by_another(&judged(now.parts[ITEM]), (now.has_waited, now.asked_to_go[ITEM]))
         {
-            // Somebody else has deleted the item meanwhile.
-            now.parts = [PartResult::Absent; 2];
+            if now.parts[OBJECT] == PartResult::Deleted {
+                now.parts[OBJECT] = PartResult::Absent;
+            }
             now.asked_to_go = [false; 2];
             now.was_deleted = false;
         }

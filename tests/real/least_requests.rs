@@ -315,6 +315,38 @@ fn an_item_with_a_lease_is_deleted_only_if_a_second_read_does_not_find_the_objec
     assert_eq!(deletes(&asked), ["object", "item"], "{}", env.dump(&end));
 }
 
+/// After this host has deleted the object, another host that has claimed the lock deletes the item. It says so.
+#[test]
+fn a_lock_whose_item_another_host_has_deleted_is_not_reported_as_released() {
+    for is_taken_again in [false, true] {
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        env.set("TFW_LEASE", "5m").set("TFW_CLOCK", "steady");
+        let (path, table) = (env.path(), env.table.clone());
+        let is_object_gone = AtomicBool::new(false);
+        let (_proxy, _asked) = record(&mut env, move |request| {
+            if request.start.starts_with("DELETE ") && request.start.contains("/prod.tfstate.tflock") {
+                is_object_gone.store(true, Ordering::Relaxed);
+            } else if request.asks_for("GetItem") && is_object_gone.swap(false, Ordering::Relaxed) {
+                if is_taken_again {
+                    cloud().put_item(&table, &path, &lock_json("44444444-2222-3333-4444-555555555555", &path));
+                } else {
+                    cloud().delete_item(&table, &path);
+                    // This read fails, so this host makes another attempt.
+                    return ProxyAction::Close;
+                }
+            }
+            ProxyAction::Pass
+        });
+        let run = env.start_apply(Subject::Tf);
+        env.wait_for_lease();
+        env.wait_for_trace("journal written");
+        run.kill_terraform();
+        let end = run.wait();
+        assert!(!end.err.contains("released the lock"), "{}", env.dump(&end));
+        assert_eq!(env.locks().len(), usize::from(is_taken_again), "{}", env.dump(&end));
+    }
+}
+
 /// This is the reverse of the order in which terraform acquires them, so that no other run can acquire one of the two.
 #[test]
 fn of_a_lock_of_two_parts_the_item_is_deleted_first_whoever_releases_it() {
