@@ -414,7 +414,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
         lock_place(findings, directory, &read, &stores.object(bucket, &lock_key));
         permission(findings, "s3:GetObject", &format!("{bucket}/{lock_key}"), &read.map(drop), stores);
         let probe_key = probe::test_key(key);
-        let (Trial { answer, clock: told }, if_match) = probe::delete_object(&stores.s3, bucket, &probe_key).await;
+        let (Trial { answer, clock: told }, if_match) =
+            probe::delete_object(&stores.s3, bucket, &probe_key, Duration::MAX).await;
         match &answer {
             // The trial deletes another key than the lock's. If a policy permits only the lock's key, the trial is
             // denied although a release would succeed.

@@ -213,15 +213,16 @@ impl Stores {
     }
 
     /// Tests how the service at `store_key` treats the condition of a delete. Only [`IfMatch::Obeyed`] permits a takeover
-    /// of an object without a claim: its delete is the decision, and the holder may renew just before it.
+    /// of an object without a claim: its delete is the decision, and the holder may renew just before it. The test takes
+    /// at most twice the `limit`. The caller must not drop this before it is ready, because a test object would stay then.
     ///
     /// # Errors
     /// Returns the [`Failure`] of a request of the test. That shows nothing about the condition.
-    pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey) -> Result<IfMatch, Failure> {
+    pub(crate) async fn treatment_of_deletes(&self, store_key: &StoreKey, limit: Duration) -> Result<IfMatch, Failure> {
         match store_key {
             StoreKey::S3 { bucket, key, .. } if self.has_custom_s3 => {
                 let key = probe::test_key(key.strip_suffix(LOCK_FILE).unwrap_or(key));
-                probe::delete_object(&self.s3, bucket, &key).await.1
+                probe::delete_object(&self.s3, bucket, &key, limit).await.1
             }
             StoreKey::S3 { .. } | StoreKey::DynamoDb { .. } => Ok(IfMatch::Obeyed),
         }

@@ -89,11 +89,32 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 
 /// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
 /// `key` must not be in use, because a service that ignores the condition deletes any object there. The treatment is a
-/// [`Failure`] if a request of the test has failed for another reason: that shows nothing about the condition.
+/// [`Failure`] if a request of the test has failed for another reason, or if the service has not answered within `limit`:
+/// that shows nothing about the condition. The test object is deleted again in any case. So the caller must not drop this
+/// before it is ready.
 pub(crate) async fn delete_object(
     client: &aws_sdk_s3::Client,
     bucket: &str,
     key: &str,
+    limit: Duration,
+) -> (Trial, Result<IfMatch, Failure>) {
+    let mut may_be_there = false;
+    let test = timeout(limit, test_deletes(client, bucket, key, &mut may_be_there)).await;
+    if may_be_there {
+        let _ = timeout(limit, client.delete_object().bucket(bucket).key(key).send()).await;
+    }
+    test.unwrap_or_else(|_| {
+        let failure = Failure::no_answer("S3", "the request timed out");
+        (Trial { answer: Err(failure.clone()), clock: None }, Err(failure))
+    })
+}
+
+/// Does the work of [`delete_object`], and sets `may_be_there` before it puts the test object.
+async fn test_deletes(
+    client: &aws_sdk_s3::Client,
+    bucket: &str,
+    key: &str,
+    may_be_there: &mut bool,
 ) -> (Trial, Result<IfMatch, Failure>) {
     let delete = || client.delete_object().bucket(bucket).key(key);
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
@@ -110,8 +131,12 @@ pub(crate) async fn delete_object(
     // that key shows which is the case.
     let permitted = Trial { answer: Ok(()), clock: None };
     let body = ByteStream::from_static(TEST_BODY.as_bytes());
+    *may_be_there = true;
     if let Err(error) = client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await {
-        return (permitted, Err(s3::failure("s3:PutObject", &error)));
+        let failure = s3::failure("s3:PutObject", &error);
+        // A service that has refused the put has stored nothing.
+        *may_be_there = !failure.is_final();
+        return (permitted, Err(failure));
     }
     let treatment = match delete().if_match(ANOTHERS).send().await {
         Ok(_) => Ok(IfMatch::Ignored),
@@ -120,7 +145,6 @@ pub(crate) async fn delete_object(
         }
         Err(error) => Err(s3::failure("s3:DeleteObject", &error)),
     };
-    let _ = delete().send().await;
     (permitted, treatment)
 }
 

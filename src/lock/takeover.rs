@@ -200,7 +200,8 @@ pub(crate) async fn take_over(
             Decision::End(end) => return end,
             Decision::Take(take) => *take,
         };
-        if taker.until == Until::Told {
+        let tested = watch.test_deletes().await;
+        if taker.until == Until::Told && tested.is_ok() {
             let mut rests = taker.rests.clone();
             let rest = timeout(MAX_REST_WAIT, rests.wait_for(|rests| *rests));
             tokio::select! {
@@ -213,7 +214,11 @@ pub(crate) async fn take_over(
                 continue;
             }
         }
-        let failure = match timeout(TAKE_TIMEOUT, watch.take(&lock, &lapsed)).await {
+        let attempt = match tested {
+            Ok(()) => timeout(TAKE_TIMEOUT, watch.take(&lock, &lapsed)).await,
+            Err(failure) => Ok(Err(failure)),
+        };
+        let failure = match attempt {
             Ok(Ok(Taken::Gone(by))) => {
                 report(Progress::of_gone(by, &lapsed));
                 (watch.lapsed, watch.sent) = (None, None);
@@ -380,6 +385,8 @@ struct Watch<'a> {
     /// When the last step was completed that had no failure, or when the watch began.
     succeeded: Instant,
     table: TableCheck,
+    /// Whether a test has shown that the service obeys the condition of a delete.
+    obeys_if_match: bool,
 }
 
 impl<'a> Watch<'a> {
@@ -401,6 +408,7 @@ impl<'a> Watch<'a> {
             has_read: false,
             succeeded: Instant::now(),
             table: if release_is_asked_for() { TableCheck::Usable } else { TableCheck::Unknown },
+            obeys_if_match: false,
         })
     }
 
@@ -772,6 +780,28 @@ impl<'a> Watch<'a> {
         timeout(limit, Box::pin(work)).await.unwrap_or_else(|_| Err(failed()))
     }
 
+    /// Tests whether the service obeys the condition of a delete, if the lock is an object alone and no test has shown
+    /// that yet. It is not part of an attempt to take the lock: each attempt has a time limit, and a test that is broken
+    /// off leaves an object.
+    async fn test_deletes(&mut self) -> Result<(), Failure> {
+        if self.obeys_if_match || !matches!(self.part, StoreKey::S3 { .. }) {
+            return Ok(());
+        }
+        let only_a_person = |why: &str| {
+            Err(Failure::refusal(self.part.service(), &format!("{why}, so only a person can release this lock")))
+        };
+        match self.stores.treatment_of_deletes(&self.part, SERVICE_TIMEOUT).await {
+            Ok(IfMatch::Obeyed) => {
+                self.obeys_if_match = true;
+                Ok(())
+            }
+            Ok(IfMatch::Ignored) => only_a_person("the service ignores the condition of a delete (If-Match)"),
+            Ok(IfMatch::Unknown) => only_a_person(UNTESTED),
+            Err(failure) if failure.is_final() => only_a_person(&format!("{UNTESTED} ({failure})")),
+            Err(failure) => Err(failure),
+        }
+    }
+
     /// Whether this taker has claimed `lock`.
     fn has_claimed(&self, lock: &LeasedLock) -> bool {
         record_of(lock).is_some_and(|record| is_own(self.claim.as_ref(), record))
@@ -898,28 +928,14 @@ async fn delete(
 const UNTESTED: &str = "tf could not test whether the service obeys the condition of a delete (If-Match)";
 
 /// Deletes a lock that is an object alone. The condition of the delete is the decision: the lock and its record are
-/// still what was read. Notes in `result` what is known about the deletes.
+/// still what was read. A test must have shown that the service obeys it ([`Watch::test_deletes`]). Notes in `result` what
+/// is known about the deletes.
 async fn take_object(
     stores: &Stores,
     object: &StoreKey,
     lock: &LeasedLock,
     result: &mut DeleteResult,
 ) -> Result<Taken, Failure> {
-    let only_a_person =
-        |why: &str| Failure::refusal(object.service(), &format!("{why}, so only a person can release this lock"));
-    match stores.treatment_of_deletes(object).await {
-        Ok(IfMatch::Obeyed) => {}
-        Ok(IfMatch::Ignored) => {
-            return Err(only_a_person("the service ignores the condition of a delete (If-Match)"));
-        }
-        Ok(IfMatch::Unknown) => {
-            return Err(only_a_person(UNTESTED));
-        }
-        Err(failure) if failure.is_final() => {
-            return Err(only_a_person(&format!("{UNTESTED} ({failure})")));
-        }
-        Err(failure) => return Err(failure),
-    }
     crash_point::reached("takeover: before the delete");
     for _ in 0..ATTEMPTS {
         noted(result, stores.delete(object, &lock.stored)).await?;

@@ -599,6 +599,42 @@ fn terraform_starts_although_one_of_the_two_services_fails_at_once() {
     assert!(failed.load(Ordering::Relaxed) > 0, "{}", env.dump(&end));
 }
 
+/// Each response takes so long that the test of the service takes as long as an attempt to take the lock may take. Or
+/// there is no response to one request of the test, after its object was put.
+#[test]
+fn a_slow_s3_service_of_your_own_does_not_prevent_a_takeover_and_keeps_no_test_object() {
+    let run = |is_silent: bool| {
+        let mut env = leased(Lock::File, "5m");
+        let path = env.path();
+        let is_first = AtomicBool::new(true);
+        let unanswered = AtomicUsize::new(0);
+        let service = ConfirmingService::default();
+        let _proxy = through(&mut env, move |request| {
+            let is_test = is_of_service_test(request, &path);
+            let is_delete = is_test && request.start.starts_with("DELETE ") && service.is_there.load(Ordering::Relaxed);
+            // The SDK waits 8 s for a response, and sends the request three times.
+            if is_silent && is_delete && unanswered.fetch_add(1, Ordering::Relaxed) < 3 {
+                std::thread::sleep(std::time::Duration::from_secs(9));
+                return ProxyAction::Close;
+            }
+            // The first read has a limit of its own.
+            if !is_silent && request.is_ours() && !is_first.swap(false, Ordering::Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(5200));
+            }
+            if is_test { service.answer(request) } else { ProxyAction::Pass }
+        });
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let end = env.start(Subject::Tf, &PLAN).wait_at_most(std::time::Duration::from_secs(90));
+        assert_taken(&env, &end);
+        let objects = cloud().s3("GET", &format!("{}?list-type=2", env.bucket), b"").text();
+        assert_eq!(objects.matches(".tflock").count(), 0, "{objects}");
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| run(false));
+        scope.spawn(|| run(true));
+    });
+}
+
 #[test]
 fn an_interrupt_ends_the_wait() {
     let env = leased(Lock::Both, "1m");
