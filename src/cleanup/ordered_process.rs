@@ -62,6 +62,12 @@ impl OrderedProcess {
         self.child.try_wait().ok()?
     }
 
+    /// Returns the stdout of the process, to read what it has written. `None` if it was returned by
+    /// [`OrderedProcess::take_stdout`].
+    pub(crate) fn stdout(&mut self) -> Option<&mut ChildStdout> {
+        self.child.stdout.as_mut()
+    }
+
     /// Returns the stdout of the process, which ends with it. `None` if it was returned before.
     pub(crate) fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()

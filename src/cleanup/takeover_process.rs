@@ -2,9 +2,10 @@
 //!
 //! It ends when its stdin ends, but not between the claim of a lock and its delete.
 
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus};
+use std::process::{Child, ChildStdout, ExitStatus};
 use std::time::Duration;
 
 use nix::poll::PollFlags;
@@ -23,7 +24,7 @@ use crate::holder::host::HostView;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
-use crate::lock::takeover::{self, End, Progress, Reason, Taker, Until};
+use crate::lock::takeover::{self, End, Progress, RefusedLock, Taker, Until};
 use crate::panics;
 use crate::runtime;
 use crate::sys::poll;
@@ -41,8 +42,11 @@ const NO_CREDENTIALS: u8 = 1;
 /// The exit code of a taker whose requests failed.
 const FAILED: u8 = 2;
 
-/// The exit code of a taker that has given up ([`End::GaveUp`]).
+/// The exit code of a taker that has given up ([`End::GaveUp`]). It writes the ID of the lock to its stdout.
 const GAVE_UP: u8 = 3;
+
+/// The longest ID of a lock that a taker writes to its stdout.
+const MAX_ID_BYTES: usize = 256;
 
 /// What a taker needs to know.
 #[derive(Serialize, Deserialize)]
@@ -53,10 +57,19 @@ struct Orders {
     length: Duration,
     /// Whether terraform waits for a lock, so that the taker watches until its stdin ends.
     is_awaited: bool,
-    /// Whether an earlier taker has reported that it gave up, so that this one does not report it again.
-    is_said: bool,
+    /// The lock that an earlier taker could not take. `None` if there is none.
+    refused: Option<Refused>,
     /// Terraform's working directory. Relative paths in the settings are relative to it.
     directory: PathBuf,
+}
+
+/// A lock that an earlier taker of a run could not take, and has reported.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refused {
+    /// The ID of the lock. `None` if it is the lock that the first read of the next taker shows.
+    pub(crate) id: Option<String>,
+    /// After which time it may be tried again.
+    pub(crate) left: Duration,
 }
 
 /// A taker, as seen by the process that has started it.
@@ -72,13 +85,13 @@ const RESTS: u8 = b'r';
 const TRIES: u8 = b't';
 
 /// How a taker has ended, as its exit code says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
     Over,
     NoCredentials,
     Failed,
-    /// The lock cannot be taken, and the taker has said so.
-    GaveUp,
+    /// The lock with this ID cannot be taken, and the taker has said so. The ID is `None` if it is not known.
+    GaveUp(Option<String>),
 }
 
 /// The result of [`before_run`].
@@ -92,7 +105,7 @@ pub(crate) struct Before {
 
 impl TakeoverProcess {
     /// Starts a taker for the lock at `location`. `is_awaited` is true if terraform waits for a lock. The taker then
-    /// watches until it is told to end. `is_said` is whether an earlier taker has reported that it gave up.
+    /// watches until it is told to end. `refused` is the lock that an earlier taker could not take.
     ///
     /// # Errors
     /// If the process cannot be started.
@@ -100,13 +113,14 @@ impl TakeoverProcess {
         location: &LockLocation,
         here: &CandidateBackends,
         terms: Terms,
-        (is_awaited, is_said): (bool, bool),
+        is_awaited: bool,
+        refused: Option<Refused>,
     ) -> std::io::Result<Self> {
         let orders = Orders {
             location: location.to_json(),
             length: terms.length(),
             is_awaited,
-            is_said,
+            refused,
             directory: here.working_directory.clone(),
         };
         Ok(Self { process: OrderedProcess::start(WORD, &orders)?, rests: false })
@@ -127,7 +141,8 @@ impl TakeoverProcess {
 
     /// Returns how the process has ended. `None` if it is still running.
     pub(crate) fn ended(&mut self) -> Option<Ended> {
-        self.process.ended().map(how)
+        let status = self.process.ended()?;
+        Some(how(status, || self.process.stdout().and_then(read_id)))
     }
 
     /// Tells the process to end, and returns its child process for the wait.
@@ -151,28 +166,37 @@ impl TakeoverProcess {
                 asked.get_or_insert(signal);
             }
             if ready.first() == Some(&true) {
-                let has_given_up = self.process.wait().is_some_and(|status| how(status) == Ended::GaveUp);
+                let ended = self.process.wait().map(|status| how(status, || None));
+                let has_given_up = matches!(ended, Some(Ended::GaveUp(_)));
                 return Before { asked, has_given_up };
             }
         }
     }
 }
 
-/// Returns how a taker with this status has ended.
-fn how(status: ExitStatus) -> Ended {
+/// Returns how a taker with this status has ended. `refused` returns the ID that the taker has written to its stdout.
+fn how(status: ExitStatus, refused: impl FnOnce() -> Option<String>) -> Ended {
     match status.code().and_then(|code| u8::try_from(code).ok()) {
         Some(0) => Ended::Over,
         Some(NO_CREDENTIALS) => Ended::NoCredentials,
-        Some(GAVE_UP) => Ended::GaveUp,
+        Some(GAVE_UP) => Ended::GaveUp(refused()),
         _ => Ended::Failed,
     }
+}
+
+/// Reads the ID of a lock that a process which has ended has written to its stdout. `None` if there is none.
+fn read_id(stdout: &mut ChildStdout) -> Option<String> {
+    let mut bytes = [0; MAX_ID_BYTES];
+    let length = poll::ready_now(stdout.as_fd(), PollFlags::POLLIN).then(|| stdout.read(&mut bytes).ok())??;
+    let id = str::from_utf8(&bytes[..length]).ok()?;
+    (!id.is_empty()).then(|| id.to_owned())
 }
 
 /// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. This process
 /// must have only one thread.
 pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut Signals) -> Before {
     let Some(location) = here.selected() else { return Before::default() };
-    match TakeoverProcess::start(&location, here, terms, (false, false)) {
+    match TakeoverProcess::start(&location, here, terms, false, None) {
         Ok(process) => process.wait(signals),
         Err(error) => {
             trace!("no process for the takeover: {error}");
@@ -185,23 +209,21 @@ pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut S
 pub(crate) fn run() -> u8 {
     session::become_helper(c"tf-takeover");
     let Some((orders, stdin)) = ordered_process::Orders::read() else { return FAILED };
-    let Orders { location, length, is_awaited, is_said, directory } = orders;
+    let Orders { location, length, is_awaited, refused, directory } = orders;
     let (Some(location), Some(terms)) = (LockLocation::of_json(&location), Terms::new(length)) else { return FAILED };
     let chdir = chdir(std::env::current_dir().ok().as_deref(), &directory);
     working_directory::go(&directory);
     crash_point::reached("takeover: begun");
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
-    let taker = Taker { by: by(), terms, until, rests, runs_here };
+    let refused = refused.map(|Refused { id, left }| RefusedLock::new(id, left));
+    let taker = Taker { by: by(), terms, until, rests, runs_here, refused };
     let hear = move |byte| {
         // Nobody listens any more when the work is over.
         let _ = tell_rest.send(byte == RESTS);
     };
     let Some(told) = stdin.end(hear) else { return FAILED };
-    let note = |progress: Progress<'_>| {
-        let is_repeated = is_said && matches!(progress, Progress::Leaves(_, Reason::NotTaken(_)));
-        note(progress, chdir.as_deref(), is_repeated);
-    };
+    let note = |progress: Progress<'_>| note(progress, chdir.as_deref());
     let end = panics::caught(|| runtime::block_on(takeover::take_over(&location, &taker, told, note)));
     let end = end.and_then(Result::ok);
     trace!("takeover: {end:?}");
@@ -209,7 +231,13 @@ pub(crate) fn run() -> u8 {
     match end {
         Some(End::Over) => 0,
         Some(End::NoCredentials) => NO_CREDENTIALS,
-        Some(End::GaveUp) => GAVE_UP,
+        Some(End::GaveUp(id)) => {
+            if id.len() <= MAX_ID_BYTES {
+                // If nobody reads it, it is not needed.
+                let _ = std::io::stdout().write_all(id.as_bytes());
+            }
+            GAVE_UP
+        }
         Some(End::Failed) | None => FAILED,
     }
 }
@@ -243,8 +271,8 @@ fn chdir(current: Option<&Path>, directory: &Path) -> Option<String> {
     Some(shown.to_string_lossy().into_owned()).filter(|shown| !shown.is_empty())
 }
 
-/// Reports what a taker has seen or done, unless `is_repeated`, and writes the history. `chdir` is as [`chdir`].
-fn note(progress: Progress<'_>, chdir: Option<&str>, is_repeated: bool) {
+/// Reports what a taker has seen or done, and writes the history. `chdir` is as [`chdir`].
+fn note(progress: Progress<'_>, chdir: Option<&str>) {
     trace!("takeover: {progress:?}");
     if let Progress::Took(lapsed) | Progress::MayHaveTaken(lapsed) = progress {
         let mut why = messages::lapsed_lease(lapsed);
@@ -254,11 +282,9 @@ fn note(progress: Progress<'_>, chdir: Option<&str>, is_repeated: bool) {
         history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
     }
     crash_point::reached("takeover: before the message");
-    if !is_repeated {
-        let workspace = std::env::var("TF_WORKSPACE").ok();
-        let command = |words: &str| messages::locks_command(words, chdir, workspace.as_deref());
-        console::say(&messages::takeover(progress, command));
-    }
+    let workspace = std::env::var("TF_WORKSPACE").ok();
+    let command = |words: &str| messages::locks_command(words, chdir, workspace.as_deref());
+    console::say(&messages::takeover(progress, command));
 }
 
 #[cfg(test)]

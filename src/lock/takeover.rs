@@ -4,6 +4,7 @@
 //! So the state and its digest are watched together with the lock. A taker that dies after its claim leaves a claim
 //! that lapses like a lease, and the next taker goes on from there.
 
+use std::cell::RefCell;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::pin::pin;
@@ -71,6 +72,43 @@ pub(crate) struct Taker {
     /// Returns whether a process of the run that holds the lock is or may be running on this host, or a process of this
     /// host is finishing the run.
     pub(crate) runs_here: fn(&LockInfo) -> bool,
+    /// The lock that an earlier taker of this run could not take. `None` if there is none.
+    pub(crate) refused: Option<RefusedLock>,
+}
+
+/// A lock that an earlier taker of a run could not take. That was reported, so it is not reported again.
+#[derive(Clone, Debug)]
+pub(crate) struct RefusedLock {
+    /// The ID of the lock. `None` as long as that is not known: it is the lock that the first read shows.
+    id: RefCell<Option<String>>,
+    /// When it may be tried again.
+    until: Instant,
+}
+
+impl RefusedLock {
+    /// `id` is the ID of the lock. `None` if it is the lock that the first read shows. The lock may be tried again after
+    /// the time `left`.
+    pub(crate) fn new(id: Option<String>, left: Duration) -> Self {
+        Self { id: RefCell::new(id), until: Instant::now() + left }
+    }
+
+    /// Whether it is the lock `id`, which a read has shown. If there was no lock, `id` is empty.
+    fn is(&self, id: &str) -> bool {
+        self.id.borrow_mut().get_or_insert_with(|| id.to_owned()) == id
+    }
+
+    /// Whether the lock `id` is not tried at the time `now`.
+    fn excludes(&self, id: &str, now: Instant) -> bool {
+        self.is(id) && now < self.until
+    }
+
+    /// Whether an earlier taker has reported this.
+    fn was_said(&self, progress: Progress<'_>) -> bool {
+        match progress {
+            Progress::Watches(lapsed, _) | Progress::Leaves(lapsed, Reason::NotTaken(_)) => self.is(&lapsed.info.id),
+            _ => false,
+        }
+    }
 }
 
 /// How long a taker waits until terraform is between two attempts. Terraform's longest pause is 16 s. If terraform's
@@ -167,6 +205,11 @@ pub(crate) async fn take_over(
     told: impl Future<Output = ()>,
     mut report: impl FnMut(Progress<'_>),
 ) -> End {
+    let mut report = |progress: Progress<'_>| {
+        if !taker.refused.as_ref().is_some_and(|refused| refused.was_said(progress)) {
+            report(progress);
+        }
+    };
     let mut told = pin!(told);
     let (purpose, limit) = match taker.until {
         Until::Decided => (Purpose::Explanation, EXPLANATION_TIMEOUT),
@@ -243,7 +286,7 @@ pub(crate) async fn take_over(
                 if watch.report_failure(&lapsed, failure.clone(), &mut report).await {
                     return End::Over;
                 }
-                return if failure.is_final() { End::GaveUp } else { End::Failed };
+                return if failure.is_final() { End::GaveUp(lapsed.info.id) } else { End::Failed };
             }
             AfterFailure::Reconnect => {
                 watch.told_to_end(&mut report).await;
@@ -280,7 +323,7 @@ fn ends_watch(failure: AttemptFailure, is_awaited: bool, failing_for: Option<Dur
 }
 
 /// How a watch ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// The lock may not be taken over now, is gone, or was taken over, or the taker was told to end.
     Over,
@@ -288,8 +331,8 @@ pub(crate) enum End {
     NoCredentials,
     /// A request has failed.
     Failed,
-    /// The lock cannot be taken: the same attempt would fail again. That was reported.
-    GaveUp,
+    /// The lock with this ID cannot be taken: the same attempt would fail again. That was reported.
+    GaveUp(String),
 }
 
 enum Decision {
@@ -500,9 +543,10 @@ impl<'a> Watch<'a> {
         if self.see_whether_deleted(lock.as_ref(), date, report) && lock.is_none() {
             return Ok(self.leave());
         }
-        let Some(info) = lock.as_ref().and_then(|lock| lock.stored.info()) else {
-            return Ok(self.without_a_lock(report));
-        };
+        let info = lock.as_ref().and_then(|lock| lock.stored.info());
+        let id = info.as_ref().map_or("", |info| &info.id);
+        let is_excluded = self.taker.refused.as_ref().is_some_and(|refused| refused.excludes(id, Instant::now()));
+        let Some(info) = info else { return Ok(self.without_a_lock(report)) };
         let (Some(lock), Some(now)) = (lock, date) else { return Ok(self.leave()) };
         let record = lock
             .record
@@ -516,6 +560,9 @@ impl<'a> Watch<'a> {
         if self.lapsed.as_ref().is_some_and(|(_, before)| before.info.id != lapsed.info.id) {
             // Another run has the lock now.
             self.report_gone(report);
+        }
+        if is_excluded {
+            return Ok(self.leave());
         }
         let is_same_region = seen.region == self.stores.region();
         let notice = (self.taker.until == Until::Told).then(|| self.look_interval() * 2);
@@ -981,6 +1028,50 @@ mod tests {
                 let ends = |failure| ends_watch(failure, is_awaited, failing_for);
                 assert!(ends(AttemptFailure::Final) && ends(AttemptFailure::ExpiredCredentials));
                 assert_eq!(ends(AttemptFailure::Passing), is_silent && !is_awaited, "{is_awaited} {failing_for:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_refused_lock_is_not_tried_for_some_time_and_not_reported_again() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        let lapsed = |id: &str| Lapsed {
+            info: LockInfo { id: id.into(), ..LockInfo::default() },
+            record: Record::new(id, terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop),
+            path: "b/k".into(),
+            now: Timestamp::from_second(1_790_000_400).unwrap(),
+        };
+        let left = Duration::from_mins(10);
+        // The ID, and what the first read shows.
+        for (id, first, refused_id) in [
+            (Some("a"), "a", "a"),
+            (Some("a"), "b", "a"),
+            (Some("a"), "", "a"),
+            (None, "a", "a"),
+            // The lock is gone, so every other one is tried.
+            (None, "", ""),
+        ] {
+            let refused = RefusedLock::new(id.map(ToOwned::to_owned), left);
+            let (now, later) = (refused.until - Duration::from_millis(1), refused.until);
+            assert_eq!(refused.excludes(first, now), first == refused_id);
+            for id in ["a", "b"] {
+                let is_refused = id == refused_id;
+                assert_eq!(refused.excludes(id, now), is_refused, "{first} {id}");
+                assert!(!refused.excludes(id, later));
+                let lapsed = lapsed(id);
+                let failure = || Failure::refusal("S3", "x");
+                let (not_taken, failed) = (Reason::NotTaken(failure()), Reason::Failure(failure()));
+                for (progress, is_repetition) in [
+                    (Progress::Watches(&lapsed, left), true),
+                    (Progress::Leaves(&lapsed, &not_taken), true),
+                    (Progress::Leaves(&lapsed, &failed), false),
+                    (Progress::Took(&lapsed), false),
+                    (Progress::MayHaveTaken(&lapsed), false),
+                    (Progress::Gone(&lapsed), false),
+                    (Progress::Renewed(&lapsed), false),
+                ] {
+                    assert_eq!(refused.was_said(progress), is_refused && is_repetition, "{progress:?}");
+                }
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
-use crate::cleanup::takeover_process::{Ended, TakeoverProcess};
+use crate::cleanup::takeover_process::{Ended, Refused, TakeoverProcess};
 use crate::cleanup::wait_explanation::{self, EXPLANATION_DELAY, WaitExplanation};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::state_directory::StateDirectory;
@@ -69,8 +69,8 @@ pub(crate) struct Waiting {
     /// When to start the next one, if the last one has ended by itself, or if a recovery got no credentials
     /// before terraform started.
     take_at: Option<Instant>,
-    /// When to start the next one, if one has reported that a lock cannot be taken. `None` if none has.
-    given_up_until: Option<Instant>,
+    /// The last lock of which one has reported that it cannot be taken. `None` if there is none.
+    given_up: Option<GivenUp>,
     /// What is done to explain the wait.
     explaining: Explaining,
     /// The process that explains the wait, and the ID of the lock for which terraform waits. `None` if none was started
@@ -89,10 +89,10 @@ impl Waiting {
         let now = Instant::now();
         let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
         let take_at = lacks_credentials.then(|| now + retry_interval(true));
-        let given_up_until = has_given_up.then(|| now + REFUSAL_RETRY_INTERVAL);
+        let given_up = has_given_up.then(|| GivenUp { id: None, until: now + REFUSAL_RETRY_INTERVAL });
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { recovers, tried: tried.collect(), takes_over, take_at, given_up_until, ..Self::default() }
+        Self { recovers, tried: tried.collect(), takes_over, take_at, given_up, ..Self::default() }
     }
 
     /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs and
@@ -170,18 +170,16 @@ impl Waiting {
             Some(None) => return,
             Some(Some(ended)) => {
                 self.taker = None;
-                if ended == Ended::GaveUp {
-                    self.given_up_until = Some(now + REFUSAL_RETRY_INTERVAL);
-                } else {
-                    self.take_at = Some(now + retry_interval(ended == Ended::NoCredentials));
-                }
+                let next = after_taker(ended, now);
+                (self.take_at, self.given_up) = (next.take_at, next.given_up.or(self.given_up.take()));
             }
             None => {}
         }
-        let is_due = [self.take_at, self.given_up_until].iter().flatten().all(|at| *at <= now);
+        let is_due = self.take_at.is_none_or(|at| at <= now);
         let Some(terms) = self.takes_over.filter(|_| is_due) else { return };
         let Some(location) = here.of(awaited).into_iter().next().or_else(|| here.selected()) else { return };
-        match TakeoverProcess::start(&location, here, terms, (true, self.given_up_until.is_some())) {
+        let refused = self.given_up.as_ref().map(|given_up| given_up.at(now));
+        match TakeoverProcess::start(&location, here, terms, true, refused) {
             Ok(process) => {
                 if let Ok(pid) = i32::try_from(process.pid()) {
                     tree.exclude(Pid::from_raw(pid));
@@ -272,6 +270,41 @@ fn rests(asked: Timestamp, attempted: Timestamp, now: Timestamp) -> bool {
 /// last attempt failed because no credentials were available.
 fn retry_interval(lacks_credentials: bool) -> Duration {
     if lacks_credentials { CREDENTIALS_RETRY_INTERVAL } else { RETRY_INTERVAL }
+}
+
+/// A lock that cannot be taken, which was reported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct GivenUp {
+    /// The ID of the lock. `None` if it is not known, because it was the lock before terraform started.
+    id: Option<String>,
+    /// When it may be tried again.
+    until: Instant,
+}
+
+impl GivenUp {
+    /// Returns what a taker must know that is started at the time `now`.
+    fn at(&self, now: Instant) -> Refused {
+        Refused { id: self.id.clone(), left: self.until.saturating_duration_since(now) }
+    }
+}
+
+/// What follows after a taker has ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct NextTaker {
+    /// When to start the next one. `None`: at once. It leaves the lock that was given up.
+    take_at: Option<Instant>,
+    /// The lock that the taker has given up. `None` if it has given up none.
+    given_up: Option<GivenUp>,
+}
+
+/// Decides what follows after a taker has `ended` by itself at the time `now`.
+fn after_taker(ended: Ended, now: Instant) -> NextTaker {
+    match ended {
+        Ended::GaveUp(id) => {
+            NextTaker { take_at: None, given_up: Some(GivenUp { id, until: now + REFUSAL_RETRY_INTERVAL }) }
+        }
+        ended => NextTaker { take_at: Some(now + retry_interval(ended == Ended::NoCredentials)), given_up: None },
+    }
 }
 
 /// What is done to explain a wait for a lock.
@@ -449,10 +482,34 @@ mod tests {
         let before = Instant::now();
         let waiting = Waiting::new(Vec::new(), (None, true), true);
         let after = Instant::now();
-        let until = waiting.given_up_until.unwrap();
+        let GivenUp { id: None, until } = waiting.given_up.unwrap() else { panic!() };
         assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
         // The wait is explained nevertheless.
         assert_eq!(waiting.take_at, None);
-        assert_eq!(Waiting::new(Vec::new(), (None, false), true).given_up_until, None);
+        assert_eq!(Waiting::new(Vec::new(), (None, false), true).given_up, None);
+    }
+
+    /// Another lock, which another host leaves meanwhile, is taken over.
+    #[test]
+    fn only_the_lock_that_cannot_be_taken_is_not_tried_for_ten_minutes() {
+        let now = Instant::now();
+        let after = |seconds| Some(now + Duration::from_secs(seconds));
+        for (ended, take_at, given_up) in [
+            (Ended::Over, after(15), None),
+            (Ended::Failed, after(15), None),
+            (Ended::NoCredentials, after(600), None),
+            (Ended::GaveUp(Some("a".into())), None, Some(Some("a"))),
+            (Ended::GaveUp(None), None, Some(None)),
+        ] {
+            let next = after_taker(ended, now);
+            assert_eq!(next.take_at, take_at);
+            let expected = given_up.map(|id| GivenUp { id: id.map(ToOwned::to_owned), until: after(600).unwrap() });
+            assert_eq!(next.given_up, expected);
+            for (elapsed, left) in [(0, 600), (599, 1), (600, 0), (700, 0)] {
+                let refused = next.given_up.as_ref().map(|given_up| given_up.at(after(elapsed).unwrap()));
+                let left = Duration::from_secs(left);
+                assert_eq!(refused, given_up.map(|id| Refused { id: id.map(ToOwned::to_owned), left }), "{elapsed}");
+            }
+        }
     }
 }

@@ -231,7 +231,7 @@ fn a_lock_that_cannot_be_taken_is_left_with_one_message() {
     }
 }
 
-/// A taker that watches while terraform waits gives up too, and no other one is started 15 s later.
+/// A taker that watches while terraform waits gives up too, and the next one leaves the lock alone for 10 min.
 #[test]
 fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once() {
     let refused = |(lock, rule, change, said): Service| {
@@ -252,6 +252,45 @@ fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once
     };
     let services = refusing_services().into_iter().enumerate().filter(|(number, _)| matches!(number, 1 | 5));
     std::thread::scope(|scope| services.for_each(|(_, service)| drop(scope.spawn(move || refused(service)))));
+}
+
+/// The lock of a vanished host cannot be taken, before terraform starts or while it waits. Then the lock is released, and
+/// another host leaves another lock.
+#[test]
+fn another_lock_is_taken_although_the_one_before_it_could_not_be_taken() {
+    const NEXT: &str = "44444444-2222-3333-4444-555555555555";
+    let run = |age: i64| {
+        let mut env = leased(Lock::DynamoDb, "5s");
+        env.lock_with_lease(&record(age, 5));
+        let reads = Arc::new(AtomicUsize::new(0));
+        let read = Arc::clone(&reads);
+        let _proxy = through(&mut env, move |request| {
+            read.fetch_add(usize::from(request.is_ours() && is_dynamodb(request, ".GetItem")), Ordering::Relaxed);
+            let is_denied = claims(request) && request.text().contains(LEASED);
+            if is_denied { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+        });
+        let run = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=50s"]);
+        run.wait_for_err(&format!("type: tf locks release {LEASED}"));
+        run.wait_for_out("Acquiring state lock");
+        env.wait_for_trace("takeover: Some(GaveUp");
+        // The process that says who holds the lock reads it less often.
+        let before = reads.load(Ordering::Relaxed);
+        let is_seen = || (reads.load(Ordering::Relaxed) >= before + 5).then_some(());
+        wait_for("the reads of the next taker", is_seen, || env.trace());
+        let mut lapsed = record(10, 5);
+        lapsed["lock"] = NEXT.into();
+        env.put_lease(&lock_json(NEXT, &env.path()), &lapsed);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock: ") && end.err.contains(NEXT), "{}", env.dump(&end));
+        assert_eq!(end.err.matches("was not released").count(), 1, "{}", env.dump(&end));
+        env.assert_unlocked();
+    };
+    std::thread::scope(|scope| {
+        for age in [LONG_AGO, 3] {
+            scope.spawn(move || run(age));
+        }
+    });
 }
 
 /// Whether this is a request of the test of an S3 service: it has an object of its own, beside the lock.
