@@ -70,7 +70,7 @@ pub(crate) struct Evidence {
     /// The observation.
     pub(crate) seen: String,
     /// What this observation alone proves.
-    pub(crate) proves: String,
+    pub(crate) proves: &'static str,
 }
 
 /// What the journal and the pending requests on this host say about a lock's ID.
@@ -157,7 +157,7 @@ pub(crate) struct Judgement {
 /// caller may ask a witness ([`super::witness`]).
 pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     let mut evidence = Vec::new();
-    let mut note = |seen: String, proves: &str| evidence.push(Evidence { seen, proves: proves.to_owned() });
+    let mut note = |seen: String, proves: &'static str| evidence.push(Evidence { seen, proves });
     let lease = seen.lease.as_ref();
     let mut is_settled =
         lease.and_then(|lease| lease.known().ok()).is_some_and(|lease| lease.freshness == Freshness::Fresh);
@@ -196,7 +196,11 @@ struct Likelihood {
 
 /// Returns the verdict by the lease. If the lease does not decide, returns the one of `here`, and adds to its reason
 /// what the lease shows.
-fn by_lease(lease: Option<&ObservedLease>, here: Likelihood, note: &mut impl FnMut(String, &str)) -> (Verdict, String) {
+fn by_lease(
+    lease: Option<&ObservedLease>,
+    here: Likelihood,
+    note: &mut impl FnMut(String, &'static str),
+) -> (Verdict, String) {
     let undecided = |shown: String| (here.verdict, format!("{}; {shown}", here.reason));
     let lease = match lease.map(ObservedLease::known) {
         None => return (here.verdict, here.reason),
@@ -249,7 +253,7 @@ fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static 
     }
 }
 
-fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Option<(Verdict, String)> {
+fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &'static str)) -> Option<(Verdict, String)> {
     let disagreement = |why: &str| {
         let reason = format!("a dead run on this host recorded this ID, but {why}");
         (Verdict::Unknown, reason)
@@ -320,7 +324,7 @@ fn by_claim(claim: Option<&Claim>, note: &mut impl FnMut(String, &str)) -> Optio
     })
 }
 
-fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &str)) -> Likelihood {
+fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &'static str)) -> Likelihood {
     let no_process = |verdict, reason| Likelihood { verdict, reason, may_run_here: false };
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);

@@ -186,7 +186,7 @@ fn with_answer(judgement: Judgement, has_identity: bool, answer: &Result<Witness
         (_, Verdict::Dead) => "that the holder is dead",
         _ => "that the holder is likely dead, and no more: the lock has no record of the machine of its holder",
     };
-    evidence.push(Evidence { seen: said.clone(), proves: proves.to_owned() });
+    evidence.push(Evidence { seen: said.clone(), proves });
     why = if answer == WitnessVerdict::Unknown { format!("{why}; {said}") } else { said };
     Judgement { verdict, reason: why, evidence, is_settled }
 }
@@ -268,7 +268,7 @@ mod tests {
         };
         let said = |verdict| Ok(WitnessAnswer { verdict, reason: "\u{1b}[31mgone\u{202e} ".into() });
         let dead = with_answer(before(), true, &said(WitnessVerdict::Dead));
-        assert_eq!((dead.verdict, dead.evidence[0].proves.as_str()), (Verdict::Dead, "that the holder is dead"));
+        assert_eq!((dead.verdict, dead.evidence[0].proves), (Verdict::Dead, "that the holder is dead"));
         assert!(dead.reason.starts_with("TFW_WITNESS says dead: ") && dead.reason.contains("gone"), "{}", dead.reason);
         assert!(!dead.reason.contains(['\u{1b}', '\u{202e}']), "{}", dead.reason);
         let likely = with_answer(before(), false, &said(WitnessVerdict::Dead));
@@ -277,7 +277,7 @@ mod tests {
         let unknown = with_answer(before(), true, &said(WitnessVerdict::Unknown));
         assert!(unknown.reason.starts_with("another host; TFW_WITNESS says unknown: "), "{}", unknown.reason);
         let failed = with_answer(before(), true, &Err("it failed".into()));
-        assert_eq!((failed.verdict, failed.evidence[0].proves.as_str()), (Verdict::Unknown, "nothing"));
+        assert_eq!((failed.verdict, failed.evidence[0].proves), (Verdict::Unknown, "nothing"));
         assert_eq!(failed.reason, "another host; TFW_WITNESS gave no answer: it failed");
     }
 

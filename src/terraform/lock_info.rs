@@ -1,5 +1,7 @@
 //! Terraform's lock: the JSON in a DynamoDB item or in a `.tflock` object.
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +88,10 @@ impl LockInfo {
 /// does not show which of `id` and `ID` is the last one.
 struct Parsed(LockInfo);
 
+/// The name of a member. It is copied only if it contains an escape.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
 impl<'de> Deserialize<'de> for Parsed {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InOrder;
@@ -99,7 +105,7 @@ impl<'de> Deserialize<'de> for Parsed {
 
             fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Parsed, M::Error> {
                 let mut lock = LockInfo::default();
-                while let Some(name) = map.next_key::<String>()? {
+                while let Some(Name(name)) = map.next_key()? {
                     match lock.field(&name) {
                         Some(field) => {
                             if let Some(text) = map.next_value::<Option<String>>()? {
