@@ -3,7 +3,8 @@
 Tables of 10,000 and of 100,000 items on the loopback DynamoDB, and one of 1,000,000 items on `scan_server`, which costs
 the machine little. A tenth of the items are locks and the rest are digests. The service and the scanner share this
 machine, so the times compare programs, and say nothing about AWS. At 1,000,000 items the programs run in turn, and each
-value is the median of its runs.
+value is the median of its runs. The exit code is 1 if `tf` then needs more than 32 MiB, or more than 1.2 times the time
+of the fastest other program.
 """
 
 import os
@@ -17,6 +18,9 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
 from cloud import Cloud
 from scan_server import item
+
+# The aims at 1,000,000 items.
+MEMORY, RATIO = 32, 1.2
 
 
 def fill(cloud, table, items):
@@ -70,6 +74,18 @@ def show(items, name, seconds, processor, memory):
     print(f"{items:8}  {name:22}  {seconds:8.2f}  {processor:9.2f}  {memory:6.1f}", flush=True)
 
 
+def missed(medians):
+    """The aims that were missed. `medians` has the seconds, processor seconds and MiB of each program."""
+    fastest, other = min((seconds, name) for name, (seconds, *_) in medians.items() if not name.startswith("tf "))
+    for name, (seconds, _, memory) in medians.items():
+        if not name.startswith("tf "):
+            continue
+        if seconds > RATIO * fastest:
+            yield f"{name}: {seconds / fastest:.2f} times the time of {other}; the aim is {RATIO}"
+        if memory > MEMORY:
+            yield f"{name}: {memory:.1f} MiB; the aim is {MEMORY}"
+
+
 def main():
     print(f"{'items':>8}  {'':22}  {'seconds':>8}  {'processor':>9}  {'MiB':>6}")
     cloud = Cloud()
@@ -95,10 +111,12 @@ def main():
             # During the first turn, the server makes its responses.
             if turn > 0:
                 runs.setdefault(name, []).append(values)
-    for name, values in runs.items():
-        show(items, name, *map(statistics.median, zip(*values)))
+    medians = {name: tuple(map(statistics.median, zip(*values))) for name, values in runs.items()}
+    for name, values in medians.items():
+        show(items, name, *values)
     server.stdin.close()
     server.wait()
+    sys.exit("\n".join(missed(medians)) or 0)
 
 
 if __name__ == "__main__":
