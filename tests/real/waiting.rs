@@ -113,8 +113,9 @@ fn a_run_that_waits_says_again_every_five_minutes_who_holds_the_lock() {
     assert_eq!((end.code(), &end.err), (Some(0), &second), "{}", env.dump(&end));
     let again = second.strip_prefix(&first).unwrap_or_else(|| panic!("{second}"));
     assert_eq!((first.lines().count(), again.lines().count()), (1, 1), "{second}");
-    let said = format!("tf: terraform is still waiting for a lock held by {} for OperationTypeApply, since ", who());
-    assert!(again.starts_with(&said) && again.contains(&format!("ID {id}")), "{second}");
+    let expected =
+        format!("tf: terraform is still waiting for a lock held by {} for OperationTypeApply, since ", who());
+    assert!(again.starts_with(&expected) && again.contains(&format!("ID {id}")), "{second}");
     wait_until_ours_are_gone(&env);
 }
 
