@@ -6,9 +6,11 @@
     unsafe_code,
     unreachable_pub,
     dead_code,
+    unused_imports,
     unused_macros,
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     clippy::disallowed_methods,
     reason = "a test fails by panicking, starts processes, and changes them between fork and exec; what the tests stand on \
               is there for others as well"

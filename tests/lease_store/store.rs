@@ -106,7 +106,7 @@ fn record(id: &str, renewed: i64, beat: u64, keeper: u64) -> Record {
     let terms = Terms::new(Duration::from_mins(5)).unwrap();
     let mut record = Record::new(id, terms, Renewal { renewed, beat }, Fence::Stop);
     record.keeper = keeper;
-    record.region = "us-east-1".to_owned();
+    "us-east-1".clone_into(&mut record.region);
     record.holder = Holder { user: "anna".into(), host: "ci-7".into(), ..Holder::default() };
     record
 }
@@ -405,7 +405,7 @@ for_each_lock!(tf_releases_its_lock_with_a_lease);
 #[test]
 fn a_service_that_ignores_the_condition_of_a_renewal_gets_no_lease() {
     let fixture = Fixture::new(Lock::File);
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_mins(1);
     let ask = |stores: &Stores, place: &StoreKey| {
         fixture.runtime.block_on(stores.treatment_of_renewals(place, limit)).expect("an answer in time")
     };

@@ -13,6 +13,7 @@ use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, records};
 use crate::support::process::{Run, copy_program, terraform_below};
 use crate::support::processes::{kill_all, wait_until_ours_are_gone};
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{WAITS, id_of, terraform};
 use crate::support::{Ended, Lock, Subject, TestEnv};
 
@@ -20,11 +21,6 @@ const PLAN: [&str; 4] = ["plan", "-no-color", "-var", "a=hunter2"];
 
 /// The user ID of nobody.
 const OTHER: u32 = 65534;
-
-fn is_root() -> bool {
-    // These tests are listed in tests/left-out.
-    nix::unistd::geteuid().is_root()
-}
 
 /// Gives every user access to a path and everything below it.
 fn open_to_all(path: &Path) {
@@ -73,7 +69,7 @@ fn assert_as_bare(env: &TestEnv, program: &Path) {
 
 #[test]
 fn a_terraform_that_cannot_open_the_log_writes_none_of_it_to_stderr() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = with_wrapper();
@@ -93,7 +89,7 @@ fn a_terraform_that_cannot_open_the_log_writes_none_of_it_to_stderr() {
 
 #[test]
 fn a_setuid_terraform_writes_none_of_it_to_stderr_either() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let mut env = test_env();
@@ -118,7 +114,7 @@ fn apply(env: &TestEnv) -> Run {
 
 #[test]
 fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = with_wrapper();
@@ -146,7 +142,7 @@ fn killed_without_a_log_it_is_said_and_the_lock_is_named() {
 /// No person reads the messages of the guardian, and if it was killed as well it cannot report anything.
 #[test]
 fn killed_with_tf_the_next_one_names_the_lock() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     for guarded in [true, false] {

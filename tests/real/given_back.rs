@@ -10,6 +10,7 @@ use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -72,7 +73,7 @@ fn a_panic_leaves_no_lock() {
 
 #[test]
 fn out_of_memory_is_named_and_the_lock_goes() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         // Only root can create a control group. This test is listed in tests/left-out.
         return;
     }

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use crate::support::cloud::cloud;
 use crate::support::process::{Run, SystemCall, state, waits_in};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::IS_LINUX;
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -351,6 +352,10 @@ fn head_stops_an_apply_and_the_pipeline_ends() {
 
 #[test]
 fn a_reader_that_does_not_read_keeps_no_signal_waiting() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
     let mut env = TestEnv::empty(Lock::DynamoDb);
     env.stand_in(
         "fills",

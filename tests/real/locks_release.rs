@@ -35,9 +35,7 @@ fn put_lock_of(created: jiff::Timestamp, env: &TestEnv) -> String {
 }
 
 fn booted() -> jiff::Timestamp {
-    let stat = std::fs::read_to_string("/proc/stat").unwrap();
-    let seconds = stat.lines().find_map(|line| line.strip_prefix("btime ")).unwrap().trim().parse().unwrap();
-    jiff::Timestamp::from_second(seconds).unwrap()
+    jiff::Timestamp::from_second(crate::support::system::boot_time()).unwrap()
 }
 
 fn what_is_proven_dead_goes_without_a_question(lock: Lock) {

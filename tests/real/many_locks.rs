@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::survived::{assert_nothing_left, records};
-use crate::support::process::terraform_below;
+use crate::support::process::{log_path, terraform_below};
 use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait_until_unlocked};
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
@@ -36,9 +36,7 @@ fn thousands_of_locks_in_one_log_do_not_silence_the_guardian() {
     let _kill_on_drop = KillOnDrop(home(&env));
     let run = env.start_apply(Subject::Tf);
     let terraform = terraform_below(run.pid());
-    let environment = fs::read_to_string(format!("/proc/{terraform}/environ")).unwrap();
-    let log = environment.split('\0').find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap();
-    let length = fs::metadata(log).unwrap().len();
+    let length = fs::metadata(log_path(terraform)).unwrap().len();
     let written = || {
         let [path] = records(&env).try_into().ok()?;
         let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;

@@ -5,9 +5,10 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Uid, chown, geteuid};
+use nix::unistd::{Uid, chown};
 
-use crate::support::process::terraform_below;
+use crate::support::process::{log_path, terraform_below};
+use crate::support::system::{IS_LINUX, is_root_on_linux};
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv};
 
@@ -24,9 +25,7 @@ fn log_of_a_run(directory: &Path) -> PathBuf {
     let mut env = TestEnv::new(Lock::File, WAITS);
     env.set("XDG_RUNTIME_DIR", directory);
     let run = env.start_apply(Subject::Tf);
-    let environment = fs::read(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
-    let environment = String::from_utf8_lossy(&environment).into_owned();
-    let log = environment.split('\0').find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap().into();
+    let log = log_path(terraform_below(run.pid()));
     env.unblock();
     let end = run.wait();
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
@@ -35,6 +34,10 @@ fn log_of_a_run(directory: &Path) -> PathBuf {
 
 #[test]
 fn the_log_lies_only_where_nobody_else_can_replace_it() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
     let root = in_memory();
     let at = |name: &str, mode: u32| {
         let path = root.path().join(name);
@@ -54,7 +57,7 @@ fn the_log_lies_only_where_nobody_else_can_replace_it() {
         let log = log_of_a_run(directory);
         assert!(!log.starts_with(&open), "{}: {}", directory.display(), log.display());
     }
-    if !geteuid().is_root() {
+    if !is_root_on_linux() {
         // This test is listed in tests/left-out.
         return;
     }
@@ -70,7 +73,7 @@ fn the_log_lies_only_where_nobody_else_can_replace_it() {
 
 #[test]
 fn the_journal_does_not_lie_in_another_users_directory() {
-    if !geteuid().is_root() {
+    if !is_root_on_linux() {
         // This test is listed in tests/left-out.
         return;
     }

@@ -16,6 +16,7 @@ use crate::support::metadata::{Metadata, Reply, address_of_this_machine};
 use crate::support::process::Run;
 use crate::support::processes::{named, tf_of, wait_until_all_is_gone, wait_until_gone, wait_until_unlocked};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::UNSET;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
@@ -506,7 +507,7 @@ const AS_EC2: &str = "mount -t tmpfs none /sys/class && mkdir -p /sys/class/dmi/
 /// Only root can make such a machine, so this test is listed in tests/left-out.
 #[test]
 fn a_machine_of_ec2_is_asked_without_a_setting() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let (mut env, metadata, instance, writes) = on_ec2(Lock::Both);

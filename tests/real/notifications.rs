@@ -11,6 +11,7 @@ use super::locks_release::locks;
 use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system;
 use crate::support::test_env::{id_of, lock_json, which};
 use crate::support::{Lock, TestEnv, wait_for};
 
@@ -28,9 +29,7 @@ fn can_run() -> bool {
 
 /// Returns the command lines of all processes, as `ps` shows them.
 fn command_lines() -> String {
-    let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
-    lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " ") + "\n").collect()
+    system::pids().into_iter().map(|pid| system::arguments(pid) + "\n").collect()
 }
 
 /// The posts that arrived, and the command lines at that moment.

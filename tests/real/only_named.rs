@@ -14,6 +14,7 @@ use crate::support::http::Message;
 use crate::support::process::{Ended, Run};
 use crate::support::processes::{guardian_of, kill_all, kill_without_guardian, ours};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::arguments;
 use crate::support::test_env::{UNSET, WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
@@ -197,9 +198,7 @@ fn what_a_killed_run_leaves_in_memory_has_no_argument_in_it() {
 fn no_value_of_an_argument_is_in_the_process_list_but_where_it_was_typed() {
     let (env, run) = with_a_secret();
     let guardian = guardian_of(&env, run.pid());
-    let shown = |pid: nix::unistd::Pid| {
-        String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()).into_owned()
-    };
+    let shown = arguments;
     assert!(shown(run.pid()).contains(SECRET), "it was typed there");
     assert!(!shown(guardian).contains("x="), "{:?}", shown(guardian));
     // A process that `tf` has just forked shows the arguments of `tf` until it calls exec. So it is waited for.

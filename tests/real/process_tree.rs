@@ -11,9 +11,8 @@ use nix::unistd::Pid;
 
 use crate::support::cloud::tool;
 use crate::support::process::{Run, copy_program, state, terraform_below, tree};
-use crate::support::processes::{
-    KillOnDrop, everybody, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked,
-};
+use crate::support::processes::{KillOnDrop, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
+use crate::support::system::{self, IS_LINUX, is_root_on_linux};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
@@ -74,10 +73,6 @@ while True:
     time.sleep(0.02)
 ";
 
-fn is_root() -> bool {
-    nix::unistd::geteuid().is_root()
-}
-
 /// Returns a directory whose provisioner starts a stand-in for sudo. Everything in it belongs to an ordinary user.
 fn world_of_user() -> TestEnv {
     let env = TestEnv::empty(Lock::Both);
@@ -125,8 +120,8 @@ fn sudo_of(env: &TestEnv) -> Pid {
     wait_for(
         "the stand-in for sudo",
         || {
-            let is_it = |pid: &Pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == program);
-            everybody().into_iter().find(is_it)
+            let is_it = |pid: &Pid| system::program(*pid).as_ref() == Some(&program);
+            system::pids().into_iter().find(is_it)
         },
         || env.trace(),
     )
@@ -169,7 +164,7 @@ fn assert_kept_until_it_ends(env: &TestEnv, sudo: Pid) {
 
 #[test]
 fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     for killed in ["terraform", "tf and terraform", "everything"] {
@@ -208,7 +203,7 @@ fn a_child_of_another_user_keeps_the_lock_whoever_was_killed() {
 #[test]
 #[cfg_attr(tf_portable, ignore = "only the parent of the orphans sees a child that /proc does not show")]
 fn a_child_that_proc_hides_keeps_the_lock() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = world_of_user();
@@ -249,7 +244,8 @@ fn with_child(program: &str) -> TestEnv {
 }
 
 fn bare_child_of(env: &TestEnv, above: Pid) -> Pid {
-    let cleared = |pid: &Pid| fs::read(format!("/proc/{pid}/environ")).is_ok_and(|text| text.is_empty());
+    // macOS does not tell an empty environment from one that cannot be read.
+    let cleared = |pid: &Pid| system::environment(*pid).map_or(!IS_LINUX, |entries| entries.is_empty());
     let named = |name: &str| name.starts_with("python");
     wait_for(
         "the child",
@@ -334,8 +330,8 @@ fn assert_kept_as_long_as_it_lives(env: &TestEnv, child: Pid) {
 
 /// Returns the process whose first thread has exited.
 fn child_without_its_first_thread_of(env: &TestEnv, above: Pid) -> Pid {
-    let first_thread = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let is_it = |pid: Pid| first_thread(pid).contains(") Z ") && state(pid).is_some_and(|state| state != 'Z');
+    let first_thread = |pid: Pid| system::process(pid).map(|process| process.state);
+    let is_it = |pid: Pid| first_thread(pid) == Some('Z') && state(pid).is_some_and(|state| state != 'Z');
     wait_for(
         "the child",
         || tree(above).into_iter().find_map(|(pid, ..)| is_it(pid).then_some(pid)),
@@ -345,6 +341,10 @@ fn child_without_its_first_thread_of(env: &TestEnv, above: Pid) -> Pid {
 
 #[test]
 fn a_child_whose_first_thread_has_exited_is_ended_before_the_lock_goes() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
     for subject in [Subject::Bare, Subject::Tf] {
         let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
         let run = env.start_apply(subject);
@@ -364,6 +364,10 @@ fn a_child_whose_first_thread_has_exited_is_ended_before_the_lock_goes() {
 
 #[test]
 fn a_child_whose_first_thread_has_exited_keeps_the_lock_of_a_run_that_was_killed_whole() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
     let env = with_child(CHILD_WITHOUT_ITS_FIRST_THREAD);
     let run = env.start_apply(Subject::Tf);
     let child = child_without_its_first_thread_of(&env, run.pid());
@@ -433,7 +437,7 @@ fn in_namespace(env: &TestEnv, unshare: &[&str], script: &str) -> Run {
 #[test]
 #[cfg_attr(tf_portable, ignore = "only the parent of the orphans sees a child that /proc does not show")]
 fn without_proc_what_terraform_left_is_dead_before_the_lock_goes() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = with_bare_child();
@@ -450,7 +454,7 @@ fn without_proc_what_terraform_left_is_dead_before_the_lock_goes() {
 
 #[test]
 fn in_a_namespace_whose_proc_is_anothers_nobody_else_is_killed_and_a_doubt_keeps_the_lock() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = TestEnv::new(Lock::Both, crate::support::test_env::WAITS);
@@ -479,7 +483,7 @@ fn in_a_namespace_whose_proc_is_anothers_nobody_else_is_killed_and_a_doubt_keeps
 #[test]
 #[cfg_attr(tf_portable, ignore = "only the parent of the orphans sees a child that /proc does not show")]
 fn in_a_namespace_whose_proc_is_anothers_the_lock_goes_once_no_child_is_left() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = with_bare_child();

@@ -11,13 +11,14 @@ use super::locks_recover::recover;
 use super::survived::{assert_nothing_left, edit, records};
 use crate::support::process::{Run, terraform_below};
 use crate::support::processes::{kill_all, wait_until_all_is_gone, wait_until_unlocked};
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Starts an apply on a host whose name changes after the apply has taken its lock. `None` without root, because only
 /// root can rename a host.
 fn renamed_while_it_works(lock: Lock) -> Option<(TestEnv, Run)> {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         // These tests are listed in tests/left-out.
         return None;
     }

@@ -18,10 +18,11 @@ use super::interrupted_once::slow_to_plan;
 use crate::support::cloud::tool;
 use crate::support::process::{Run, state, terraform_below, tree};
 use crate::support::processes::{
-    KillOnDrop, everybody, guardian_of, home, is_gone, marked, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
+    KillOnDrop, guardian_of, home, is_gone, marked, ours, tf_of, wait_until_all_is_gone, wait_until_gone,
     wait_until_ours_are_gone, wait_until_unlocked,
 };
 use crate::support::proxy::Proxy;
+use crate::support::system::{self, IS_LINUX, is_root_on_linux};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -269,14 +270,9 @@ fn contained(env: &TestEnv, program: &str) -> Command {
     command
 }
 
-/// Only root can create namespaces and control groups. These tests are listed in tests/left-out.
-fn is_root() -> bool {
-    nix::unistd::geteuid().is_root()
-}
-
 #[test]
 fn gitlabs_docker_executor_stops_a_container() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     // A script in the container sends TERM to every process except process 1, in descending order of the pids, and
@@ -313,7 +309,7 @@ fn gitlabs_docker_executor_stops_a_container() {
 
 #[test]
 fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     for as_init in [false, true] {
@@ -336,7 +332,7 @@ fn a_container_that_is_killed_leaves_its_lock_to_the_next_tf() {
 
 #[test]
 fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     // The pod has 30 s, of which TFW_STOP_TIMEOUT leaves 25 s to terraform. Here they are 5 s and 2 s.
@@ -366,7 +362,7 @@ fn kubernetes_kills_a_pod_whose_lock_is_gone_by_then() {
 
 #[test]
 fn as_process_1_it_hears_every_signal() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     // The kernel does not deliver a signal to process 1 unless it has a handler. Runtimes send from outside, `kubectl
@@ -412,7 +408,7 @@ fn entering(env: &TestEnv, init: Pid, line: &str) -> Command {
 
 #[test]
 fn as_process_1_it_takes_strange_zombies_away() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let env = TestEnv::new(Lock::Both, WAITS);
@@ -452,13 +448,8 @@ fn as_process_1_it_takes_strange_zombies_away() {
 /// then KILL to each process that is still there after 5 s. This deadline is for a whole tree, so the last processes
 /// may have no time at all. It lists the processes once, before the first signal (hudson.util.ProcessTree).
 fn kill_all(mark: &str) {
-    let parent = |pid: &Pid| -> Option<Pid> {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-        line.trim().parse().ok().map(Pid::from_raw)
-    };
     let roots = marked(mark);
-    let all: Vec<(Pid, Pid)> = everybody().into_iter().filter_map(|pid| Some((pid, parent(&pid)?))).collect();
+    let all: Vec<(Pid, Pid)> = system::processes().into_iter().map(|process| (process.pid, process.parent)).collect();
     for root in roots {
         kill_recursively(root, &all, Instant::now() + Duration::from_secs(5));
     }
@@ -543,8 +534,7 @@ fn no_runner_can_tell_the_guardian() {
         github(&mut env);
         let run = env.start_apply(Subject::Tf);
         let guardian = guardian_of(&env, run.pid());
-        let environment = std::fs::read(format!("/proc/{guardian}/environ")).unwrap();
-        let environment = String::from_utf8_lossy(&environment).into_owned();
+        let environment = system::environment(guardian).unwrap();
         for name in [
             "RUNNER_TRACKING_ID",
             "JENKINS_NODE_COOKIE",
@@ -553,21 +543,23 @@ fn no_runner_can_tell_the_guardian() {
             "HUDSON_SERVER_COOKIE",
             "BUILD_ID",
         ] {
-            let found = environment.split('\0').find(|entry| entry.starts_with(&format!("{name}=")));
+            let found = environment.iter().find(|entry| entry.starts_with(&format!("{name}=")));
             assert_eq!(found, None);
         }
         // Terraform's own environment is unchanged.
-        let terraforms = std::fs::read_to_string(format!("/proc/{}/environ", terraform_below(run.pid()))).unwrap();
+        let terraforms = system::environment(terraform_below(run.pid())).unwrap().join("\n");
         assert!(terraforms.contains("RUNNER_TRACKING_ID="), "{terraforms}");
         assert_eq!(terraforms.contains("JENKINS_NODE_COOKIE="), in_jenkins);
         assert_eq!(getsid(Some(guardian)), Ok(guardian));
         // Jenkins kills the descendants of the processes that it knows, whatever is in their environment.
         assert_eq!(tree(run.pid()).iter().any(|process| process.0 == guardian), !in_jenkins);
-        for number in 0..3 {
-            let path = std::fs::read_link(format!("/proc/{guardian}/fd/{number}")).unwrap();
-            assert_eq!(path, PathBuf::from("/dev/null"), "{number}");
+        if IS_LINUX {
+            for number in 0..3 {
+                let path = fs::read_link(format!("/proc/{guardian}/fd/{number}")).unwrap();
+                assert_eq!(path, PathBuf::from("/dev/null"), "{number}");
+            }
+            assert_eq!(fs::read_link(format!("/proc/{guardian}/cwd")).unwrap(), PathBuf::from("/"));
         }
-        assert_eq!(std::fs::read_link(format!("/proc/{guardian}/cwd")).unwrap(), PathBuf::from("/"));
         env.unblock();
         let end = run.wait();
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
@@ -677,7 +669,7 @@ impl Drop for ControlGroup {
 /// Stops by a service manager itself are in stopped_together.rs, because the origin of its signals is known.
 #[test]
 fn somebody_else_stops_every_process_of_a_unit() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     // Terraform then gets two interrupts, this one and the one from tf, and exits within 5 s with its lock held. It has
@@ -698,7 +690,7 @@ fn somebody_else_stops_every_process_of_a_unit() {
 
 #[test]
 fn systemd_kills_a_unit_and_the_next_tf_gives_its_lock_back() {
-    if !is_root() {
+    if !is_root_on_linux() {
         return;
     }
     for stopped in [false, true] {
@@ -730,7 +722,7 @@ fn a_killed_session_leaves_no_lock_and_no_worker() {
     env.wait_for_file("work");
     let session = getsid(Some(run.pid())).unwrap();
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-        for pid in everybody().into_iter().filter(|pid| getsid(Some(*pid)) == Ok(session)) {
+        for pid in system::pids().into_iter().filter(|pid| getsid(Some(*pid)) == Ok(session)) {
             let _ = kill(pid, signal);
         }
     }

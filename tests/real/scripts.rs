@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use crate::support::process::{Run, tree};
 use crate::support::processes::{KillOnDrop, home, marked, wait_until_all_is_gone, wait_until_unlocked};
+use crate::support::system::program;
 use crate::support::test_env::{WAITS, which};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -72,8 +73,7 @@ fn test_env(provisioner: &str) -> TestEnv {
 fn kill_terraform(run: &Run) {
     let ours = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
     let is_terraform = |pid: &Pid| {
-        fs::read_link(format!("/proc/{pid}/exe"))
-            .is_ok_and(|path| path != ours && path.file_name().is_some_and(|name| name == "terraform"))
+        program(*pid).is_some_and(|path| path != ours && path.file_name().is_some_and(|name| name == "terraform"))
     };
     let terraform = wait_for(
         "terraform",

@@ -11,6 +11,7 @@ use super::interrupted_once::slow_to_plan;
 use crate::support::cloud::tool;
 use crate::support::process::Run;
 use crate::support::processes::{KillOnDrop, home, tf_of, wait_until_all_is_gone, wait_until_unlocked};
+use crate::support::system::is_root_on_linux;
 use crate::support::terminal::Terminal;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
@@ -205,7 +206,7 @@ fn start_unit(env: &TestEnv, mode: &str) -> (Unit, Run) {
 
 #[test]
 fn a_service_manager_that_stops_a_unit_or_its_main_process_interrupts_terraform_once() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         return;
     }
     for mode in ["control-group", "mixed"] {
@@ -229,7 +230,7 @@ fn a_service_manager_that_stops_a_unit_or_its_main_process_interrupts_terraform_
 
 #[test]
 fn tf_that_is_killed_after_its_unit_was_told_to_stop_sends_no_second_interrupt() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         return;
     }
     let (env, proxy) = slow_to_plan();

@@ -23,6 +23,7 @@ use crate::support::processes::{
     wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::is_root_on_linux;
 use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -741,7 +742,7 @@ fn what_another_machine_or_another_user_wrote_is_never_obeyed() {
         env.assert_locked();
         assert_eq!(records(&env).len(), 1, "{name}: it is somebody's");
     }
-    if nix::unistd::geteuid().is_root() {
+    if is_root_on_linux() {
         let env = killed_whole(Lock::Both);
         let [path] = records(&env).try_into().unwrap();
         let directory = path.parent().unwrap().to_owned();
@@ -764,7 +765,7 @@ fn what_another_machine_or_another_user_wrote_is_never_obeyed() {
 
 #[test]
 fn under_sudo_with_anothers_home_roots_own_place_is_used() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         // Only root can give a directory to another user.
         return;
     }
@@ -901,7 +902,7 @@ fn a_lock_that_a_living_run_claims_is_not_taken_for_a_dead_ones() {
 
 #[test]
 fn without_a_place_for_the_journal_terraform_runs_silently_and_an_abnormal_end_says_so() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         // Only root can mount.
         return;
     }

@@ -6,6 +6,7 @@ use std::process::Command;
 use nix::sys::signal::{Signal, kill};
 
 use crate::support::process::{SystemCall, state, terraform_below, tree, waits_in};
+use crate::support::system::IS_LINUX;
 use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, which};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
@@ -448,6 +449,10 @@ fn a_passphrase_is_typed_into_a_provisioner() {
 
 #[test]
 fn a_key_at_a_passphrase_is_one_interrupt_and_nobody_is_left_at_the_terminal() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
     let Some((env, mut terminal)) = asks_for_a_passphrase() else { return };
     env.wait_for_trace("lent the terminal");
     // OpenSSH's prompt misses a signal that comes just before its read(2), and reads the next byte first. This is the

@@ -3,7 +3,7 @@
 //! tests/left-out.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -30,6 +30,7 @@ use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
 use crate::support::proxy::ProxyAction;
 use crate::support::relay::Cable;
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{FAKETIME, TEST_HOST, UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -56,7 +57,7 @@ fn holder(lock: Lock, lease: &str) -> Option<Host> {
 }
 
 fn can_make_hosts() -> bool {
-    nix::unistd::geteuid().is_root() && Path::new("/etc/machine-id").exists()
+    is_root_on_linux() && Path::new("/etc/machine-id").exists()
 }
 
 /// Does the same as [`holder`] with the directory `env`.
@@ -568,9 +569,9 @@ for_each_lock!(of_two_hosts_that_take_a_lock_one_releases_it_and_says_so);
 
 /// Returns a number between 0 and 1.
 pub fn random() -> f64 {
-    let bytes = fs::read("/proc/sys/kernel/random/uuid").unwrap();
-    let text = String::from_utf8(bytes[..8].to_vec()).unwrap();
-    f64::from(u32::from_str_radix(&text, 16).unwrap()) / f64::from(u32::MAX)
+    let mut bytes = [0; 4];
+    fs::File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
+    f64::from(u32::from_ne_bytes(bytes)) / f64::from(u32::MAX)
 }
 
 /// Returns how many trials to run: `TF_TEST_TRIALS`, or as many as `usual`.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::locks_release::locks;
 use super::survived::{assert_nothing_left, edit, killed_whole, records};
 use crate::support::process::Run;
+use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{TEST_HOST, UNSET, lock_json};
 use crate::support::{Lock, Subject, TestEnv};
 
@@ -14,7 +15,7 @@ const PLAN: [&str; 2] = ["plan", "-no-color"];
 
 #[test]
 fn a_lock_from_a_host_whose_name_many_have_is_released_by_force_alone() {
-    if !nix::unistd::geteuid().is_root() {
+    if !is_root_on_linux() {
         // This test is listed in tests/left-out.
         return;
     }

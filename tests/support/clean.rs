@@ -56,17 +56,13 @@ fn why_not(path: &Path) -> Option<&'static str> {
     use std::os::unix::fs::MetadataExt;
     let path = path.canonicalize().ok()?;
     let flags = statvfs(&path).map_or(FsFlags::empty(), |system| system.flags());
-    #[cfg(target_os = "linux")]
-    let is_noexec = flags.contains(FsFlags::ST_NOEXEC);
-    #[cfg(not(target_os = "linux"))]
-    let is_noexec = false;
     let is_root = nix::unistd::geteuid().is_root();
     let is_closed = |path: &Path| path.metadata().is_ok_and(|place| place.mode() & 0o001 == 0);
     if path.to_string_lossy().contains(|character: char| !character.is_ascii() || " '\"$\\%".contains(character)) {
         Some("a shell would take its name apart")
     } else if tempfile::tempfile_in(&path).is_err() {
         Some("no file can be made there")
-    } else if is_noexec {
+    } else if super::system::is_noexec(flags) {
         Some("no program can be started there (noexec)")
     } else if is_root && flags.contains(FsFlags::ST_NOSUID) {
         Some("no program changes its user there (nosuid)")

@@ -12,6 +12,7 @@ pub mod process;
 pub mod processes;
 pub mod proxy;
 pub mod relay;
+pub mod system;
 pub mod terminal;
 pub mod test_env;
 

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -11,6 +11,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+pub use super::system::{SystemCall, state, waits_in};
+use super::system::{environment, is_dying, processes};
 use super::{LONGEST, wait_for, wait_within};
 
 /// The exit status and the output of a process.
@@ -164,21 +166,6 @@ pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
     assert!(status.success(), "{}", to.as_ref().display());
 }
 
-/// Whether a SIGKILL to the process has not ended it yet. Its descriptors may be closed by then, so that others act on its
-/// death, while it still has children.
-fn is_dying(pid: Pid) -> bool {
-    /// The bit of SIGKILL in the sets of proc_pid_status(5).
-    const KILL: u64 = 1 << (Signal::SIGKILL as u64 - 1);
-    /// The flag of the kernel's include/linux/sched.h, in field 9 of proc_pid_stat(5).
-    const PF_EXITING: u64 = 4;
-    let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
-    let (status, stat) = (read("status"), read("stat"));
-    let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
-    let is_pending = pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & KILL != 0);
-    let flags = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(6)?.parse::<u64>().ok());
-    is_pending || flags.is_some_and(|flags| flags & PF_EXITING != 0)
-}
-
 impl Drop for Run {
     /// Kills a run that has not ended, with all its processes. The guardian of a `tf` that the test has killed works on.
     fn drop(&mut self) {
@@ -197,41 +184,31 @@ fn all_processes() -> String {
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
-/// Returns `root` and all processes below it, from /proc: (pid, name, state, process group).
+/// Returns `root` and all processes below it: (pid, name, state, process group).
 pub fn tree(root: Pid) -> Vec<(Pid, String, char, Pid)> {
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        let Ok(stat) = std::fs::read(format!("/proc/{pid}/stat")) else { continue };
-        let stat = String::from_utf8_lossy(&stat).into_owned();
-        let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
-        let fields: Vec<&str> = stat[close + 2..].split(' ').collect();
-        let number = |place: usize| Pid::from_raw(fields[place].parse().unwrap_or(0));
-        all.push((
-            Pid::from_raw(pid),
-            stat[open + 1..close].to_owned(),
-            fields[0].chars().next().unwrap(),
-            number(1),
-            number(2),
-        ));
-    }
+    let all = processes();
     let mut found = vec![root];
     let mut next = 0;
     while next < found.len() {
         let parent = found[next];
-        found.extend(all.iter().filter(|process| process.3 == parent).map(|process| process.0));
+        found.extend(all.iter().filter(|process| process.parent == parent).map(|process| process.pid));
         next += 1;
     }
-    all.into_iter()
-        .filter(|(pid, ..)| found.contains(pid))
-        .map(|(pid, name, state, _, group)| (pid, name, state, group))
-        .collect()
+    let below = all.into_iter().filter(|process| found.contains(&process.pid));
+    below.map(|process| (process.pid, process.name, process.state, process.group)).collect()
 }
 
 fn kill_tree(root: Pid) {
     for (pid, ..) in tree(root) {
         let _ = kill(pid, Signal::SIGKILL);
     }
+}
+
+/// Returns the path of the file into which the terraform `pid` logs.
+#[track_caller]
+pub fn log_path(pid: Pid) -> PathBuf {
+    let entries = environment(pid).unwrap();
+    entries.iter().find_map(|entry| entry.strip_prefix("TF_LOG_PATH=")).unwrap().into()
 }
 
 /// Returns the terraform below `root`.
@@ -242,42 +219,4 @@ pub fn terraform_below(root: Pid) -> Pid {
         || tree(root).into_iter().find(|(_, name, ..)| name == "terraform").map(|(pid, ..)| pid),
         || format!("{:?}", tree(root)),
     )
-}
-
-/// The system calls that [`waits_in`] knows.
-#[derive(Clone, Copy, Debug)]
-pub enum SystemCall {
-    Read,
-    Write,
-}
-
-/// Whether a process waits in this system call (proc_pid_syscall(5)). False on systems other than Linux.
-pub fn waits_in(pid: Pid, call: SystemCall) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        let number = match call {
-            SystemCall::Read => libc::SYS_read,
-            SystemCall::Write => libc::SYS_write,
-        };
-        let current = std::fs::read_to_string(format!("/proc/{pid}/syscall"));
-        current.is_ok_and(|current| current.starts_with(&format!("{number} ")))
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (pid, call);
-        false
-    }
-}
-
-/// Returns the state of a process: `S`, `T`, `Z`... `None` if it no longer exists. A process whose first thread has
-/// exited is no zombie as long as another thread has not: it still has its descriptors, and so its file locks.
-pub fn state(pid: Pid) -> Option<char> {
-    let of = |thread: &str| {
-        let stat = std::fs::read(format!("/proc/{pid}/task/{thread}/stat")).ok()?;
-        let stat = String::from_utf8_lossy(&stat).into_owned();
-        stat[stat.rfind(')')? + 2..].chars().next()
-    };
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
-    let states = threads.filter_map(|thread| of(thread.file_name().to_str()?));
-    states.reduce(|one, other| if matches!(one, 'Z' | 'X') { other } else { one })
 }

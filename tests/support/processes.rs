@@ -1,12 +1,11 @@
 //! The processes of a [`TestEnv`]: which ones there are, which of them belong to `tf`, and when they are gone.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::process::state;
+use super::system::{self, state};
 use super::{TestEnv, wait_for};
 
 /// Kills every process of a [`TestEnv`] when the test ends, even if it panics. The processes may no longer have a
@@ -26,36 +25,24 @@ pub fn home(env: &TestEnv) -> String {
     format!("HOME={}", env.directory.parent().unwrap().join("home").display())
 }
 
-pub fn everybody() -> Vec<Pid> {
-    let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
-    let mut pids: Vec<i32> = names.filter_map(|name| name.to_str()?.parse().ok()).collect();
-    pids.sort_unstable();
-    pids.into_iter().map(Pid::from_raw).collect()
-}
-
 /// Returns the processes that were started with `entry` (`NAME=value`) in their environment. A CI runner finds its
 /// processes in the same way.
 pub fn marked(entry: &str) -> Vec<Pid> {
-    let has = |pid: &Pid| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|&byte| byte == 0).any(|other| other == entry.as_bytes())
-    };
-    everybody().into_iter().filter(has).collect()
+    let has = |pid: &Pid| system::environment(*pid).is_some_and(|entries| entries.iter().any(|other| other == entry));
+    system::pids().into_iter().filter(has).collect()
 }
 
 /// Returns the processes of a [`TestEnv`] that run the `tf` binary: `tf` itself, and its guardian.
 pub fn ours(env: &TestEnv) -> Vec<Pid> {
     let binary = Path::new(env!("CARGO_BIN_EXE_tf")).canonicalize().unwrap();
-    let is_ours = |pid: &Pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|path| path == binary);
-    marked(&home(env)).into_iter().filter(is_ours).collect()
+    marked(&home(env)).into_iter().filter(|pid| system::program(*pid).as_ref() == Some(&binary)).collect()
 }
 
 /// Returns the `tf` of a [`TestEnv`]. The lower pid is not always that of `tf`, because pids wrap around, so the
 /// guardian is recognized by its name.
 pub fn tf_of(env: &TestEnv) -> Pid {
-    let is_guardian =
-        |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("tf-"));
-    wait_for("tf", || ours(env).into_iter().find(|pid| !is_guardian(pid)), || env.trace())
+    let is_guardian = |pid: Pid| system::name(pid).starts_with("tf-");
+    wait_for("tf", || ours(env).into_iter().find(|pid| !is_guardian(*pid)), || env.trace())
 }
 
 /// Returns the guardian of `tf`.
@@ -70,7 +57,7 @@ pub fn guardian_of(env: &TestEnv, tf: Pid) -> Pid {
 
 /// Whether the process has this name in the process list.
 pub fn is_named(pid: Pid, name: &str) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|found| found.trim_end() == name)
+    system::name(pid) == name
 }
 
 /// Returns the process of a [`TestEnv`] with the name `name`, such as `tf-fuse`.
@@ -102,18 +89,15 @@ pub fn wait_until_unlocked(env: &TestEnv) {
 #[track_caller]
 pub fn wait_until_all_is_gone(env: &TestEnv) {
     let left = || marked(&home(env));
-    let name = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let shown = || left().iter().map(|pid| (*pid, state(*pid), name(pid))).collect::<Vec<_>>();
+    let shown = || left().into_iter().map(|pid| (pid, state(pid), system::name(pid))).collect::<Vec<_>>();
     wait_for("the end of all", || left().is_empty().then_some(()), || format!("{:?}\n{}", shown(), env.trace()));
 }
 
-/// Returns the entries of /proc/locks for the lock files of all runs in the journal.
-fn held_locks(env: &TestEnv) -> Vec<String> {
+/// Returns the lock files of all runs in the journal that a process has locked.
+fn held_locks(env: &TestEnv) -> Vec<PathBuf> {
     let runs = env.directory.parent().unwrap().join("home/.local/state/tf/runs");
     let files = std::fs::read_dir(runs).into_iter().flatten().flatten().map(|run| run.path().join("lock"));
-    let numbers: Vec<String> = files.filter_map(|file| Some(format!(":{} ", file.metadata().ok()?.ino()))).collect();
-    let held = std::fs::read_to_string("/proc/locks").unwrap();
-    held.lines().filter(|line| numbers.iter().any(|number| line.contains(number))).map(ToOwned::to_owned).collect()
+    files.filter(|file| system::is_locked(file)).collect()
 }
 
 /// Kills every process of a [`TestEnv`] except `spared`, and none of them notices the end of another one.

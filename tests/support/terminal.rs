@@ -9,27 +9,11 @@ use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex};
 
 use nix::fcntl::OFlag;
-use nix::pty::{PtyMaster, grantpt, posix_openpt, unlockpt};
+use nix::pty::{grantpt, posix_openpt, unlockpt};
 use nix::unistd::Pid;
 
+use super::system::terminal_name;
 use super::wait_for;
-
-/// Returns the path of the terminal whose master is `master` (ptsname(3)).
-#[cfg(target_os = "linux")]
-fn slave_name(master: &PtyMaster) -> String {
-    nix::pty::ptsname_r(master).unwrap()
-}
-
-/// Returns the path of the terminal whose master is `master`. TIOCPTYGNAME writes it, with the zero at its end, into 128
-/// bytes (sys/ttycom.h). ptsname(3) would return a static buffer, which two tests cannot use at the same time.
-#[cfg(not(target_os = "linux"))]
-fn slave_name(master: &PtyMaster) -> String {
-    let mut name = [0u8; 128];
-    // SAFETY: the call writes at most 128 bytes.
-    let asked = unsafe { libc::ioctl(master.as_raw_fd(), libc::c_ulong::from(libc::TIOCPTYGNAME), name.as_mut_ptr()) };
-    assert_eq!(asked, 0, "{}", std::io::Error::last_os_error());
-    std::ffi::CStr::from_bytes_until_nul(&name).unwrap().to_str().unwrap().to_owned()
-}
 
 pub struct Terminal {
     master: Option<File>,
@@ -45,8 +29,12 @@ impl Terminal {
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
-        let slave =
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(slave_name(&master)).unwrap();
+        let slave = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(terminal_name(&master))
+            .unwrap();
         let number = slave.as_raw_fd();
         let size = libc::winsize { ws_row: 40, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: setsid and ioctl are async-signal-safe; `slave` stays open until after the spawn.
