@@ -111,13 +111,16 @@ portable: tools ## every test, with the signal handling for systems without sign
 	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable
 
 .PHONY: macos
-macos: ## compile, link and lint everything for macOS, also on Linux: half an hour the first time (450 MB download)
+macos: ## compile, link and lint everything for macOS, also on Linux: 10 min the first time (450 MB download)
 	tests/macos
+
+# The tests that cargo test leaves out if it is not told.
+MORE_TESTS := --test elsewhere --test fence --test lease_store --test model
 
 .PHONY: check
 check: ## formatting, lints, documentation
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets $(MORE_TESTS) -- -D warnings
 	cargo clippy --all-targets --features crash-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items
 
@@ -142,8 +145,12 @@ package: tools ## build and test all files of a release: static programs, archiv
 	package/check-image
 
 .PHONY: containers
-containers: tools ## run tf in real containers, of Docker and of Podman (needs root; 200 MB download); TF=a static tf, T=part of a test's name
+containers: tools ## run tf in real containers, of Docker and of Podman (needs root; 200 MB download): TF=a static tf, T=part of a test's name
 	THREADS=$(THREADS) tests/containers/run $(T)
+
+.PHONY: fetched
+fetched: $(TOOLS)/executors/.made $(TOOLS)/wrappers/.made ## fetch what make executors, wrappers and containers need
+	tests/containers/install
 
 .PHONY: package-twice
 package-twice: ## build a release from two clones and compare all files byte for byte (two full builds: 40 min)

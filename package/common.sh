@@ -22,6 +22,13 @@ die() {
   exit 1
 }
 
+# unavailable TEXT: dies because of something outside of this project, such as a registry that cannot be reached, or a
+# kernel that forbids namespaces. .ci/run sets LEFT_OUT, and then goes on.
+unavailable() {
+  [ -z "${LEFT_OUT:-}" ] || printf '%s\n' "$*" >"$LEFT_OUT"
+  die "$@"
+}
+
 say() {
   printf '== %s\n' "$*"
 }
@@ -119,6 +126,18 @@ built_macos_targets() {
   done
 }
 
+# Sets macos_python: a Python with macholib, which reads programs for macOS, and with fat-macho, which joins them.
+macos_reader() {
+  local where=$tools/macos/release requirements=$root/package/macos/release-requirements.txt
+  macos_python=$where/bin/python3
+  if cmp --silent "$requirements" "$where/.made"; then return; fi
+  need python3 "python3 python3-venv"
+  python3 -m venv --clear "$where"
+  "$macos_python" -m pip install --quiet --disable-pip-version-check --only-binary=:all: --require-hashes \
+    --requirement "$requirements" || unavailable "PyPI's packages cannot be had: fat-macho, macholib"
+  cp "$requirements" "$where/.made"
+}
+
 # with_apt_of DIRECTORY SUITE COMMAND...: runs a command whose apt reads one suite of Debian, or what this machine's apt
 # reads if SUITE is "". Its lists and its cache are in DIRECTORY, which the caller removes: apt's own state is left
 # alone, and no root is needed. MIRROR sets another Debian mirror than that of apt's sources.
@@ -133,7 +152,7 @@ Dir::State::lists "$where/lists";
 Dir::Cache "$where";
 CONF
   if [ -n "$suite" ]; then
-    [ -e "$debian_keys" ] || die "missing here: apt-get install debian-archive-keyring"
+    [ -e "$debian_keys" ] || unavailable "missing here: apt-get install debian-archive-keyring"
     debian_mirror
     echo "deb [signed-by=$debian_keys] $MIRROR $suite main" >"$where/sources.list"
     cat >>"$where/apt.conf" <<CONF
@@ -166,7 +185,7 @@ download_from() {
   mkdir -p "$where"
   # shellcheck disable=SC2016 # The inner shell expands these.
   with_apt_of "$where/apt" "$suite" bash -c 'cd "$1" && shift && apt-get update -qq && apt-get download -qq "$@"' _ "$where" "$@" ||
-    die "Debian's packages cannot be had: $*"
+    unavailable "Debian's packages cannot be had: $*"
   rm -rf "$where/apt"
 }
 
