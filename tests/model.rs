@@ -12,8 +12,9 @@
     clippy::option_option,
     clippy::single_match_else,
     clippy::too_many_lines,
+    clippy::unnecessary_wraps,
     clippy::unused_self,
-    reason = "a step of the model has the form of its transition, and a result may be missing in two ways"
+    reason = "a step of the model has the form of its transition, and a result the form of that of tf"
 )]
 
 #[macro_use]
