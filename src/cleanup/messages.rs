@@ -161,8 +161,8 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) ->
         LateWrite::BeforeTheLossWasFound => {
             format!("terraform was killed; before that was known, it may have written its state {over}")
         }
-        LateWrite::AfterAStop => {
-            format!("another process has continued terraform, so it may have written its state {over}")
+        LateWrite::AfterTheDeadline => {
+            format!("terraform ran after the deadline of its lease, so it may have written its state {over}")
         }
     };
     format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
@@ -1170,7 +1170,7 @@ mod tests {
     use super::*;
     use crate::holder::evidence::Verdict;
     use crate::lease::notice::{Announcement, HostEnd};
-    use crate::lease::record::{Fence, Record, Renewal};
+    use crate::lease::record::{Promise, Record, Renewal};
     use crate::lease::terms::Terms;
 
     #[test]
@@ -1219,7 +1219,7 @@ mod tests {
     #[test]
     fn a_taker_that_waits_for_a_claim_names_the_claimant() {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
-        let record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop);
+        let record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Promise::Stop);
         let now = Timestamp::from_second(1_790_000_400).unwrap();
         let lapsed = Lapsed { info: LockInfo::default(), record, path: "b/k".into(), now };
         for (by, expected) in [("ci@other", "ci@other"), ("", "another host")] {
@@ -1326,7 +1326,7 @@ mod tests {
             (None, "the lock of this run is gone: somebody has released or deleted it"),
         ] {
             let has_another = !matches!(loss, Some(Loss::Gone) | None);
-            for write in [LateWrite::No, LateWrite::BeforeTheLossWasFound, LateWrite::AfterAStop] {
+            for write in [LateWrite::No, LateWrite::BeforeTheLossWasFound, LateWrite::AfterTheDeadline] {
                 let said = lock_lost(loss.as_ref(), write, "terraform");
                 assert!(said.starts_with(who) && !said.contains("lapsed"), "{said}");
                 assert_eq!(
@@ -1334,7 +1334,7 @@ mod tests {
                     write != LateWrite::No && has_another,
                     "{said}"
                 );
-                assert_eq!(said.contains("another process has continued"), write == LateWrite::AfterAStop, "{said}");
+                assert_eq!(said.contains("ran after the deadline"), write == LateWrite::AfterTheDeadline, "{said}");
                 assert_eq!(said.contains("since it last saved its state"), write == LateWrite::No, "{said}");
             }
         }

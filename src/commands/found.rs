@@ -256,7 +256,7 @@ impl Serialize for FoundLock {
 mod tests {
     use super::*;
     use crate::lease::observed::tests::lease;
-    use crate::lease::record::Fence;
+    use crate::lease::record::Promise;
     use crate::lock::dynamodb::InfoAttribute;
 
     fn item(info: &str) -> StoredPart {
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_lock_has_the_lease_of_its_first_part_that_has_one() {
-        let with = |part: StoredPart, age| StoredPart { lease: Some(lease("a", age, None, Fence::Stop)), ..part };
+        let with = |part: StoredPart, age| StoredPart { lease: Some(lease("a", age, None, Promise::Stop)), ..part };
         let (item, object) = (|| item(&info("a")), || object(&info("a")));
         for (parts, age) in [
             (vec![item(), object()], None),
@@ -311,7 +311,7 @@ mod tests {
             (vec![with(item(), 1), with(object(), 2)], Some(1)),
         ] {
             let found = pair(BOTH, parts, None);
-            let expected = age.map(|age| lease("a", age, None, Fence::Stop));
+            let expected = age.map(|age| lease("a", age, None, Promise::Stop));
             assert_eq!(locks(&found)[0].lease, expected);
         }
     }

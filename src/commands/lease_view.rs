@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::console::{length_of_time, visible};
 use crate::holder::lease_text;
 use crate::lease::observed::{Freshness, KnownLease, LeaseDoubt, ObservedLease};
-use crate::lease::record::{Fence, Holder, Interruption, Record};
+use crate::lease::record::{Holder, Interruption, Promise, Record};
 
 /// The lease in JSON, as docs/locks.schema.json describes it.
 #[derive(Serialize)]
@@ -25,7 +25,7 @@ pub(super) struct LeaseView<'a> {
 struct RecordView<'a> {
     length_seconds: Option<u64>,
     renewed: Option<Timestamp>,
-    grade: Option<Fence>,
+    grade: Option<Promise>,
     region: Option<&'a str>,
     version: Option<&'a str>,
     holder: Option<HolderView<'a>>,
@@ -130,8 +130,8 @@ pub(super) fn lines(lease: &ObservedLease) -> Vec<(&'static str, String)> {
     lines.push((
         "grade",
         match record.fence {
-            Fence::Stop => "stop: its host stops terraform before the lease lapses".to_owned(),
-            Fence::None => "none: its host does not promise to stop terraform before the lease lapses".to_owned(),
+            Promise::Stop => "stop: its host stops terraform before the lease lapses".to_owned(),
+            Promise::None => "none: its host does not promise to stop terraform before the lease lapses".to_owned(),
         },
     ));
     let holder = &record.holder;
@@ -176,7 +176,7 @@ mod tests {
     }
 
     fn of_ci() -> ObservedLease {
-        let mut lease = lease("id", 40, None, Fence::Stop);
+        let mut lease = lease("id", 40, None, Promise::Stop);
         if let Ok(record) = &mut lease.record {
             record.holder.user = "runner".into();
             record.holder.host = "fv-7".into();
@@ -202,10 +202,10 @@ mod tests {
         assert_eq!((&good["holder"]["job"], &good["holder"]["cloud"]), (&json!("https://ci/7"), &json!("")));
         let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
         for (lease, state) in [
-            (lease("id", 400, None, Fence::None), "lapsed"),
-            (lease("id", 400, Some(5), Fence::Stop), "claimed"),
-            (lease("id", 400, Some(100), Fence::Stop), "claimed"),
-            (lease("id", -60, None, Fence::Stop), "not_believed"),
+            (lease("id", 400, None, Promise::None), "lapsed"),
+            (lease("id", 400, Some(5), Promise::Stop), "claimed"),
+            (lease("id", 400, Some(100), Promise::Stop), "claimed"),
+            (lease("id", -60, None, Promise::Stop), "not_believed"),
             (ObservedLease { record: Err(NotBelieved::TooLarge), ..of_ci() }, "not_believed"),
             (ObservedLease { date: None, ..of_ci() }, "unknown"),
         ] {
@@ -234,7 +234,7 @@ mod tests {
         ] {
             assert!(shown.contains(fact), "{fact}: {shown}");
         }
-        let claimed = all(&lease("id", 400, Some(100), Fence::Stop));
+        let claimed = all(&lease("id", 400, Some(100), Promise::Stop));
         assert!(claimed.contains("claimed by: bert@ci-8, 1 min 40 s ago, and has not released the lock"), "{claimed}");
         let not_believed = all(&ObservedLease { record: Err(NotBelieved::Format), ..of_ci() });
         assert_eq!(not_believed, "lease: its lease record has a format that this version of tf does not know\n");
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_strangers_record_cannot_do_anything() {
-        let mut lease = lease("id", 400, Some(5), Fence::Stop);
+        let mut lease = lease("id", 400, Some(5), Promise::Stop);
         if let Ok(record) = &mut lease.record {
             let evil = "\u{1b}]0;x\u{7}\n\r\u{202e}".repeat(30);
             let interrupted = record.interrupted.insert(Interruption::default());

@@ -554,7 +554,7 @@ mod tests {
 
     fn with_a_lease(entry: &mut ListedEntry, fact: &str) {
         use crate::lease::observed::tests::lease;
-        let mut lease = lease("5e75cb05-d70c-4132-39e0-d2abba1b3077", 40, None, crate::lease::record::Fence::Stop);
+        let mut lease = lease("5e75cb05-d70c-4132-39e0-d2abba1b3077", 40, None, crate::lease::record::Promise::Stop);
         if let (ListedEntry::Lock(lock), Ok(record)) = (entry, &mut lease.record) {
             record.holder.user = fact.chars().take(2000).collect();
             record.holder.job.clone_from(&record.holder.user);

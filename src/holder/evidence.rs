@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::lease_text;
 use crate::lease::observed::{Freshness, KnownClaim, KnownLease, ObservedLease};
-use crate::lease::record::Fence;
+use crate::lease::record::Promise;
 use crate::terraform::lock_info::LockInfo;
 use crate::time::saturating_add;
 
@@ -241,11 +241,11 @@ fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static 
             let age = length_of_time(age);
             (format!("{by} claimed the lock {age} ago{rest}"), "that the holder is likely dead")
         }
-        (None, Fence::Stop) => (
+        (None, Promise::Stop) => (
             format!("its {length} lease was last renewed {age} ago"),
             "that the holder is likely dead: its host stops terraform before the lease lapses",
         ),
-        (None, Fence::None) => (
+        (None, Promise::None) => (
             format!("its {length} lease was last renewed {age} ago, but {NO_PROMISE}"),
             "that the holder is likely dead, and no more: terraform may be running without its lease, or its tf has \
              kept the lock on purpose",
@@ -705,7 +705,7 @@ mod tests {
 
     /// Returns leases of all kinds. The name says what they show.
     fn leases() -> Vec<(&'static str, ObservedLease)> {
-        let stop = |age, claimed| lease("id", age, claimed, Fence::Stop);
+        let stop = |age, claimed| lease("id", age, claimed, Promise::Stop);
         let not_believed = [
             NotBelieved::TooLarge,
             NotBelieved::Malformed,
@@ -720,10 +720,10 @@ mod tests {
         let elsewhere = |lease| ObservedLease { region: "elsewhere".to_owned(), ..lease };
         let leases = vec![
             ("fresh", stop(40, None)),
-            ("fresh", lease("id", 40, None, Fence::None)),
+            ("fresh", lease("id", 40, None, Promise::None)),
             ("fresh", elsewhere(stop(40, None))),
             ("lapsed", stop(2820, None)),
-            ("lapsed", lease("id", 2820, None, Fence::None)),
+            ("lapsed", lease("id", 2820, None, Promise::None)),
             ("lapsed", stop(2820, Some(5))),
             ("lapsed", stop(2820, Some(100))),
             ("nothing", elsewhere(stop(2820, None))),
@@ -738,28 +738,28 @@ mod tests {
     fn a_lease_says_when_it_was_renewed_and_by_whom_it_was_claimed() {
         let host = "the lock was taken on another host (other)";
         for (lease, expected) in [
-            (lease("id", 40, None, Fence::Stop), "its lease was renewed 40 s ago, by the service's clock".to_owned()),
-            (lease("id", 2820, None, Fence::Stop), "its 5 min lease was last renewed 47 min 0 s ago".to_owned()),
+            (lease("id", 40, None, Promise::Stop), "its lease was renewed 40 s ago, by the service's clock".to_owned()),
+            (lease("id", 2820, None, Promise::Stop), "its 5 min lease was last renewed 47 min 0 s ago".to_owned()),
             (
-                lease("id", 2820, None, Fence::None),
+                lease("id", 2820, None, Promise::None),
                 "its 5 min lease was last renewed 47 min 0 s ago, but its host does not promise to stop terraform in time"
                     .to_owned(),
             ),
             (
-                lease("id", 2820, Some(5), Fence::Stop),
+                lease("id", 2820, Some(5), Promise::Stop),
                 "bert@ci-8 claimed the lock 5 s ago".to_owned(),
             ),
             (
-                lease("id", 2820, Some(100), Fence::Stop),
+                lease("id", 2820, Some(100), Promise::Stop),
                 "bert@ci-8 claimed the lock 1 min 40 s ago, but has not released it"
                     .to_owned(),
             ),
             (
-                ObservedLease { record: Err(NotBelieved::TooLarge), ..lease("id", 0, None, Fence::Stop) },
+                ObservedLease { record: Err(NotBelieved::TooLarge), ..lease("id", 0, None, Promise::Stop) },
                 format!("{host}; its lease record is too large"),
             ),
             (
-                ObservedLease { region: "s".to_owned(), ..lease("id", 2820, None, Fence::Stop) },
+                ObservedLease { region: "s".to_owned(), ..lease("id", 2820, None, Promise::Stop) },
                 format!("{host}; its 5 min lease was last renewed 47 min 0 s ago, but in another region (r)"),
             ),
         ] {
@@ -771,7 +771,7 @@ mod tests {
     #[test]
     fn a_lease_shows_no_raw_text_of_a_stranger() {
         for region in ["r", "s"] {
-            let mut lease = lease("id", 2820, Some(5), Fence::Stop);
+            let mut lease = lease("id", 2820, Some(5), Promise::Stop);
             if let Ok(record) = &mut lease.record {
                 record.region = "r\u{1b}[2J".to_owned();
                 record.taken.as_mut().unwrap().by = "\u{1b}]0;x\u{7}\n\u{202e}".repeat(50);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::console::{length_of_time, visible};
 use crate::lease::observed::ObservedLease;
-use crate::lease::record::{Claim, Fence, Holder, Interruption};
+use crate::lease::record::{Claim, Holder, Interruption, Promise};
 use crate::lease::terms::Terms;
 
 /// Returns the length of a lease in words: whole minutes without seconds, because that is how a user sets it.
@@ -58,10 +58,10 @@ pub(crate) fn claimant(claim: &Claim) -> String {
     }
 }
 
-fn grade(fence: Fence) -> &'static str {
+fn grade(fence: Promise) -> &'static str {
     match fence {
-        Fence::Stop => "stop",
-        Fence::None => "none",
+        Promise::Stop => "stop",
+        Promise::None => "none",
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
     use crate::lease::record::NotBelieved;
 
     fn of_ci() -> ObservedLease {
-        let mut lease = lease("id", 40, None, Fence::Stop);
+        let mut lease = lease("id", 40, None, Promise::Stop);
         if let Ok(record) = &mut lease.record {
             record.holder.user = "runner".into();
             record.holder.host = "fv-7".into();
@@ -149,8 +149,8 @@ mod tests {
                 ObservedLease { date: None, ..of_ci() },
                 Some("lease of 5 min, grade stop, held by runner@fv-7, https://ci/7"),
             ),
-            (lease("id", 400, None, Fence::None), Some("lease of 5 min, renewed 6 min 40 s ago, grade none")),
-            (lease("id", -60, None, Fence::None), None),
+            (lease("id", 400, None, Promise::None), Some("lease of 5 min, renewed 6 min 40 s ago, grade none")),
+            (lease("id", -60, None, Promise::None), None),
             (ObservedLease { record: Err(NotBelieved::Malformed), ..of_ci() }, None),
         ] {
             assert_eq!(of_holder(&lease).as_deref(), expected);

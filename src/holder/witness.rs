@@ -203,7 +203,7 @@ mod tests {
 
     use super::*;
     use crate::lease::observed::tests::lease;
-    use crate::lease::record::{Fence, NotBelieved};
+    use crate::lease::record::{NotBelieved, Promise};
 
     const ANSWERS: [WitnessVerdict; 3] = [WitnessVerdict::Dead, WitnessVerdict::Alive, WitnessVerdict::Unknown];
 
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn only_a_record_that_is_believed_and_names_a_machine_is_an_identity() {
         let with = |change: &dyn Fn(&mut Holder)| {
-            let mut lease = lease("a", 900, None, Fence::Stop);
+            let mut lease = lease("a", 900, None, Promise::Stop);
             let holder = &mut lease.record.as_mut().unwrap().holder;
             *holder = Holder { user: "anna".into(), host: "vm".into(), ci: "Jenkins".into(), ..Holder::default() };
             change(holder);

@@ -3,12 +3,11 @@
 
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::record::Claim;
 use super::terms::Terms;
-use crate::time::saturating_add;
 
 /// What a look at the lock shows while terraform is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,8 +38,8 @@ pub(crate) enum LateWrite {
     No,
     /// It may have, while nobody knew of the loss: somebody else has deleted the lock of a terraform that worked.
     BeforeTheLossWasFound,
-    /// It may have, because another process has continued it after it was stopped for its lease.
-    AfterAStop,
+    /// It may have, because it ran after the deadline of its lease: another process has continued it.
+    AfterTheDeadline,
 }
 
 /// What is known about a run that has lost its lock.
@@ -61,21 +60,14 @@ pub(crate) struct Lost {
 /// Decides whether terraform may have written its state after it had lost its lock.
 ///
 /// When the last renewal was sent, the lock was the run's. If the loss was found while terraform worked, every later write
-/// may have come too late. A terraform that is stopped in time has its lock until the deadline and longer: nobody takes it
-/// before the end of the lease. So half of the time between the two is left for a timer that is late.
-pub(crate) fn late_write(terms: Terms, lost: Lost) -> LateWrite {
-    let spare = SignedDuration::try_from(terms.length().saturating_sub(terms.working_time()) / 2)
-        .unwrap_or(SignedDuration::MAX);
-    let until = if lost.is_found_working {
-        lost.renewed
-    } else {
-        lost.deadline.map(|deadline| saturating_add(deadline, spare))
-    };
+/// may have come too late. A terraform that was stopped in time had its lock until the deadline.
+pub(crate) fn late_write(lost: Lost) -> LateWrite {
+    let until = if lost.is_found_working { lost.renewed } else { lost.deadline };
     let is_late = until.zip(lost.written).is_some_and(|(until, written)| written > until);
     match (is_late, lost.is_found_working) {
         (true, true) => LateWrite::BeforeTheLossWasFound,
-        (true, false) => LateWrite::AfterAStop,
-        (false, false) if lost.has_exited => LateWrite::AfterAStop,
+        (true, false) => LateWrite::AfterTheDeadline,
+        (false, false) if lost.has_exited => LateWrite::AfterTheDeadline,
         (false, _) => LateWrite::No,
     }
 }
@@ -210,7 +202,6 @@ mod tests {
 
     #[test]
     fn a_write_after_the_last_renewal_is_late_if_the_loss_was_found_without_a_stop_and_after_the_deadline_otherwise() {
-        let terms = Terms::new(Duration::from_mins(5)).unwrap();
         let at = |second: i64| Some(Timestamp::from_second(1_790_000_000 + second).unwrap());
         for (is_found_working, has_exited, written, expected) in [
             (true, false, at(0), LateWrite::No),
@@ -218,18 +209,17 @@ mod tests {
             (true, true, at(0), LateWrite::No),
             (true, true, at(1), LateWrite::BeforeTheLossWasFound),
             (true, false, None, LateWrite::No),
-            // Terraform may work for 240 s, and the lease lapses after 300 s.
-            (false, false, at(270), LateWrite::No),
-            (false, false, at(271), LateWrite::AfterAStop),
-            (false, true, at(0), LateWrite::AfterAStop),
+            (false, false, at(240), LateWrite::No),
+            (false, false, at(241), LateWrite::AfterTheDeadline),
+            (false, true, at(0), LateWrite::AfterTheDeadline),
             (false, false, None, LateWrite::No),
         ] {
             let lost = Lost { is_found_working, has_exited, renewed: at(0), deadline: at(240), written };
-            assert_eq!(late_write(terms, lost), expected, "{lost:?}");
+            assert_eq!(late_write(lost), expected, "{lost:?}");
         }
         let never = Lost { is_found_working: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
         for is_found_working in [false, true] {
-            assert_eq!(late_write(terms, Lost { is_found_working, ..never }), LateWrite::No);
+            assert_eq!(late_write(Lost { is_found_working, ..never }), LateWrite::No);
         }
     }
 

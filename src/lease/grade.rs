@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use super::record::Fence;
+use super::record::Promise;
 use crate::sys::host_facts::{Dmi, HostFacts};
 
 /// What this host promises, and why.
@@ -20,10 +20,10 @@ pub(crate) enum Grade {
 
 impl Grade {
     /// Returns what the lease's record says.
-    pub(crate) fn fence(self) -> Fence {
+    pub(crate) fn fence(self) -> Promise {
         match self {
-            Self::Stop(_) => Fence::Stop,
-            Self::None(_) => Fence::None,
+            Self::Stop(_) => Promise::Stop,
+            Self::None(_) => Promise::None,
         }
     }
 }
@@ -348,12 +348,12 @@ mod tests {
         assert_eq!(grade(facts, false, Clock::Steady), vouched, "{facts:?}");
         for clock in [Clock::NotVouchedFor, Clock::Steady] {
             let shared = grade(facts, true, clock);
-            assert!(shared.fence() == Fence::None, "{facts:?}: {shared:?}");
+            assert!(shared.fence() == Promise::None, "{facts:?}: {shared:?}");
         }
         match expected {
-            Grade::Stop(_) => assert_eq!(expected.fence(), Fence::Stop),
+            Grade::Stop(_) => assert_eq!(expected.fence(), Promise::Stop),
             Grade::None(reason) => {
-                assert_eq!(expected.fence(), Fence::None);
+                assert_eq!(expected.fence(), Promise::None);
                 assert_eq!(reason.can_be_vouched_for(), vouched != expected);
             }
         }

@@ -77,13 +77,13 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::record::{Fence, Renewal};
+    use super::super::record::{Promise, Renewal};
     use super::*;
 
     const LOCK: &str = r#"{"ID":"a","Operation":"OperationTypeApply","Info":"","Who":"o@h","Path":"b/k"}"#;
 
     fn record(length: Duration, fill: impl Fn(&mut Record)) -> Record {
-        let mut record = Record::new("a", Terms::new(length).unwrap(), Renewal { renewed: 1, beat: 1 }, Fence::Stop);
+        let mut record = Record::new("a", Terms::new(length).unwrap(), Renewal { renewed: 1, beat: 1 }, Promise::Stop);
         record.holder.user = "anna".into();
         record.holder.host = "ci-7".into();
         fill(&mut record);

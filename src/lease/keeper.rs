@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::record::{Fence, Renewal};
+use super::record::{Promise, Renewal};
 use super::terms::Terms;
 
 /// A response of the service, and the times of this host around it. They are of `CLOCK_BOOTTIME`, which counts the time
@@ -64,10 +64,10 @@ pub(crate) fn next_renewal(
     terms: Terms,
     last: Response,
     now: Duration,
-    fence: Fence,
+    fence: Promise,
     stored: Option<Timestamp>,
 ) -> NextRenewal {
-    let latest = stored.filter(|_| fence == Fence::None).map_or(last.date, |stored| stored.max(last.date));
+    let latest = stored.filter(|_| fence == Promise::None).map_or(last.date, |stored| stored.max(last.date));
     NextRenewal {
         renewal: Renewal { renewed: latest.as_second(), beat: u64::try_from(now.as_millis()).unwrap_or(u64::MAX) },
         deadline: last.sent.saturating_add(terms.working_time()),
@@ -218,14 +218,14 @@ pub(crate) fn after_answer(terms: Terms, history: History, answer: Answer, uncon
 /// Whether a stored record that another keeper of the run has written confirms a renewal. `sent` is what the record of
 /// that renewal promises, and `stored` what the stored one does. A stored record that promises more confirms nothing: the
 /// caller would take the fence down, or count a promise as withdrawn, while others rely on it.
-pub(crate) fn is_confirmed_by_another(sent: Fence, stored: Fence) -> bool {
-    sent == Fence::Stop || stored == Fence::None
+pub(crate) fn is_confirmed_by_another(sent: Promise, stored: Promise) -> bool {
+    sent == Promise::Stop || stored == Promise::None
 }
 
 /// Returns the fence that the next record promises. Once the clock of this host has stood still, or the service's was set
 /// back, it may do so again. `stored` is the argument of [`has_gone_back`].
-pub(crate) fn fence(promised: Fence, first: Response, last: Response, stored: Option<Timestamp>) -> Fence {
-    if has_stood_still(first, last) || has_gone_back(first, last, stored) { Fence::None } else { promised }
+pub(crate) fn fence(promised: Promise, first: Response, last: Response, stored: Option<Timestamp>) -> Promise {
+    if has_stood_still(first, last) || has_gone_back(first, last, stored) { Promise::None } else { promised }
 }
 
 #[cfg(test)]
@@ -258,9 +258,9 @@ mod tests {
         ] {
             assert_eq!(has_stood_still(first, last), expected, "{first:?} {last:?}");
             let is_back = has_gone_back(first, last, None);
-            let promised = if expected || is_back { Fence::None } else { Fence::Stop };
-            assert_eq!(fence(Fence::Stop, first, last, None), promised);
-            assert_eq!(fence(Fence::None, first, last, None), Fence::None);
+            let promised = if expected || is_back { Promise::None } else { Promise::Stop };
+            assert_eq!(fence(Promise::Stop, first, last, None), promised);
+            assert_eq!(fence(Promise::None, first, last, None), Promise::None);
         }
     }
 
@@ -283,8 +283,8 @@ mod tests {
             (response(0, 1, 0), response(0, 1, 0), Some(time(-100)), false),
         ] {
             assert_eq!(has_gone_back(first, last, stored), expected, "{first:?} {last:?} {stored:?}");
-            let promised = if expected { Fence::None } else { Fence::Stop };
-            assert_eq!(fence(Fence::Stop, first, last, stored), promised);
+            let promised = if expected { Promise::None } else { Promise::Stop };
+            assert_eq!(fence(Promise::Stop, first, last, stored), promised);
         }
     }
 
@@ -292,11 +292,11 @@ mod tests {
     fn a_record_that_promises_nothing_never_has_an_earlier_time_than_the_stored_one() {
         let (last, now) = (response(100, 130, 7), Duration::from_secs(160));
         for (fence, stored, expected) in [
-            (Fence::Stop, None, 7),
-            (Fence::Stop, Some(9), 7),
-            (Fence::None, None, 7),
-            (Fence::None, Some(5), 7),
-            (Fence::None, Some(9), 9),
+            (Promise::Stop, None, 7),
+            (Promise::Stop, Some(9), 7),
+            (Promise::None, None, 7),
+            (Promise::None, Some(5), 7),
+            (Promise::None, Some(9), 9),
         ] {
             let stored = stored.map(|date| Timestamp::from_second(1_790_000_000 + date).unwrap());
             let next = next_renewal(terms(), last, now, fence, stored);
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn the_holder_counts_from_before_the_request_whose_time_it_writes() {
-        let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160), Fence::Stop, None);
+        let next = next_renewal(terms(), response(100, 130, 7), Duration::from_secs(160), Promise::Stop, None);
         assert_eq!(next.renewal, Renewal { renewed: 1_790_000_007, beat: 160_000 });
         assert_eq!(next.deadline, Duration::from_secs(340));
     }
@@ -350,10 +350,10 @@ mod tests {
     #[test]
     fn a_stored_record_that_promises_more_confirms_nothing() {
         for (sent, stored, expected) in [
-            (Fence::Stop, Fence::Stop, true),
-            (Fence::Stop, Fence::None, true),
-            (Fence::None, Fence::None, true),
-            (Fence::None, Fence::Stop, false),
+            (Promise::Stop, Promise::Stop, true),
+            (Promise::Stop, Promise::None, true),
+            (Promise::None, Promise::None, true),
+            (Promise::None, Promise::Stop, false),
         ] {
             assert_eq!(is_confirmed_by_another(sent, stored), expected, "{sent:?} {stored:?}");
         }

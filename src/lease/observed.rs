@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::record::{Claim, Fence, NotBelieved, Record};
+use super::record::{Claim, NotBelieved, Promise, Record};
 use super::takeover::{self, LeaseState};
 use super::terms::Terms;
 
@@ -134,7 +134,7 @@ impl ObservedLease {
         let lease = self.known().ok()?;
         let (terms, now) = (lease.record.terms()?, self.date?);
         let before = now.checked_sub(since).ok()?;
-        let is_promised = lease.fence() == Fence::Stop && lease.is_same_region && lease.claim.is_none();
+        let is_promised = lease.fence() == Promise::Stop && lease.is_same_region && lease.claim.is_none();
         let is_late = lease.age > terms.working_time();
         let had_lapsed = terms.has_lapsed(lease.renewed, before);
         (is_promised && is_late && !had_lapsed).then(|| terms.time_to_lapse(lease.renewed, now))
@@ -143,7 +143,7 @@ impl ObservedLease {
 
 impl KnownLease<'_> {
     /// Returns what the holder's host promises about the time after the lease.
-    pub(crate) fn fence(&self) -> Fence {
+    pub(crate) fn fence(&self) -> Promise {
         self.record.fence
     }
 }
@@ -156,7 +156,7 @@ pub(crate) mod tests {
     pub(crate) const NOW: i64 = 1_790_000_000;
 
     /// Returns the lease of the lock `id` that was renewed `age` seconds ago and claimed `claimed` seconds ago.
-    pub(crate) fn lease(id: &str, age: i64, claimed: Option<i64>, fence: Fence) -> ObservedLease {
+    pub(crate) fn lease(id: &str, age: i64, claimed: Option<i64>, fence: Promise) -> ObservedLease {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
         let mut record = Record::new(id, terms, Renewal { renewed: NOW - age, beat: 7 }, fence);
         record.taken = claimed.map(|age| Claim { by: "bert@ci-8".to_owned(), at: NOW - age, number: 1 });
@@ -177,7 +177,7 @@ pub(crate) mod tests {
             (40, Some(5), Freshness::Lapsed, 40),
             (400, Some(71), Freshness::Lapsed, 400),
         ] {
-            let lease = lease("id", age, claimed, Fence::Stop);
+            let lease = lease("id", age, claimed, Promise::Stop);
             let known = lease.known().unwrap();
             assert_eq!((known.freshness, known.age, known.length), (freshness, seconds(shown), seconds(300)), "{age}");
             let claim = known.claim.map(|claim| (claim.age, claim.has_lapsed));
@@ -191,17 +191,17 @@ pub(crate) mod tests {
     fn a_lease_that_is_not_renewed_in_time_lapses_soon_and_a_takeover_that_was_refused_before_is_not_due() {
         let seconds = Duration::from_secs;
         for (age, claimed, fence, since, expected) in [
-            (40, None, Fence::Stop, 5, None),
+            (40, None, Promise::Stop, 5, None),
             // The holder may work for 240 s of 300 s.
-            (240, None, Fence::Stop, 5, None),
-            (241, None, Fence::Stop, 5, Some(69)),
-            (310, None, Fence::Stop, 5, Some(0)),
-            (315, None, Fence::Stop, 5, Some(0)),
-            (316, None, Fence::Stop, 5, None),
-            (316, None, Fence::Stop, 6, Some(0)),
-            (315, None, Fence::None, 5, None),
-            (241, None, Fence::None, 5, None),
-            (315, Some(1), Fence::Stop, 5, None),
+            (240, None, Promise::Stop, 5, None),
+            (241, None, Promise::Stop, 5, Some(69)),
+            (310, None, Promise::Stop, 5, Some(0)),
+            (315, None, Promise::Stop, 5, Some(0)),
+            (316, None, Promise::Stop, 5, None),
+            (316, None, Promise::Stop, 6, Some(0)),
+            (315, None, Promise::None, 5, None),
+            (241, None, Promise::None, 5, None),
+            (315, Some(1), Promise::Stop, 5, None),
         ] {
             let lease = lease("id", age, claimed, fence);
             assert_eq!(
@@ -217,13 +217,13 @@ pub(crate) mod tests {
 
     #[test]
     fn a_lease_that_is_not_believed_or_has_no_time_says_nothing() {
-        let good = lease("id", 400, None, Fence::Stop);
+        let good = lease("id", 400, None, Promise::Stop);
         let future = NotBelieved::Future;
         for (lease, doubt) in [
             (ObservedLease { record: Err(NotBelieved::TooLarge), ..good.clone() }, NotBelieved::TooLarge.into()),
             (ObservedLease { date: None, ..good.clone() }, LeaseDoubt::NoTime),
-            (lease("id", -11, None, Fence::Stop), future.into()),
-            (lease("id", 400, Some(-11), Fence::Stop), future.into()),
+            (lease("id", -11, None, Promise::Stop), future.into()),
+            (lease("id", 400, Some(-11), Promise::Stop), future.into()),
             (ObservedLease { date: Some(Timestamp::MIN), ..good.clone() }, future.into()),
         ] {
             assert_eq!(lease.known(), Err(doubt), "{lease:?}");

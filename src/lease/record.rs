@@ -32,7 +32,7 @@ const FIRST_TIME: i64 = 1_577_836_800;
 /// What the holder's host promises about the time after its lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Fence {
+pub(crate) enum Promise {
     /// The kernel stops terraform before the lease lapses, even if the host is frozen.
     Stop,
     /// Nothing stops it in every case. The lock is never taken over without being asked.
@@ -229,7 +229,7 @@ pub(crate) struct Record {
     pub(crate) keeper: u64,
     /// The length of the lease, in seconds.
     lease: u64,
-    pub(crate) fence: Fence,
+    pub(crate) fence: Promise,
     /// The region in which the record was written. In a global table, another region may show an older one.
     pub(crate) region: String,
     /// The version of `tf`.
@@ -275,7 +275,7 @@ impl fmt::Display for NotBelieved {
 
 impl Record {
     /// Returns a record of the lock `lock` that was renewed by `renewal`.
-    pub(crate) fn new(lock: &str, terms: Terms, renewal: Renewal, fence: Fence) -> Self {
+    pub(crate) fn new(lock: &str, terms: Terms, renewal: Renewal, fence: Promise) -> Self {
         Self {
             format: FORMAT,
             lock: lock.to_owned(),
@@ -412,7 +412,7 @@ mod tests {
 
     fn record() -> Record {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
-        let mut record = Record::new("a", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop);
+        let mut record = Record::new("a", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Promise::Stop);
         record.keeper = u64::MAX;
         record.region = "eu-central-1".to_owned();
         record.holder = Holder { user: "anna".into(), host: "vm".into(), job: "j".repeat(90), ..Holder::default() };
@@ -431,7 +431,7 @@ mod tests {
         for record in [
             record(),
             Record { taken: Some(claim), ..record() },
-            Record { fence: Fence::None, ..record() },
+            Record { fence: Promise::None, ..record() },
             Record { interrupted, ..record() },
             Record { interrupted: Some(Interruption::default()), ..record() },
         ] {

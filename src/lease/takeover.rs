@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::record::{Claim, Fence, NotBelieved, Record};
+use super::record::{Claim, NotBelieved, Promise, Record};
 use super::terms::{CLAIM_LENGTH, Terms};
 
 /// The state of a lock's lease, by the service's own time.
@@ -78,7 +78,7 @@ pub(crate) enum Obstacle {
     NoLease(NotBelieved),
     Fresh,
     Claimed,
-    /// The holder's host cannot stop it in every case ([`Fence::None`]).
+    /// The holder's host cannot stop it in every case ([`Promise::None`]).
     NoFence,
     AnotherRegion,
     NoConsent,
@@ -111,7 +111,7 @@ pub(crate) fn permission(
         return Permission::No(obstacle);
     }
     let Ok(record) = record else { return Permission::No(Obstacle::NoLease(NotBelieved::Malformed)) };
-    if record.fence == Fence::None {
+    if record.fence == Promise::None {
         return Permission::No(Obstacle::NoFence);
     }
     if !circumstances.is_same_region {
@@ -429,7 +429,7 @@ mod tests {
 
     const NOW: i64 = 1_790_000_000;
 
-    fn record(age: i64, claimed: Option<i64>, fence: Fence) -> Record {
+    fn record(age: i64, claimed: Option<i64>, fence: Promise) -> Record {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
         let mut record = Record::new("id", terms, Renewal { renewed: NOW - age, beat: 7 }, fence);
         record.taken = claimed.map(|age| Claim { by: "a@b".to_owned(), at: NOW - age, number: 1 });
@@ -455,7 +455,7 @@ mod tests {
             (311, Some(311), LeaseState::ClaimLapsed),
             (400, Some(-11), LeaseState::None(NotBelieved::Future)),
         ] {
-            assert_eq!(state(Ok(&record(age, claimed, Fence::Stop)), now()), expected, "{age} {claimed:?}");
+            assert_eq!(state(Ok(&record(age, claimed, Promise::Stop)), now()), expected, "{age} {claimed:?}");
         }
         assert_eq!(state(Err(NotBelieved::TooLarge), now()), LeaseState::None(NotBelieved::TooLarge));
     }
@@ -465,7 +465,7 @@ mod tests {
         let quiet_window = Terms::new(Duration::from_mins(5)).unwrap().quiet_window(Duration::ZERO);
         for age in [0, 311, 1201] {
             for claimed in [None, Some(0), Some(71)] {
-                for fence in [Fence::Stop, Fence::None] {
+                for fence in [Promise::Stop, Promise::None] {
                     for bits in 0..16_u8 {
                         for unchanged in [0, 78, 79] {
                             let circumstances = Circumstances {
@@ -478,7 +478,7 @@ mod tests {
                             };
                             let record = record(age, claimed, fence);
                             let lapsed = age > 310 && claimed.is_none_or(|age| age > 70);
-                            let may = lapsed && fence == Fence::Stop && bits & 0b1011 == 0b11;
+                            let may = lapsed && fence == Promise::Stop && bits & 0b1011 == 0b11;
                             let is_old = age >= 1201 && bits & 4 == 0;
                             let needs_quiet = claimed.is_none() && !is_old && unchanged < 79;
                             let found = permission(Ok(&record), now(), circumstances);
@@ -501,17 +501,17 @@ mod tests {
     #[test]
     fn a_watcher_begins_to_compare_before_the_lapse() {
         for (age, claimed, fence, same_region, expected) in [
-            (0, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
-            (226, None, Fence::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            (0, None, Promise::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
+            (226, None, Promise::Stop, true, WatchStep::Leave(Obstacle::Fresh)),
             // It lapses after 310 s, the quiet window is 78.4 s, and the notice is 5 s.
-            (227, None, Fence::Stop, true, WatchStep::Compare),
-            (311, None, Fence::Stop, true, WatchStep::Compare),
-            (1200, None, Fence::Stop, true, WatchStep::Compare),
-            (1201, None, Fence::Stop, true, WatchStep::Claim),
-            (1201, None, Fence::None, true, WatchStep::Leave(Obstacle::NoFence)),
-            (1201, None, Fence::Stop, false, WatchStep::Leave(Obstacle::AnotherRegion)),
-            (400, Some(70), Fence::Stop, true, WatchStep::WaitForClaim),
-            (400, Some(71), Fence::Stop, true, WatchStep::Claim),
+            (227, None, Promise::Stop, true, WatchStep::Compare),
+            (311, None, Promise::Stop, true, WatchStep::Compare),
+            (1200, None, Promise::Stop, true, WatchStep::Compare),
+            (1201, None, Promise::Stop, true, WatchStep::Claim),
+            (1201, None, Promise::None, true, WatchStep::Leave(Obstacle::NoFence)),
+            (1201, None, Promise::Stop, false, WatchStep::Leave(Obstacle::AnotherRegion)),
+            (400, Some(70), Promise::Stop, true, WatchStep::WaitForClaim),
+            (400, Some(71), Promise::Stop, true, WatchStep::Claim),
         ] {
             let record = record(age, claimed, fence);
             let step = |notice| watch_step(Ok(&record), now(), same_region, notice);
@@ -564,7 +564,7 @@ mod tests {
     /// A renewal that is sent in time may arrive late by the time of a response.
     #[test]
     fn behind_a_slow_service_a_lock_must_be_unchanged_for_longer() {
-        let record = record(311, None, Fence::Stop);
+        let record = record(311, None, Promise::Stop);
         for (response_time, window) in [(0, 78), (20, 78), (30, 87)] {
             for unchanged in [window, window + 1] {
                 let circumstances = Circumstances {

@@ -735,9 +735,9 @@ mod tests {
     }
 
     fn record() -> Record {
-        use crate::lease::record::{Claim, Fence, Renewal};
+        use crate::lease::record::{Claim, Promise, Renewal};
         let terms = crate::lease::terms::Terms::new(std::time::Duration::from_mins(5)).unwrap();
-        let mut record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop);
+        let mut record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Promise::Stop);
         record.keeper = u64::MAX;
         record.holder.job = "j".repeat(600);
         record.holder.host = "vm".to_owned();

@@ -411,7 +411,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::lease::record::{Fence, Member, Renewal};
+    use crate::lease::record::{Member, Promise, Renewal};
     use crate::lease::terms::Terms;
 
     const BEGIN: i64 = 1_790_000_000;
@@ -419,7 +419,7 @@ mod tests {
     /// Returns a record that was renewed `renewed` seconds after [`BEGIN`].
     fn record(lock: &str, (renewed, beat): (i64, u64), keeper: u64) -> Record {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
-        let mut record = Record::new(lock, terms, Renewal { renewed: BEGIN + renewed, beat }, Fence::Stop);
+        let mut record = Record::new(lock, terms, Renewal { renewed: BEGIN + renewed, beat }, Promise::Stop);
         record.keeper = keeper;
         record
     }
@@ -441,13 +441,13 @@ mod tests {
     #[test]
     fn two_parts_of_a_lock_are_one_lock_with_its_lease() {
         use crate::lease::observed::tests::lease;
-        use crate::lease::record::Fence;
+        use crate::lease::record::Promise;
         use crate::lock::dynamodb::InfoAttribute;
         use crate::lock::stores::{StoreKey, StoredLock};
         let part = |id: &str, age: Option<i64>| StoredPart {
             store_key: StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() },
             stored: StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#))),
-            lease: age.map(|age| lease(id, age, None, Fence::Stop)),
+            lease: age.map(|age| lease(id, age, None, Promise::Stop)),
         };
         for (parts, expected) in [
             (vec![part("a", None), part("a", Some(1))], vec![("a", Some(1))]),
@@ -457,7 +457,7 @@ mod tests {
         ] {
             let expected: Vec<_> = expected
                 .into_iter()
-                .map(|(id, age)| (id.to_owned(), age.map(|age| lease(id, age, None, Fence::Stop))))
+                .map(|(id, age)| (id.to_owned(), age.map(|age| lease(id, age, None, Promise::Stop))))
                 .collect();
             let found: Vec<_> = locks_of(&parts).into_iter().map(|(info, lease)| (info.id, lease)).collect();
             assert_eq!(found, expected);

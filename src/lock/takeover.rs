@@ -1016,7 +1016,7 @@ fn taken(result: DeleteResult, lock: &LeasedLock, now: Option<&LeasedLock>) -> O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::record::{Fence, Renewal};
+    use crate::lease::record::{Promise, Renewal};
 
     #[test]
     fn a_watch_for_which_the_start_of_terraform_waits_ends_with_a_service_that_fails() {
@@ -1037,7 +1037,7 @@ mod tests {
         let terms = Terms::new(Duration::from_mins(5)).unwrap();
         let lapsed = |id: &str| Lapsed {
             info: LockInfo { id: id.into(), ..LockInfo::default() },
-            record: Record::new(id, terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Fence::Stop),
+            record: Record::new(id, terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Promise::Stop),
             path: "b/k".into(),
             now: Timestamp::from_second(1_790_000_400).unwrap(),
         };
@@ -1082,7 +1082,7 @@ mod tests {
         let renewal = Renewal { renewed: 1_790_000_000, beat: 7 };
         let own = Claim { by: "https://ci.example/job/8".into(), at: 1_790_000_400, number: 9 };
         let with = |taken| {
-            let mut record = Record::new("id", terms, renewal, Fence::Stop);
+            let mut record = Record::new("id", terms, renewal, Promise::Stop);
             record.taken = taken;
             record
         };

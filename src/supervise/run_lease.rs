@@ -28,7 +28,7 @@ use crate::lease::fence::{
     are_requests_aborted, is_reason_due, late_write, next_step,
 };
 use crate::lease::notice::{Notice, Provider};
-use crate::lease::record::{Fence as Promise, Holder};
+use crate::lease::record::{Holder, Promise};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
@@ -273,7 +273,7 @@ impl RunLease {
     /// its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
         let (renewed, deadline) = (self.renewed, self.deadline);
-        late_write(self.terms, Lost { is_found_working: self.is_lost_working, has_exited, renewed, deadline, written })
+        late_write(Lost { is_found_working: self.is_lost_working, has_exited, renewed, deadline, written })
     }
 
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
@@ -989,15 +989,15 @@ mod tests {
         let now = Timestamp::now();
         let ago = now - SignedDuration::from_hours(1);
         (lease.renewed, lease.deadline) = (Some(ago), Some(ago));
-        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterAStop);
+        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterTheDeadline);
         let sent = boot_clock::now();
         let renewed = |fuse| Report::Renewed { fence: Promise::None, sent, fuse };
         lease.heard(renewed(None), &mut |_| LockPhase::Held);
-        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterAStop);
+        assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterTheDeadline);
         lease.heard(renewed(Some((1, sent + Duration::from_secs(48)))), &mut |_| LockPhase::Held);
         let after = |seconds| Some(now + SignedDuration::from_secs(seconds));
         assert_eq!(lease.late_write(after(48), false), LateWrite::No);
-        assert_eq!(lease.late_write(after(60), false), LateWrite::AfterAStop);
+        assert_eq!(lease.late_write(after(60), false), LateWrite::AfterTheDeadline);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::aws::credentials::Purpose;
-use crate::lease::record::{Claim, Fence, Holder, Record, Renewal};
+use crate::lease::record::{Claim, Holder, Promise, Record, Renewal};
 use crate::lease::takeover::{AfterClaim, DeleteResult};
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
@@ -104,7 +104,7 @@ async fn connect(env: &TestEnv, port: u16, more: &serde_json::Value) -> Stores {
 
 fn record(id: &str, renewed: i64, beat: u64, keeper: u64) -> Record {
     let terms = Terms::new(Duration::from_mins(5)).unwrap();
-    let mut record = Record::new(id, terms, Renewal { renewed, beat }, Fence::Stop);
+    let mut record = Record::new(id, terms, Renewal { renewed, beat }, Promise::Stop);
     record.keeper = keeper;
     "us-east-1".clone_into(&mut record.region);
     record.holder = Holder { user: "anna".into(), host: "ci-7".into(), ..Holder::default() };

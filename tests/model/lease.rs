@@ -30,7 +30,7 @@ use stateright::{Model, Property};
 
 use crate::lease::fence::{FenceStep, Look, StoppedRun, next_step};
 use crate::lease::keeper::{Answer, History, KeeperStep, Response, after_answer, next_renewal};
-use crate::lease::record::{Claim, Fence, Record, Renewal};
+use crate::lease::record::{Claim, Promise, Record, Renewal};
 use crate::lease::takeover::{AfterClaim, Circumstances, Permission, TakerStep, permission};
 use crate::lease::terms::Terms;
 
@@ -318,7 +318,7 @@ impl Lease {
     fn is_permitted(&self, renewed: i8, claim: Option<i8>, unchanged: u8, is_ahead: bool) -> bool {
         let date = |age: i8| NOW - i64::from(age) * 12;
         let renewal = Renewal { renewed: date(renewed), beat: 1 };
-        let mut record = Record::new(ID, self.terms, renewal, Fence::Stop);
+        let mut record = Record::new(ID, self.terms, renewal, Promise::Stop);
         record.taken = claim.map(|age| Claim { by: String::new(), at: date(age), number: 1 });
         let now = Timestamp::from_second(date(-i8::from(is_ahead))).unwrap();
         let unchanged_for = Duration::from_secs(u64::from(unchanged) * STEP);
@@ -437,7 +437,7 @@ impl Lease {
         }
         let sent = (CLOCK + step(known.left)).checked_sub(self.terms.working_time()).unwrap();
         let date = Timestamp::from_second(NOW - i64::from(known.date) * 12).unwrap();
-        let next = next_renewal(self.terms, Response { sent, read: sent, date }, CLOCK, Fence::Stop, None);
+        let next = next_renewal(self.terms, Response { sent, read: sent, date }, CLOCK, Promise::Stop, None);
         let rank = Self::ranks(state).into_iter().max().unwrap_or(0) + 1;
         let promises = match self.setup.host {
             Host::Steady | Host::NoSecondFuse => !gives_up_the_fence,

@@ -41,7 +41,7 @@ use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::notice::{Notice, Provider};
-use crate::lease::record::{Fence as Promise, Holder};
+use crate::lease::record::{Holder, Promise};
 use crate::supervise::fence::Fence;
 use crate::sys::process;
 use crate::sys::{descriptor, poll, session};

@@ -21,7 +21,7 @@ use crate::lease::keeper::{
     self, Answer, BeforeRenewal, History, KeeperStep, NextRenewal, Response, Setback, after_answer, next_renewal,
 };
 use crate::lease::notice::Notice;
-use crate::lease::record::{Fence as Promise, Interruption, Record};
+use crate::lease::record::{Interruption, Promise, Record};
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::location::LockLocation;
