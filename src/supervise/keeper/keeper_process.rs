@@ -25,6 +25,7 @@ use crate::lease::terms::Terms;
 use crate::notice::requests;
 use crate::notice::service::Service;
 use crate::panics;
+use crate::runtime;
 use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::readiness::Readiness;
 use crate::sys::{descriptor, environment, poll, session};
@@ -46,11 +47,9 @@ pub(crate) fn keep(descriptors: &[OsString]) -> bool {
     let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return false };
     working_directory::go(&orders.directory);
     crash_point::reached("keeper: has its orders");
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return false };
-    let ended = panics::caught(|| runtime.block_on(KeeperProcess::run(orders, descriptors)));
+    let ended = panics::caught(|| runtime::block_on(KeeperProcess::run(orders, descriptors)));
+    let ended = ended.map(Result::flatten);
     trace!("keeper: {ended:?}");
-    // A name lookup may hang in a thread of the runtime.
-    runtime.shutdown_background();
     matches!(ended, Some(Ok(true)))
 }
 
