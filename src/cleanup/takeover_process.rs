@@ -95,12 +95,12 @@ pub(crate) enum Ended {
 }
 
 /// The result of [`before_run`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Before {
     /// The signal that asked `tf` to stop meanwhile. `None` if there was none.
     pub(crate) asked: Option<Signal>,
-    /// Whether the lock cannot be taken ([`Ended::GaveUp`]).
-    pub(crate) has_given_up: bool,
+    /// How the taker has ended. `None` if there was none, or if its status cannot be read.
+    pub(crate) ended: Option<Ended>,
 }
 
 impl TakeoverProcess {
@@ -154,7 +154,7 @@ impl TakeoverProcess {
     /// second SIGINT kills it. If it had claimed the lock, the claim lapses.
     fn wait(mut self, signals: &mut Signals) -> Before {
         let mut asked = None;
-        let Some(stdout) = self.process.take_stdout() else { return Before::default() };
+        let Some(mut stdout) = self.process.take_stdout() else { return Before::default() };
         loop {
             let awaited = [(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
             let ready = poll::wait(&awaited, None);
@@ -166,9 +166,8 @@ impl TakeoverProcess {
                 asked.get_or_insert(signal);
             }
             if ready.first() == Some(&true) {
-                let ended = self.process.wait().map(|status| how(status, || None));
-                let has_given_up = matches!(ended, Some(Ended::GaveUp(_)));
-                return Before { asked, has_given_up };
+                let ended = self.process.wait().map(|status| how(status, || read_id(&mut stdout)));
+                return Before { asked, ended };
             }
         }
     }

@@ -66,7 +66,7 @@ use crate::supervise::pipes::Pipes;
 use crate::supervise::run_lease::RunLease;
 use crate::supervise::run_record::{LateStop, RunRecord, Told};
 use crate::supervise::stop::Stop;
-use crate::supervise::waiting::Waiting;
+use crate::supervise::waiting::{BeforeTerraform, Waiting};
 use crate::sys::environment;
 use crate::sys::host_facts::HostFacts;
 use crate::sys::poll;
@@ -100,31 +100,33 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     use NotSupervised::Unprepared;
     let mut signals = Signals::listen().map_err(Unprepared)?;
     let context = RunContext::new(invocation, settings.release, Instant::now());
-    let mut tried = Vec::new();
+    let mut before = BeforeTerraform {
+        recovers: settings.release,
+        takes_over: settings.lease.terms.filter(|_| settings.release),
+        ..BeforeTerraform::default()
+    };
     if settings.release {
-        let states = StateDirectory::all(|name: &str| std::env::var_os(name));
+        let states = StateDirectory::existing();
         let recovery = recovery::before_run(&states, &context.candidates, &mut signals);
         if let Some(signal) = recovery.asked {
             return Ok(Ended::Killed(signal));
         }
-        tried = recovery.tried;
+        before.tried = recovery.tried;
     }
-    let takes_over = settings.lease.terms.filter(|_| settings.release);
-    let mut has_given_up = false;
     // If a recovery got no credentials, a taker gets none either. Each attempt may send a message to a person's phone.
-    if let Some(terms) = takes_over
-        && !tried.iter().any(|tried| tried.lacks_credentials)
+    if let Some(terms) = before.takes_over
+        && !before.tried.iter().any(|tried| tried.lacks_credentials)
         && invocation.command_line.locks_selected_state(&invocation.arguments)
     {
         let takeover = takeover_process::before_run(&context.candidates, terms, &mut signals);
         if let Some(signal) = takeover.asked {
             return Ok(Ended::Killed(signal));
         }
-        has_given_up = takeover.has_given_up;
+        before.taker = takeover.ended;
     }
     crash_point::reached("tf: begun");
     match Prepared::new(context, settings, &signals) {
-        Ok(prepared) => prepared.run(Waiting::new(tried, (takes_over, has_given_up), settings.release), &mut signals),
+        Ok(prepared) => prepared.run(Waiting::new(before), &mut signals),
         Err(error) => {
             signals.stop_listening();
             Err(Unprepared(error))

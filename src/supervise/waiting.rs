@@ -80,16 +80,27 @@ pub(crate) struct Waiting {
     ending: Vec<Child>,
 }
 
+/// What may be done while terraform waits for a lock, and what was done before terraform started.
+#[derive(Debug, Default)]
+pub(crate) struct BeforeTerraform {
+    /// Whether dead runs may be finished.
+    pub(crate) recovers: bool,
+    /// The dead runs that could not be finished.
+    pub(crate) tried: Vec<Tried>,
+    /// The terms of the lease of this run. `None` if it may not take over a lock.
+    pub(crate) takes_over: Option<Terms>,
+    /// How the taker has ended that ran before terraform started. `None` if there was none.
+    pub(crate) taker: Option<Ended>,
+}
+
 impl Waiting {
-    /// Creates the state at the start of terraform. `tried` are the dead runs that could not be finished before
-    /// terraform started. `takes_over` are the terms of the lease of this run, if it may take over a lock, and
-    /// `has_given_up` is whether a lock could not be taken before terraform started. `recovers` is whether dead runs may
-    /// be finished.
-    pub(crate) fn new(tried: Vec<Tried>, (takes_over, has_given_up): (Option<Terms>, bool), recovers: bool) -> Self {
+    /// Creates the state at the start of terraform.
+    pub(crate) fn new(before: BeforeTerraform) -> Self {
+        let BeforeTerraform { recovers, tried, takes_over, taker } = before;
         let now = Instant::now();
         let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
         let take_at = lacks_credentials.then(|| now + retry_interval(true));
-        let given_up = has_given_up.then(|| GivenUp { id: None, until: now + REFUSAL_RETRY_INTERVAL });
+        let given_up = taker.and_then(|ended| after_taker(ended, now).given_up);
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
         Self { recovers, tried: tried.collect(), takes_over, take_at, given_up, ..Self::default() }
@@ -209,7 +220,7 @@ impl Waiting {
         if !self.at_work.is_empty() {
             return;
         }
-        for state in StateDirectory::all(|name| std::env::var_os(name)) {
+        for state in StateDirectory::existing() {
             for (name, pid) in recovery::dead(&state, here) {
                 let before = match attempt(self.tried.get(&name).copied(), Instant::now()) {
                     Attempt::Later => continue,
@@ -463,8 +474,10 @@ mod tests {
         assert_eq!(retry_interval(false), Duration::from_secs(15));
         assert_eq!(retry_interval(true), Duration::from_mins(10));
         let tried = |run: &str, lacks_credentials| Tried { run: run.into(), lacks_credentials };
+        let waiting = |tried| Waiting::new(BeforeTerraform { tried, ..BeforeTerraform::default() });
+        let only_one = waiting(vec![tried("a", false)]);
         let before = Instant::now();
-        let waiting = Waiting::new(vec![tried("a", false), tried("b", true)], (None, false), true);
+        let waiting = waiting(vec![tried("a", false), tried("b", true)]);
         let after = Instant::now();
         for (run, interval) in [("a", Duration::from_secs(15)), ("b", Duration::from_mins(10))] {
             let due = waiting.tried[run];
@@ -474,19 +487,24 @@ mod tests {
         // A process that takes over a lock would ask for the same credentials.
         let take_at = waiting.take_at.unwrap();
         assert!(before + Duration::from_mins(10) <= take_at && take_at <= after + Duration::from_mins(10));
-        assert_eq!(Waiting::new(vec![tried("a", false)], (None, false), true).take_at, None);
+        assert_eq!(only_one.take_at, None);
     }
 
     #[test]
     fn a_lock_that_could_not_be_taken_before_terraform_started_is_tried_again_ten_minutes_later() {
+        let waiting = |taker| Waiting::new(BeforeTerraform { taker, ..BeforeTerraform::default() });
+        for ended in [Ended::Over, Ended::NoCredentials, Ended::Failed] {
+            assert_eq!(waiting(Some(ended)).given_up, None);
+        }
+        assert_eq!(waiting(None).given_up, None);
         let before = Instant::now();
-        let waiting = Waiting::new(Vec::new(), (None, true), true);
+        let waiting = waiting(Some(Ended::GaveUp(Some("a".into()))));
         let after = Instant::now();
-        let GivenUp { id: None, until } = waiting.given_up.unwrap() else { panic!() };
+        let GivenUp { id, until } = waiting.given_up.unwrap();
+        assert_eq!(id.as_deref(), Some("a"));
         assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
         // The wait is explained nevertheless.
         assert_eq!(waiting.take_at, None);
-        assert_eq!(Waiting::new(Vec::new(), (None, false), true).given_up, None);
     }
 
     /// Another lock, which another host leaves meanwhile, is taken over.
