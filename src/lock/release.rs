@@ -705,7 +705,7 @@ impl Attempt<'_> {
     fn see_whether_another_has_released(&mut self, services: &Services<'_>, judged: &mut [Result<Judged, Failure>]) {
         let was_asked_to_go = services.parts.first().is_some_and(|item| self.asked_to_go.contains(item));
         if let [item, object] = judged
-            && is_released_by_another(item, (self.has_waited, was_asked_to_go))
+            && is_released_by_another(item, self.has_waited, was_asked_to_go)
         {
             if *object == Ok(Judged::Deleted) {
                 *object = Ok(Judged::Absent);

@@ -123,10 +123,7 @@ pub(crate) fn may_item_follow(before: Option<&Result<Judged, Failure>>, object: 
 /// now, and this release has not requested its deletion (not `was_asked_to_go`), then a host that has taken the lock over
 /// has deleted it, or another process that cleans up after the run. That one reports the release, also if this release
 /// has deleted the object.
-pub(crate) fn is_released_by_another(
-    item: &Result<Judged, Failure>,
-    (has_waited, was_asked_to_go): (bool, bool),
-) -> bool {
+pub(crate) fn is_released_by_another(item: &Result<Judged, Failure>, has_waited: bool, was_asked_to_go: bool) -> bool {
     has_waited && !was_asked_to_go && matches!(item, Ok(Judged::Absent | Judged::Anothers(_)))
 }
 
@@ -458,7 +455,7 @@ mod tests {
             for (has_waited, was_asked_to_go) in [(false, false), (false, true), (true, false), (true, true)] {
                 let is_gone = matches!(item, Ok(Judged::Absent | Judged::Anothers(_)));
                 let expected = is_gone && has_waited && !was_asked_to_go;
-                assert_eq!(is_released_by_another(&item, (has_waited, was_asked_to_go)), expected, "{item:?}");
+                assert_eq!(is_released_by_another(&item, has_waited, was_asked_to_go), expected, "{item:?}");
             }
         }
     }

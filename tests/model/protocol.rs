@@ -903,7 +903,7 @@ impl Protocol {
         if release.at != At::Combine
             && now.at == At::Combine
             && order.len() > 2
-            && is_released_by_another(&judged(now.parts[ITEM]), (now.has_waited, now.asked_to_go[ITEM]))
+            && is_released_by_another(&judged(now.parts[ITEM]), now.has_waited, now.asked_to_go[ITEM])
         {
             if now.parts[OBJECT] == PartResult::Deleted {
                 now.parts[OBJECT] = PartResult::Absent;
