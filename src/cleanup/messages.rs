@@ -23,7 +23,7 @@ use crate::holder::lease_text;
 use crate::holder::next_step::{self, NextStep, ReportKind};
 use crate::journal::history::By;
 use crate::journal::runs::JournalRecord;
-use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, Trouble};
+use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, StopCause, Trouble};
 use crate::lease::notice::{Notice, NoticeStep};
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::Claim;
@@ -58,10 +58,14 @@ pub(crate) fn ending(end: &EndOfRun) -> String {
 }
 
 /// Reports that the kernel has stopped terraform because of its lease.
-pub(crate) fn lease_stopped(has_person: bool) -> String {
+pub(crate) fn lease_stopped(cause: StopCause, has_person: bool) -> String {
+    let why = match cause {
+        StopCause::Deadline => "the lease of its lock was not renewed in time",
+        StopCause::FuseKilled => "it is not certain that it still has its lock",
+    };
     let end = if has_person { "\nto end it now, without saving its state, press ^C three times" } else { "" };
     format!(
-        "terraform was stopped, because the lease of its lock was not renewed in time\n\
+        "terraform was stopped, because {why}\n\
          it goes on when the service answers and the lock is still this run's{end}"
     )
 }

@@ -45,8 +45,8 @@ pub(crate) enum LateWrite {
 /// What is known about a run that has lost its lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lost {
-    /// Whether terraform was not stopped when the loss was found.
-    pub(crate) is_found_working: bool,
+    /// Whether the deadline of the lease had stopped terraform when the loss was found.
+    pub(crate) is_stopped_in_time: bool,
     /// Whether terraform has exited by itself, although it was to be killed.
     pub(crate) has_exited: bool,
     /// When the last confirmed renewal was sent, or when the lease began. `None` if no lease has begun.
@@ -59,17 +59,26 @@ pub(crate) struct Lost {
 
 /// Decides whether terraform may have written its state after it had lost its lock.
 ///
-/// When the last renewal was sent, the lock was the run's. If the loss was found while terraform worked, every later write
-/// may have come too late. A terraform that was stopped in time had its lock until the deadline.
+/// When the last renewal was sent, the lock was the run's. If somebody took or deleted it while terraform worked, every
+/// later write may have come too late. If it was lost because the lease lapsed, terraform had it until the deadline.
 pub(crate) fn late_write(lost: Lost) -> LateWrite {
-    let until = if lost.is_found_working { lost.renewed } else { lost.deadline };
+    let until = if lost.is_stopped_in_time { lost.deadline } else { lost.renewed };
     let is_late = until.zip(lost.written).is_some_and(|(until, written)| written > until);
-    match (is_late, lost.is_found_working) {
-        (true, true) => LateWrite::BeforeTheLossWasFound,
-        (true, false) => LateWrite::AfterTheDeadline,
-        (false, false) if lost.has_exited => LateWrite::AfterTheDeadline,
+    match (is_late, lost.is_stopped_in_time) {
+        (true, false) => LateWrite::BeforeTheLossWasFound,
+        (true, true) => LateWrite::AfterTheDeadline,
+        (false, true) if lost.has_exited => LateWrite::AfterTheDeadline,
         (false, _) => LateWrite::No,
     }
+}
+
+/// Why the kernel has stopped terraform for its lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StopCause {
+    /// The lease was not renewed in time.
+    Deadline,
+    /// The fuse was killed before the deadline.
+    FuseKilled,
 }
 
 /// Why terraform is asked to stop.
@@ -99,8 +108,8 @@ pub(crate) struct StoppedRun {
     pub(crate) stopped_for: Duration,
 }
 
-/// A fuse that has not answered so often in a row, with a second for each answer, is killed and replaced. It may be stopped
-/// (SIGSTOP), and until it answers no renewal is sent.
+/// A fuse without a deadline that has not answered so often in a row, with a second for each answer, is killed and replaced.
+/// It may be stopped (SIGSTOP). No renewal is sent meanwhile. A fuse with a deadline dies at it in any case.
 pub(crate) const SILENCES_TO_REPLACE_FUSE: u32 = 3;
 
 /// The interrupts that end a stopped run. The terminal says so at the first one.
@@ -203,23 +212,23 @@ mod tests {
     #[test]
     fn a_write_after_the_last_renewal_is_late_if_the_loss_was_found_without_a_stop_and_after_the_deadline_otherwise() {
         let at = |second: i64| Some(Timestamp::from_second(1_790_000_000 + second).unwrap());
-        for (is_found_working, has_exited, written, expected) in [
-            (true, false, at(0), LateWrite::No),
-            (true, false, at(1), LateWrite::BeforeTheLossWasFound),
-            (true, true, at(0), LateWrite::No),
-            (true, true, at(1), LateWrite::BeforeTheLossWasFound),
-            (true, false, None, LateWrite::No),
-            (false, false, at(240), LateWrite::No),
-            (false, false, at(241), LateWrite::AfterTheDeadline),
-            (false, true, at(0), LateWrite::AfterTheDeadline),
+        for (is_stopped_in_time, has_exited, written, expected) in [
+            (false, false, at(0), LateWrite::No),
+            (false, false, at(1), LateWrite::BeforeTheLossWasFound),
+            (false, true, at(0), LateWrite::No),
+            (false, true, at(1), LateWrite::BeforeTheLossWasFound),
             (false, false, None, LateWrite::No),
+            (true, false, at(240), LateWrite::No),
+            (true, false, at(241), LateWrite::AfterTheDeadline),
+            (true, true, at(0), LateWrite::AfterTheDeadline),
+            (true, false, None, LateWrite::No),
         ] {
-            let lost = Lost { is_found_working, has_exited, renewed: at(0), deadline: at(240), written };
+            let lost = Lost { is_stopped_in_time, has_exited, renewed: at(0), deadline: at(240), written };
             assert_eq!(late_write(lost), expected, "{lost:?}");
         }
-        let never = Lost { is_found_working: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
-        for is_found_working in [false, true] {
-            assert_eq!(late_write(Lost { is_found_working, ..never }), LateWrite::No);
+        let never = Lost { is_stopped_in_time: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
+        for is_stopped_in_time in [false, true] {
+            assert_eq!(late_write(Lost { is_stopped_in_time, ..never }), LateWrite::No);
         }
     }
 

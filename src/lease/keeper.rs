@@ -120,7 +120,7 @@ pub(crate) struct KeeperSight {
     pub(crate) terraform_has_ended: bool,
     /// Whether the stop pipe has hung up: the fuse is gone, and the kernel has stopped terraform.
     pub(crate) stop_pipe_has_hung_up: bool,
-    /// Whether `tf` or its guardian is alive. Otherwise the leash has hung up.
+    /// Whether `tf` or its guardian is alive. False if the socket of the keeper has hung up.
     pub(crate) is_supervised: bool,
     /// Whether terraform is stopped, for whatever reason.
     pub(crate) terraform_is_stopped: bool,
@@ -184,7 +184,7 @@ pub(crate) enum KeeperStep {
     TellDeadline,
     /// It renews again at once, and then at growing intervals.
     Retry,
-    /// It reports that the lock is lost, and ends.
+    /// It reports that the lock is lost.
     ReportLoss,
     /// There never was a lease. It reports that, and ends. The fuse is taken down.
     GiveUp,

@@ -39,7 +39,7 @@ use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
-    COMES_AND_GOES, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
+    COMES_AND_GOES, ItemHistory, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
     is_released_by_another, may_item_follow, must_be_read_again, needs_quiet, still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
@@ -705,7 +705,7 @@ impl Attempt<'_> {
     fn see_whether_another_has_released(&mut self, services: &Services<'_>, judged: &mut [Result<Judged, Failure>]) {
         let was_asked_to_go = services.parts.first().is_some_and(|item| self.asked_to_go.contains(item));
         if let [item, object] = judged
-            && is_released_by_another(item, self.has_waited, was_asked_to_go)
+            && is_released_by_another(item, ItemHistory { has_waited: self.has_waited, was_asked_to_go })
         {
             if *object == Ok(Judged::Deleted) {
                 *object = Ok(Judged::Absent);

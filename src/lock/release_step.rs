@@ -119,12 +119,21 @@ pub(crate) fn may_item_follow(before: Option<&Result<Judged, Failure>>, object: 
     }
 }
 
-/// Whether somebody else has released a lock. If `has_waited`, its item was seen to wait ([`Judged::Waits`]). If it is gone
-/// now, and this release has not requested its deletion (not `was_asked_to_go`), then a host that has taken the lock over
-/// has deleted it, or another process that cleans up after the run. That one reports the release, also if this release
-/// has deleted the object.
-pub(crate) fn is_released_by_another(item: &Result<Judged, Failure>, has_waited: bool, was_asked_to_go: bool) -> bool {
-    has_waited && !was_asked_to_go && matches!(item, Ok(Judged::Absent | Judged::Anothers(_)))
+/// What has happened to an item so far in a release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ItemHistory {
+    /// Whether it was seen to wait ([`Judged::Waits`]).
+    pub(crate) has_waited: bool,
+    /// Whether this release has requested its deletion.
+    pub(crate) was_asked_to_go: bool,
+}
+
+/// Whether somebody else has released a lock. If its item has waited, and is gone although this release has not requested
+/// its deletion, then a host that has taken the lock over has deleted it, or another process that cleans up after the run.
+/// That one reports the release, also if this release has deleted the object.
+pub(crate) fn is_released_by_another(item: &Result<Judged, Failure>, history: ItemHistory) -> bool {
+    let is_gone = matches!(item, Ok(Judged::Absent | Judged::Anothers(_)));
+    is_gone && history.has_waited && !history.was_asked_to_go
 }
 
 /// The findings that one read does not prove. Each finding has the index of a part, and either `None` (the part is
@@ -455,7 +464,11 @@ mod tests {
             for (has_waited, was_asked_to_go) in [(false, false), (false, true), (true, false), (true, true)] {
                 let is_gone = matches!(item, Ok(Judged::Absent | Judged::Anothers(_)));
                 let expected = is_gone && has_waited && !was_asked_to_go;
-                assert_eq!(is_released_by_another(&item, has_waited, was_asked_to_go), expected, "{item:?}");
+                assert_eq!(
+                    is_released_by_another(&item, ItemHistory { has_waited, was_asked_to_go }),
+                    expected,
+                    "{item:?}"
+                );
             }
         }
     }

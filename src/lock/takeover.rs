@@ -867,7 +867,7 @@ impl<'a> Watch<'a> {
         }
         let parts = ItemAndObject { item: &self.part, object: self.object.as_ref() };
         if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
-            let end = lapsed.now.checked_add(TAKE_TIMEOUT).unwrap_or(lapsed.now);
+            let end = lapsed.now.checked_add(MAX_REST_WAIT + TAKE_TIMEOUT).unwrap_or(lapsed.now);
             return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.result).await;
         }
         let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };

@@ -299,6 +299,11 @@ impl Supervision<'_> {
         if signal != Signal::SIGCHLD {
             trace!("got {signal} from {origin:?}");
         }
+        if signal == Signal::SIGCONT
+            && let Some(lease) = &mut self.lease
+        {
+            lease.note_continue();
+        }
         let circumstances = Circumstances {
             group: self.group,
             was_ignored: self.signals.inherited().ignores(signal),
@@ -525,7 +530,7 @@ impl Supervision<'_> {
     /// Reads what has happened to the lease, and does what follows from it.
     fn step_lease(&mut self) {
         let Some(lease) = &mut self.lease else { return };
-        // Nobody asks unless terraform is stopped.
+        // This is needed only while terraform is stopped.
         let has_person = lease.is_stopped() && has_person(self.is_ci, self.foreground.foreground());
         if lease.stop_again() {
             // Somebody else has continued terraform: `kill -CONT`, or a service manager with its SIGTERM.
@@ -536,9 +541,9 @@ impl Supervision<'_> {
         for effect in lease.step(has_person, phase) {
             trace!("lease: {effect:?}");
             match effect {
-                LeaseEffect::Stopped => {
+                LeaseEffect::Stopped(cause) => {
                     self.foreground.take_from_stopped();
-                    console::say(&messages::lease_stopped(has_person));
+                    console::say(&messages::lease_stopped(cause, has_person));
                 }
                 LeaseEffect::CannotRenew(reason) => console::say(&messages::cannot_renew(&reason)),
                 LeaseEffect::Continue => {
@@ -632,6 +637,10 @@ impl Supervision<'_> {
             }
             Foreground::Ours if self.give_foreground() => return Stopped::Handled,
             Foreground::Others if self.stop_ourselves(signal, true) => {
+                // Terraform needs no terminal while it is stopped for its lease. It asks again when it goes on.
+                if self.is_stopped_for_lease() {
+                    return Stopped::Handled;
+                }
                 // The shell has continued `tf`. With `fg`, the group of `tf` is now the foreground group. With `bg` it
                 // is not, so terraform stops again when it needs the terminal, and `tf` stops with it.
                 if self.foreground.foreground() != Foreground::Ours || !self.give_foreground() {

@@ -39,7 +39,7 @@ struct Running {
     is_killed: bool,
 }
 
-/// What was heard of the keepers.
+/// A report of the keeper, or that keepers fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum News {
     Report(Report),

@@ -24,7 +24,7 @@ use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
-    EndReason, FenceStep, LateWrite, Look, Loss, Lost, SILENCES_TO_REPLACE_FUSE, StoppedRun, Trouble,
+    EndReason, FenceStep, LateWrite, Look, Loss, Lost, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun, Trouble,
     are_requests_aborted, is_reason_due, late_write, next_step,
 };
 use crate::lease::notice::{Notice, Provider};
@@ -47,11 +47,16 @@ use crate::trace::trace;
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
 pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 
+/// Whoever continues `tf` after every process of the run was stopped continues terraform too, a moment later. So for this
+/// time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
+const CONTINUE_WINDOW: Duration = Duration::from_millis(250);
+const SHORT_STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(1);
+
 /// What the supervisor must do for the lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LeaseEffect {
     /// The kernel has stopped terraform. The supervisor takes the terminal back.
-    Stopped,
+    Stopped(StopCause),
     /// Terraform stays stopped for this reason.
     CannotRenew(String),
     /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
@@ -134,6 +139,8 @@ pub(crate) struct RunLease {
     leader: Option<ProcessHandle>,
     keepers: Keepers,
     stopped: Option<Stopped>,
+    /// When `tf` got the last SIGCONT, on the clock of [`boot_clock::now`]. `None` if it got none.
+    continued: Option<Duration>,
     /// How often in a row the fuse in use has not answered its keeper.
     fuse_silences: u32,
     /// When the last confirmed renewal was sent after which terraform may work, or when the lease began: the lock was the
@@ -144,8 +151,8 @@ pub(crate) struct RunLease {
     deadline: Option<Timestamp>,
     /// How the lock was lost.
     loss: Option<Loss>,
-    /// Whether terraform was not stopped when the lock was found to be lost.
-    is_lost_working: bool,
+    /// Whether the deadline of the lease has stopped terraform, and the loss of the lock was not known before that.
+    is_stopped_in_time: bool,
     /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
     is_lost_in_unlock: bool,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
@@ -181,11 +188,12 @@ impl RunLease {
             leader: None,
             keepers: Keepers::new(terms),
             stopped: None,
+            continued: None,
             fuse_silences: 0,
             renewed: None,
             deadline: None,
             loss: None,
-            is_lost_working: false,
+            is_stopped_in_time: false,
             is_lost_in_unlock: false,
             reason: None,
             reported: None,
@@ -210,8 +218,16 @@ impl RunLease {
     /// Returns when to call [`RunLease::step`] at the latest, on the clock of [`boot_clock::now`]. `None` if no time
     /// matters.
     pub(crate) fn deadline(&self) -> Option<Duration> {
-        let stop_again_at = self.is_stopped().then(|| boot_clock::now() + STOP_AGAIN_INTERVAL);
+        let now = boot_clock::now();
+        let is_soon = self.continued.is_some_and(|at| now.saturating_sub(at) < CONTINUE_WINDOW);
+        let interval = if is_soon { SHORT_STOP_AGAIN_INTERVAL } else { STOP_AGAIN_INTERVAL };
+        let stop_again_at = self.is_stopped().then_some(now + interval);
         self.keepers.restart_at().into_iter().chain(stop_again_at).min()
+    }
+
+    /// Notes that `tf` got a SIGCONT.
+    pub(crate) fn note_continue(&mut self) {
+        self.continued = Some(boot_clock::now());
     }
 
     /// Whether the kernel has stopped terraform, and it was not continued since.
@@ -273,7 +289,7 @@ impl RunLease {
     /// its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
         let (renewed, deadline) = (self.renewed, self.deadline);
-        late_write(Lost { is_found_working: self.is_lost_working, has_exited, renewed, deadline, written })
+        late_write(Lost { is_stopped_in_time: self.is_stopped_in_time, has_exited, renewed, deadline, written })
     }
 
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
@@ -516,7 +532,7 @@ impl RunLease {
             self.keepers.end();
             return None;
         }
-        // A keeper whose records promise nothing must not heed the pipe of a fuse that is gone.
+        // A keeper whose records promise nothing must ignore the pipe of a fuse that is gone.
         let fence = self.fence.as_ref().filter(|_| orders.fence == Promise::Stop);
         let kill_write_end = self.fence.as_ref().and_then(Fence::kill_write_end);
         let inherited = Inherited { fence, terraform: terraform.as_fd(), kill_write_end };
@@ -545,7 +561,10 @@ impl RunLease {
                 is_cut: false,
             });
             self.reported = None;
-            effects.push(LeaseEffect::Stopped);
+            let is_at_deadline = self.deadline.is_some_and(|deadline| Timestamp::now() >= deadline);
+            let cause = if is_at_deadline { StopCause::Deadline } else { StopCause::FuseKilled };
+            self.is_stopped_in_time = is_at_deadline && self.loss.is_none();
+            effects.push(LeaseEffect::Stopped(cause));
             self.keepers.hurry();
         }
         if let Some(stopped) = &mut self.stopped
@@ -654,7 +673,6 @@ impl RunLease {
                 is_new.then_some(LeaseEffect::Interrupt(Trouble::Gone))
             }
             Report::Lost(loss) => {
-                self.is_lost_working |= self.stopped.is_none();
                 self.loss = Some(loss);
                 self.cut_off();
                 Some(LeaseEffect::Kill(EndReason::LockLost))
@@ -702,18 +720,21 @@ impl RunLease {
             (stopped.is_rearmed, stopped.can_rearm) = (false, false);
             return None;
         }
-        let keeper = self.renew_without_fence();
-        self.take_down();
-        keeper
+        // The confirmed renewal takes the fence down.
+        self.renew_without_fence()
     }
 
-    /// Stops terraform until the lock was looked at, because it may be lost: the end of the fuse does both. Without a fence,
-    /// the next renewal shows it.
+    /// Kills the fuse, so that terraform stays stopped until the keeper has looked at the lock, which may be lost. If that is
+    /// not possible (there is no fence, or the fuse is not a child of this process), the keeper renews at once, and that
+    /// shows the loss.
     pub(crate) fn stop_for_look(&self) {
-        if let Some(fence) = self.fence.as_ref().filter(|_| self.orders.is_some() && !self.is_over)
-            && fence.kill_fuse()
-        {
+        if self.orders.is_none() || self.is_over {
+            return;
+        }
+        if self.fence.as_ref().is_some_and(Fence::kill_fuse) {
             trace!("terraform stays stopped until the lock was looked at");
+        } else {
+            self.keepers.hurry();
         }
     }
 
@@ -801,6 +822,7 @@ impl RunLease {
     /// Continues terraform after [`LeaseEffect::Continue`]. Returns false if it stays stopped.
     pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
         let Some(stopped) = self.stopped.take() else { return false };
+        self.is_stopped_in_time = false;
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 crash_point::reached("lease: may continue");
@@ -911,7 +933,7 @@ impl RunLease {
     /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
     /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not be
     /// released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID was kept
-    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether it stands. A SIGINT
+    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether the promise is still stored. A SIGINT
     /// ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
         // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
@@ -988,7 +1010,7 @@ mod tests {
         let mut lease = lease_of_a_stopped_run();
         let now = Timestamp::now();
         let ago = now - SignedDuration::from_hours(1);
-        (lease.renewed, lease.deadline) = (Some(ago), Some(ago));
+        (lease.renewed, lease.deadline, lease.is_stopped_in_time) = (Some(ago), Some(ago), true);
         assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterTheDeadline);
         let sent = boot_clock::now();
         let renewed = |fuse| Report::Renewed { fence: Promise::None, sent, fuse };
@@ -1001,15 +1023,15 @@ mod tests {
     }
 
     #[test]
-    fn a_write_before_the_loss_was_found_is_late_only_if_terraform_worked() {
-        for is_stopped in [false, true] {
+    fn a_write_before_the_loss_was_found_is_late_unless_the_deadline_has_stopped_terraform() {
+        for is_stopped_in_time in [false, true] {
             let mut lease = lease_of_a_stopped_run();
-            lease.stopped = lease.stopped.filter(|_| is_stopped);
             let now = Timestamp::now();
-            lease.renewed = Some(now);
+            (lease.renewed, lease.deadline) = (Some(now), Some(now + SignedDuration::from_secs(48)));
+            lease.is_stopped_in_time = is_stopped_in_time;
             let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
             lease.heard(Report::Lost(another), &mut |_| LockPhase::Held);
-            let expected = if is_stopped { LateWrite::No } else { LateWrite::BeforeTheLossWasFound };
+            let expected = if is_stopped_in_time { LateWrite::No } else { LateWrite::BeforeTheLossWasFound };
             assert_eq!(lease.late_write(Some(now + SignedDuration::from_secs(1)), false), expected);
         }
     }

@@ -286,7 +286,7 @@ fn retry_interval(lacks_credentials: bool) -> Duration {
 /// A lock that cannot be taken, which was reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct GivenUp {
-    /// The ID of the lock. `None` if it is not known, because it was the lock before terraform started.
+    /// The ID of the lock. `None` if the taker has not written it.
     id: Option<String>,
     /// When it may be tried again.
     until: Instant,

@@ -27,7 +27,7 @@ use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::outcome::{AnothersLock, Because, Outcome, Released};
 use crate::lock::proof::{Match, Run, judge};
 use crate::lock::release_step::{
-    Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep,
+    ItemHistory, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep,
     is_released_by_another, may_item_follow, must_be_read_again, needs_quiet,
 };
 use crate::lock::stores::{Removed, StoredLock, removed};
@@ -903,7 +903,10 @@ impl Protocol {
         if release.at != At::Combine
             && now.at == At::Combine
             && order.len() > 2
-            && is_released_by_another(&judged(now.parts[ITEM]), now.has_waited, now.asked_to_go[ITEM])
+            && is_released_by_another(
+                &judged(now.parts[ITEM]),
+                ItemHistory { has_waited: now.has_waited, was_asked_to_go: now.asked_to_go[ITEM] },
+            )
         {
             if now.parts[OBJECT] == PartResult::Deleted {
                 now.parts[OBJECT] = PartResult::Absent;

@@ -10,9 +10,10 @@ use serde_json::Value;
 
 use super::given_back::{is_dynamodb, takes_item, through};
 use super::leased::{
-    ends_well, leased, start, suspended_at_a_terminal, wait_for_renewal_after, wait_until_it_goes_on,
+    ends_well, leased, network, start, suspended_at_a_terminal, wait_for_renewal_after, wait_until_it_goes_on,
     wait_until_stopped,
 };
+use super::terminal::shell;
 use crate::support::process::{state, terraform_below};
 use crate::support::processes::{
     guardian_of, is_gone, kill_all_but, named, tf_of, wait_until_all_is_gone, wait_until_gone, wait_until_unlocked,
@@ -149,6 +150,34 @@ fn a_refusal_after_a_keeper_has_died_before_its_first_renewal_means_that_there_i
     wait_until_all_is_gone(&env);
 }
 
+/// Terraform has asked for the terminal in the background, and is stopped for its lease when `fg` gives the terminal.
+#[test]
+fn after_fg_three_keys_end_a_terraform_that_wanted_the_terminal_and_was_stopped_for_its_lease() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
+    let (_proxy, is_away) = network(&mut env);
+    let mut terminal = shell(&env);
+    terminal.type_in("tf apply -no-color &\n");
+    terminal.wait_for("Enter a value:");
+    wait_for_renewal_after(&env, &Value::Null);
+    let (tf, fuse) = (tf_of(&env), named(&env, "tf-fuse"));
+    wait_until_stopped(&env, tf);
+    let terraform = terraform_below(tf);
+    is_away.store(true, Ordering::SeqCst);
+    wait_until_gone(&env, fuse);
+    terminal.type_in("fg\n");
+    terminal.wait_for("to end it now, without saving its state, press ^C three times");
+    for said in ["press ^C 2 more times", "press ^C 1 more time", "ending the stopped terraform"] {
+        terminal.type_in("\x03");
+        terminal.wait_for(said);
+    }
+    wait_until_gone(&env, terraform);
+    is_away.store(false, Ordering::SeqCst);
+    wait_until_unlocked(&env);
+    drop(terminal);
+    wait_until_all_is_gone(&env);
+}
+
 /// Kills `pids` so that none of them notices the death of another one.
 fn kill_together(env: &TestEnv, pids: &[Pid]) {
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
@@ -201,7 +230,7 @@ fn a_guardian_that_knows_of_the_loss_kills_terraform_and_does_not_ask_it_to_stop
 fn a_stop_timeout_that_ends_while_tf_is_stopped_counts_when_tf_is_killed() {
     for lease in [None, Some("1m")] {
         let mut env = leased(Lock::Both, lease.unwrap_or("off"));
-        env.set("TFW_STOP_TIMEOUT", "2s");
+        env.set("TFW_STOP_TIMEOUT", "5s");
         let run = env.start_apply(Subject::Tf);
         let terraform = terraform_below(run.pid());
         run.send(Signal::SIGTERM);

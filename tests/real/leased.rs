@@ -413,7 +413,7 @@ fn a_suspended_run_that_goes_on_without_a_lease_writes_no_record() {
 }
 
 /// The network of the proxy's clients: while it is away, no request arrives and no response comes.
-fn network(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
+pub fn network(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
     network_that(Outage::Refuses, env)
 }
 

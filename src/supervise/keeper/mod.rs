@@ -10,7 +10,7 @@
 //! The process that has started a keeper asks it for an answer every few seconds ([`Keeper::ping`]), and replaces it if it
 //! does not answer ([`super::keepers`]).
 //!
-//! A keeper ends when it is told to, when its lock is lost, and when terraform has ended. It holds a pidfd of terraform,
+//! A keeper ends when it is told to, when there is no lease, and when terraform has ended. It holds a pidfd of terraform,
 //! and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
 //! A keeper also asks the metadata service of the host's cloud whether the host is about to end ([`crate::notice`]). That

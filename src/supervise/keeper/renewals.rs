@@ -300,7 +300,7 @@ impl Renewals {
                 self.lock = seen.lock;
                 return Err((Answer::None, "the stored record is of a later time, or promises more".to_owned()));
             }
-            // A record that was overtaken by another keeper's is as good: the stored one is at least as new.
+            // A stored record of another keeper confirms this renewal, because it is at least as new.
             Ok(Renewed::Before(seen) | Renewed::Overtaken(seen)) => (seen, Answer::RenewedBefore),
             Ok(Renewed::Lost(seen)) => (seen, Answer::Lost),
             Err(failure) => {
@@ -531,20 +531,20 @@ impl Renewals {
     /// Whether the fuse of a run can end whose terraform has ended, and of which only keeper and fuse are left. What
     /// terraform has left in its group goes on then.
     ///
-    /// If the group is empty, there is nothing to stop. If the lock is gone, it was released, so terraform ended well or a
-    /// person knows better. But as long as the lock stands, its record promises others that nothing of the run goes on
-    /// after the lease: so the fuse stays, and its end kills the group in time. Waits until the group is empty, the lock is
-    /// gone, or the fuse is.
+    /// If the group is empty, there is nothing to stop. If the lock is gone, terraform has ended well, or a person has deleted
+    /// it. But as long as the lock is there, its record promises others that nothing of the run goes on after the lease: so
+    /// the fuse stays, and its end kills the group in time. Returns true when the group is empty or a read shows that the
+    /// lock is gone, and false when the fuse has ended. After a read that shows the lock, this looks at the group alone.
     pub(super) async fn may_end_fuse(&mut self) -> bool {
-        let mut lock_stands = false;
+        let mut is_lock_there = false;
         loop {
             if self.group.is_some_and(is_empty) {
                 return true;
             }
-            let pause = match if lock_stands { Ok(None) } else { self.read().await } {
+            let pause = match if is_lock_there { Ok(None) } else { self.read().await } {
                 Ok(Some(_)) => return true,
                 Ok(None) => {
-                    lock_stands = true;
+                    is_lock_there = true;
                     GROUP_INTERVAL
                 }
                 Err((answer, _)) => self.retry_pause(answer),
