@@ -569,7 +569,7 @@ fn a_stopped_terraform_whose_credentials_have_expired_says_so_and_goes_on_with_n
     let run = start(&env);
     has_expired.store(true, Ordering::SeqCst);
     kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
-    run.wait_for_err("terraform was stopped, because the lease");
+    run.wait_for_err("terraform was stopped, because it is not certain that it still has its lock");
     run.wait_for_err("tf: the lease cannot be renewed: DynamoDB: ExpiredTokenException: expired");
     has_expired.store(false, Ordering::SeqCst);
     run.wait_for_err("the lease was renewed, and terraform goes on");
