@@ -249,7 +249,7 @@ fn a_terraform_that_is_stopped_for_its_lease_is_interrupted_when_it_goes_on() {
     let run = start(&env);
     is_away.store(true, Ordering::SeqCst);
     kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
-    run.wait_for_err("terraform was stopped, because the lease");
+    run.wait_for_err("terraform was stopped, because it is not certain");
     instance.lock().unwrap().lifecycle = Some("Terminated".to_owned());
     run.wait_for_err(
         "(EC2 Auto Scaling); terraform is stopped because of its lease, and is interrupted when it goes on",
