@@ -18,6 +18,7 @@ use crate::support::lease::{LEASED, record};
 use crate::support::process::Run;
 use crate::support::processes::{home, marked};
 use crate::support::proxy::{Proxy, ProxyAction};
+use crate::support::system::lock_byte;
 use crate::support::test_env::{WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -838,14 +839,7 @@ fn a_lock_whose_run_is_being_finished_on_this_host_is_not_taken() {
         env.put_lease(&info, &lapsed);
         let [run] = records(&env).try_into().unwrap();
         let owner = fs::OpenOptions::new().write(true).open(run.with_file_name("lock")).unwrap();
-        let byte = nix::libc::flock {
-            l_type: nix::libc::F_WRLCK.try_into().unwrap(),
-            l_whence: nix::libc::SEEK_SET.try_into().unwrap(),
-            l_start: 1,
-            l_len: 1,
-            l_pid: 0,
-        };
-        nix::fcntl::fcntl(&owner, nix::fcntl::FcntlArg::F_OFD_SETLK(&byte)).unwrap();
+        lock_byte(&owner, 1);
         let run = env.start(Subject::Tf, arguments);
         run.wait_for_err("another process is cleaning up after that run now");
         env.assert_locked();
