@@ -549,6 +549,7 @@ impl Supervision<'_> {
                 LeaseEffect::Continue => {
                     self.foreground.give_back_to_stopped();
                     if self.lease.as_mut().is_some_and(|lease| lease.go_on(self.tree)) {
+                        self.run_record.late_stop.continued();
                         console::say(messages::lease_continued());
                     } else {
                         self.foreground.take_from_stopped();
@@ -622,6 +623,8 @@ impl Supervision<'_> {
                 let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
                 if stopped || key {
                     self.continue_group();
+                } else {
+                    self.run_record.late_stop.keep_stopped();
                 }
             }
         }

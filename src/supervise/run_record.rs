@@ -4,6 +4,7 @@
 //! guardian, `tf` writes the journal itself.
 
 use crate::journal::state_directory::Durability;
+use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -60,10 +61,11 @@ pub(crate) enum GuardianNews {
 ///
 /// A guardian that is frozen does not answer. So a stop that comes later than [`ANSWER_TIMEOUT`] counts as a person's. It
 /// is undone nevertheless if it was the guardian's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LateStop {
-    /// How often `tf` was continued without an answer of the guardian to it.
-    unanswered: u32,
+    /// One entry for each time that `tf` was continued without an answer of the guardian to it, the oldest first: whether the
+    /// group must be continued after the answer.
+    unanswered: VecDeque<bool>,
     /// When `tf` was continued last, on the clock of [`boot_clock::now`].
     asked_at: Duration,
     /// Whether the guardian has answered, and the group was not continued since.
@@ -73,25 +75,34 @@ pub(crate) struct LateStop {
 impl LateStop {
     /// Notes that the guardian was told at `now` that `tf` was continued.
     fn asked(&mut self, now: Duration) {
-        self.unanswered += 1;
+        self.unanswered.push_back(true);
         self.asked_at = now;
+    }
+
+    /// Notes that the group is to stay stopped, although `tf` was just continued: somebody else has stopped it.
+    pub(crate) fn keep_stopped(&mut self) {
+        self.unanswered.iter_mut().for_each(|must_continue| *must_continue = false);
+    }
+
+    /// Notes that the group was continued. A stop that comes before an answer is the guardian's.
+    pub(crate) fn continued(&mut self) {
+        self.unanswered.iter_mut().for_each(|must_continue| *must_continue = true);
     }
 
     /// Notes that the guardian has answered.
     fn answered(&mut self) {
-        self.must_continue |= self.unanswered > 0;
-        self.unanswered = self.unanswered.saturating_sub(1);
+        self.must_continue |= self.unanswered.pop_front().unwrap_or(false);
     }
 
     /// Notes that the guardian is gone. It sends no signal any more.
     fn gone(&mut self) {
-        self.must_continue |= self.unanswered > 0;
-        self.unanswered = 0;
+        self.must_continue |= self.unanswered.contains(&true);
+        self.unanswered.clear();
     }
 
     /// Whether a stop of terraform by SIGSTOP that is seen at `now` may come from the guardian.
-    pub(crate) fn is_possible(self, now: Duration) -> bool {
-        self.unanswered > 0 && now.saturating_sub(self.asked_at) < ANSWER_TIMEOUT
+    pub(crate) fn is_possible(&self, now: Duration) -> bool {
+        self.unanswered.contains(&true) && now.saturating_sub(self.asked_at) < ANSWER_TIMEOUT
     }
 
     /// Whether the group must be continued now. True once after each answer.
@@ -304,6 +315,20 @@ mod tests {
         late_stop.asked(asked);
         late_stop.gone();
         assert!(!late_stop.is_possible(soon) && late_stop.must_continue());
+        // Somebody else has stopped the group, and it was not continued since.
+        for end in [LateStop::answered, LateStop::gone] {
+            for is_continued in [false, true] {
+                late_stop.asked(asked);
+                late_stop.keep_stopped();
+                assert!(!late_stop.is_possible(soon));
+                if is_continued {
+                    late_stop.continued();
+                }
+                assert_eq!(late_stop.is_possible(soon), is_continued);
+                end(&mut late_stop);
+                assert_eq!(late_stop.must_continue(), is_continued);
+            }
+        }
     }
 
     #[test]

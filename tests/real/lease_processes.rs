@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::given_back::{is_dynamodb, takes_item, through};
 use super::leased::{
-    ends_well, leased, network, start, suspended_at_a_terminal, wait_for_renewal_after, wait_until_it_goes_on,
+    ends_well, leased, network, record, start, suspended_at_a_terminal, wait_for_renewal_after, wait_until_it_goes_on,
     wait_until_stopped,
 };
 use super::terminal::shell;
@@ -42,6 +42,23 @@ fn a_late_stop_of_the_guardian_neither_stops_terraform_for_ever_nor_suspends_tf(
     terminal.wait_for("Apply complete!");
     assert_eq!(terminal.screen().matches("Stopped").count(), 1, "{}\n{}", terminal.screen(), env.trace());
     wait_until_unlocked(&env);
+}
+
+/// Without a shell, `tf` cannot stop together with terraform. The guardian's answer does not undo the stop.
+#[test]
+fn a_terraform_that_somebody_has_stopped_stays_stopped_and_keeps_its_lease() {
+    let env = leased(Lock::DynamoDb, "3s");
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    kill(terraform, Signal::SIGSTOP).unwrap();
+    env.wait_for_trace("guardian: tf is suspended: false");
+    for _ in 0..3 {
+        let last = record(&env).unwrap();
+        wait_for_renewal_after(&env, &last);
+        assert_eq!(state(terraform), Some('T'), "{}", env.trace());
+    }
+    kill(terraform, Signal::SIGCONT).unwrap();
+    ends_well(&env, run);
 }
 
 /// `tf` continues terraform when it is continued itself. But its guardian knows that the lock is lost.
@@ -157,10 +174,14 @@ fn after_fg_three_keys_end_a_terraform_that_wanted_the_terminal_and_was_stopped_
     env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
     let (_proxy, is_away) = network(&mut env);
     let mut terminal = shell(&env);
-    terminal.type_in("tf apply -no-color &\n");
+    terminal.type_in("tf apply -no-color\n");
     terminal.wait_for("Enter a value:");
     wait_for_renewal_after(&env, &Value::Null);
     let (tf, fuse) = (tf_of(&env), named(&env, "tf-fuse"));
+    terminal.type_in("\x1a");
+    terminal.wait_for("Stopped");
+    terminal.type_in("bg\n");
+    env.wait_for_trace("terraform was stopped by SIGTTIN");
     wait_until_stopped(&env, tf);
     let terraform = terraform_below(tf);
     is_away.store(true, Ordering::SeqCst);

@@ -58,16 +58,12 @@ pub fn is_locked(path: &Path) -> bool {
     let Ok(file) = File::options().read(true).write(true).open(path) else { return false };
     let found = control_lock(&file, libc::F_OFD_GETLK, 0..0);
     let found = found.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    found.l_type != short(libc::F_UNLCK)
+    libc::c_int::from(found.l_type) != libc::c_int::from(libc::F_UNLCK)
 }
 
 /// Locks the byte `byte` of the file until it is closed (F_OFD_SETLK, fcntl(2)).
 pub fn lock_byte(file: &File, byte: i64) {
     control_lock(file, libc::F_OFD_SETLK, byte..byte + 1).unwrap();
-}
-
-fn short(number: libc::c_int) -> libc::c_short {
-    libc::c_short::try_from(number).unwrap()
 }
 
 /// Calls fcntl(2) with a write lock on `bytes`. An empty range is the whole file. Returns the lock that the call has
@@ -76,7 +72,7 @@ fn control_lock(file: &File, command: libc::c_int, bytes: std::ops::Range<i64>) 
     // SAFETY: a zeroed flock is valid. The call reads it, and F_OFD_GETLK writes it.
     unsafe {
         let mut lock: libc::flock = std::mem::zeroed();
-        lock.l_type = short(libc::F_WRLCK);
+        lock.l_type = libc::c_short::try_from(libc::F_WRLCK).unwrap();
         (lock.l_start, lock.l_len) = (bytes.start, bytes.end - bytes.start);
         if libc::fcntl(file.as_raw_fd(), command, &raw mut lock) == 0 {
             Ok(lock)
