@@ -1368,7 +1368,12 @@ fn every_subset(is_stopped: bool) {
             .collect();
         let state = env.state();
         for (_, pid) in &victims {
+            kill(*pid, Signal::SIGSTOP).unwrap();
+        }
+        // `tf` is the last one. If the fuse died later, the guardian would interrupt a terraform that still runs.
+        for (_, pid) in victims.iter().rev() {
             kill(*pid, Signal::SIGKILL).unwrap();
+            wait_until_gone(&env, *pid);
         }
         let has = |name: &str| victims.iter().any(|(victim, _)| *victim == name);
         let what = format!("{victims:?}, stopped: {is_stopped}");
