@@ -112,6 +112,12 @@ fn is_nested(process: &Process, run: &str) -> bool {
     matches!(process.environment(RUN), Variable::Set(runs) if names_nested_run(&runs, run))
 }
 
+/// Whether a run that is nested in `run` is not over. Its `tf` itself has no mark of that run. It cleans up after its
+/// terraform has ended, and must not be killed meanwhile.
+fn has_nested(members: &[Process], run: &str) -> bool {
+    members.iter().any(|process| is_nested(process, run) || process.runs_our_program() == Some(true))
+}
+
 /// Whether `runs`, a value of `TFW_RUN`, names a run after `run`. The value is the IDs of nested runs from the outermost
 /// to the innermost, separated by `/`.
 fn names_nested_run(runs: &[u8], run: &str) -> bool {
@@ -473,7 +479,7 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
-            let kill_from = kill_from(enough, members.iter().any(|process| is_nested(process, &self.run)));
+            let kill_from = kill_from(enough, has_nested(&members, &self.run));
             if elapsed > kill_from + KILL_TIMEOUT {
                 let mut left = members;
                 left.extend(unknown);

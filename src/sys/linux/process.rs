@@ -364,7 +364,7 @@ impl Process {
 
     /// Returns whether the process executes the same program as this process. `None` if this process may not read which
     /// program the other process executes.
-    pub(super) fn runs_our_program(&self) -> Option<bool> {
+    pub(crate) fn runs_our_program(&self) -> Option<bool> {
         let program = |process: &str| FileId::at(format!("/proc/{process}/exe")).ok();
         program(&self.thread.to_string()).map(|theirs| Some(theirs) == program("self"))
     }

@@ -326,7 +326,7 @@ impl Process {
 
     /// Returns whether the process executes the same program as this process. `None` if this process may not read which
     /// program the other process executes.
-    pub(super) fn runs_our_program(&self) -> Option<bool> {
+    pub(crate) fn runs_our_program(&self) -> Option<bool> {
         let program = |pid| FileId::at(program_path(pid)?).ok();
         program(self.pid).map(|theirs| Some(theirs) == program(getpid()))
     }
