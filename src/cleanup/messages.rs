@@ -312,7 +312,7 @@ pub(crate) struct Removal {
 
 impl Removal {
     /// Returns the sentences that say when a person may release or remove the lock, and how. For `is_recorded`, see
-    /// [`next_step`].
+    /// [`next_step()`].
     fn next_step(&self, because: Because, recorded: &RecordedLock, is_recorded: bool) -> String {
         let Self { unlock, release, show } = self;
         let id = &recorded.id;

@@ -35,7 +35,7 @@ use crate::trace::trace;
 const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a keeper. `descriptors` are the arguments with the numbers of its descriptors, in the order of
-/// [`Keeper::start`]. Returns whether it has done what it was told.
+/// [`super::Keeper::start`]. Returns whether it has done what it was told.
 pub(crate) fn keep(descriptors: &[OsString]) -> bool {
     let numbers: Option<Vec<RawFd>> = descriptors.iter().map(|number| number.to_str()?.parse().ok()).collect();
     let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else { return false };

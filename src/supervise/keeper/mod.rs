@@ -69,7 +69,7 @@ pub(crate) struct Orders {
     pub(crate) asks: Option<Provider>,
     /// The notice for which terraform was interrupted. `None` if it was not.
     pub(crate) interrupted: Option<Notice>,
-    /// The pid of the terraform that holds the lock, and its start ([`Process::start`]).
+    /// The pid of the terraform that holds the lock, and its start ([`process::Process::start`]).
     pub(crate) terraform: i32,
     pub(crate) start: u64,
     /// Whether an earlier keeper of this run may have stored a record.
