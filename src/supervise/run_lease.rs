@@ -47,8 +47,8 @@ use crate::trace::trace;
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
 pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Whoever continues `tf` after every process of the run was stopped continues terraform too, a moment later. So for this
-/// time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
+/// If every process of the run was stopped, and `tf` is continued, then terraform is continued too, a moment later. So for
+/// this time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
 const CONTINUE_WINDOW: Duration = Duration::from_millis(250);
 const SHORT_STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(1);
 

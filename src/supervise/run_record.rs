@@ -4,7 +4,6 @@
 //! guardian, `tf` writes the journal itself.
 
 use crate::journal::state_directory::Durability;
-use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -63,9 +62,10 @@ pub(crate) enum GuardianNews {
 /// is undone nevertheless if it was the guardian's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LateStop {
-    /// One entry for each time that `tf` was continued without an answer of the guardian to it, the oldest first: whether the
-    /// group must be continued after the answer.
-    unanswered: VecDeque<bool>,
+    /// How often `tf` was continued without an answer of the guardian to it.
+    unanswered: u32,
+    /// Whether the group is to stay stopped, because somebody else has stopped it.
+    stays_stopped: bool,
     /// When `tf` was continued last, on the clock of [`boot_clock::now`].
     asked_at: Duration,
     /// Whether the guardian has answered, and the group was not continued since.
@@ -75,34 +75,36 @@ pub(crate) struct LateStop {
 impl LateStop {
     /// Notes that the guardian was told at `now` that `tf` was continued.
     fn asked(&mut self, now: Duration) {
-        self.unanswered.push_back(true);
+        self.unanswered += 1;
+        self.stays_stopped = false;
         self.asked_at = now;
     }
 
     /// Notes that the group is to stay stopped, although `tf` was just continued: somebody else has stopped it.
     pub(crate) fn keep_stopped(&mut self) {
-        self.unanswered.iter_mut().for_each(|must_continue| *must_continue = false);
+        self.stays_stopped = true;
     }
 
     /// Notes that the group was continued. A stop that comes before an answer is the guardian's.
     pub(crate) fn continued(&mut self) {
-        self.unanswered.iter_mut().for_each(|must_continue| *must_continue = true);
+        self.stays_stopped = false;
     }
 
     /// Notes that the guardian has answered.
     fn answered(&mut self) {
-        self.must_continue |= self.unanswered.pop_front().unwrap_or(false);
+        self.must_continue |= self.unanswered > 0 && !self.stays_stopped;
+        self.unanswered = self.unanswered.saturating_sub(1);
     }
 
     /// Notes that the guardian is gone. It sends no signal any more.
     fn gone(&mut self) {
-        self.must_continue |= self.unanswered.contains(&true);
-        self.unanswered.clear();
+        self.must_continue |= self.unanswered > 0 && !self.stays_stopped;
+        self.unanswered = 0;
     }
 
     /// Whether a stop of terraform by SIGSTOP that is seen at `now` may come from the guardian.
     pub(crate) fn is_possible(&self, now: Duration) -> bool {
-        self.unanswered.contains(&true) && now.saturating_sub(self.asked_at) < ANSWER_TIMEOUT
+        self.unanswered > 0 && !self.stays_stopped && now.saturating_sub(self.asked_at) < ANSWER_TIMEOUT
     }
 
     /// Whether the group must be continued now. True once after each answer.
