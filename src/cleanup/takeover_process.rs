@@ -24,7 +24,7 @@ use crate::holder::host::HostView;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
-use crate::lock::takeover::{self, End, Progress, RefusedLock, Taker, Until};
+use crate::lock::takeover::{self, End, NotTaken, Progress, RefusedLock, Taker, Until};
 use crate::panics;
 use crate::runtime;
 use crate::sys::poll;
@@ -42,8 +42,10 @@ const NO_CREDENTIALS: u8 = 1;
 /// The exit code of a taker whose requests failed.
 const FAILED: u8 = 2;
 
-/// The exit code of a taker that has given up ([`End::GaveUp`]). It writes the ID of the lock to its stdout.
-const GAVE_UP: u8 = 3;
+/// The exit codes of a taker that could not take a lock ([`End::NotTaken`]): if the same attempt would fail again, and if
+/// it may succeed. The taker writes the ID of the lock to its stdout.
+const NOT_TAKEN_FINALLY: u8 = 3;
+const NOT_TAKEN: u8 = 4;
 
 /// The longest ID of a lock that a taker writes to its stdout.
 const MAX_ID_BYTES: usize = 256;
@@ -70,6 +72,8 @@ pub(crate) struct Refused {
     pub(crate) id: Option<String>,
     /// After which time it may be tried again.
     pub(crate) left: Duration,
+    /// As [`NotTaken::is_final`].
+    pub(crate) is_final: bool,
 }
 
 /// A taker, as seen by the process that has started it.
@@ -90,8 +94,11 @@ pub(crate) enum Ended {
     Over,
     NoCredentials,
     Failed,
-    /// The lock with this ID cannot be taken, and the taker has said so. The ID is `None` if it is not known.
-    GaveUp(Option<String>),
+    /// As [`End::NotTaken`]. The ID is `None` if it is not known.
+    NotTaken {
+        id: Option<String>,
+        is_final: bool,
+    },
 }
 
 /// The result of [`before_run`].
@@ -178,7 +185,8 @@ fn how(status: ExitStatus, refused: impl FnOnce() -> Option<String>) -> Ended {
     match status.code().and_then(|code| u8::try_from(code).ok()) {
         Some(0) => Ended::Over,
         Some(NO_CREDENTIALS) => Ended::NoCredentials,
-        Some(GAVE_UP) => Ended::GaveUp(refused()),
+        Some(NOT_TAKEN_FINALLY) => Ended::NotTaken { id: refused(), is_final: true },
+        Some(NOT_TAKEN) => Ended::NotTaken { id: refused(), is_final: false },
         _ => Ended::Failed,
     }
 }
@@ -215,7 +223,7 @@ pub(crate) fn run() -> u8 {
     crash_point::reached("takeover: begun");
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
-    let refused = refused.map(|Refused { id, left }| RefusedLock::new(id, left));
+    let refused = refused.map(|Refused { id, left, is_final }| RefusedLock::new(id, left, is_final));
     let taker = Taker { by: by(), terms, until, rests, runs_here, refused };
     let hear = move |byte| {
         // Nobody listens any more when the work is over.
@@ -230,12 +238,12 @@ pub(crate) fn run() -> u8 {
     match end {
         Some(End::Over) => 0,
         Some(End::NoCredentials) => NO_CREDENTIALS,
-        Some(End::GaveUp(id)) => {
+        Some(End::NotTaken(NotTaken { id, is_final })) => {
             if id.len() <= MAX_ID_BYTES {
                 // If nobody reads it, it is not needed.
                 let _ = std::io::stdout().write_all(id.as_bytes());
             }
-            GAVE_UP
+            if is_final { NOT_TAKEN_FINALLY } else { NOT_TAKEN }
         }
         Some(End::Failed) | None => FAILED,
     }

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -83,13 +83,15 @@ pub(crate) struct RefusedLock {
     id: RefCell<Option<String>>,
     /// When it may be tried again.
     until: Instant,
+    /// As [`NotTaken::is_final`].
+    is_final: bool,
 }
 
 impl RefusedLock {
     /// `id` is the ID of the lock. `None` if it is the lock that the first read shows. The lock may be tried again after
-    /// the time `left`.
-    pub(crate) fn new(id: Option<String>, left: Duration) -> Self {
-        Self { id: RefCell::new(id), until: Instant::now() + left }
+    /// the time `left`. `is_final` is as [`NotTaken::is_final`].
+    pub(crate) fn new(id: Option<String>, left: Duration, is_final: bool) -> Self {
+        Self { id: RefCell::new(id), until: Instant::now() + left, is_final }
     }
 
     /// Whether it is the lock `id`, which a read has shown. If there was no lock, `id` is empty.
@@ -105,7 +107,11 @@ impl RefusedLock {
     /// Whether an earlier taker has reported this.
     fn was_said(&self, progress: Progress<'_>) -> bool {
         match progress {
-            Progress::Watches(lapsed, _) | Progress::Leaves(lapsed, Reason::NotTaken(_)) => self.is(&lapsed.info.id),
+            Progress::Watches(lapsed, _) => self.is(&lapsed.info.id),
+            // After a passing failure, a final one is news.
+            Progress::Leaves(lapsed, Reason::NotTaken(failure)) => {
+                self.is(&lapsed.info.id) && (self.is_final || !failure.is_final())
+            }
             _ => false,
         }
     }
@@ -243,26 +249,10 @@ pub(crate) async fn take_over(
             Decision::End(end) => return end,
             Decision::Take(take) => *take,
         };
-        let tested = watch.test_deletes().await;
-        if taker.until == Until::Told && tested.is_ok() {
-            let mut rests = taker.rests.clone();
-            let rest = timeout(MAX_REST_WAIT, rests.wait_for(|rests| *rests));
-            tokio::select! {
-                biased;
-                () = &mut told => return watch.told_to_end(&mut report).await,
-                _ = rest => {}
-            }
-            // The wait may have been long.
-            if !watch.has_claimed(&lock) && (taker.runs_here)(&lapsed.info) {
-                continue;
-            }
-        }
-        let attempt = match tested {
-            Ok(()) => timeout(TAKE_TIMEOUT, watch.take(&lock, &lapsed)).await,
-            Err(failure) => Ok(Err(failure)),
-        };
-        let failure = match attempt {
-            Ok(Ok(Taken::Gone(by))) => {
+        let failure = match watch.attempt(&lock, &lapsed, told.as_mut()).await {
+            Attempt::Told => return watch.told_to_end(&mut report).await,
+            Attempt::JudgeAgain => continue,
+            Attempt::Gone(by) => {
                 report(Progress::of_gone(by, &lapsed));
                 (watch.lapsed, watch.sent) = (None, None);
                 if taker.until == Until::Decided {
@@ -270,10 +260,7 @@ pub(crate) async fn take_over(
                 }
                 continue;
             }
-            Ok(Ok(Taken::Changed)) => Failure::no_answer(watch.part.service(), "the lock changed while tf released it"),
-            // The claim or the delete may have succeeded. The next read shows it.
-            Ok(Err(failure)) => failure,
-            Err(_) => Failure::no_answer(watch.part.service(), "the request timed out"),
+            Attempt::Failed(failure) => failure,
         };
         trace!("takeover: the lock was not taken: {failure}");
         watch.unchanged.miss();
@@ -283,10 +270,11 @@ pub(crate) async fn take_over(
         failed.1 += 1;
         match after_failure(failed.1, attempt_failure(&failure), taker.until == Until::Told) {
             AfterFailure::GiveUp => {
-                if watch.report_failure(&lapsed, failure.clone(), &mut report).await {
+                let is_final = failure.is_final();
+                if watch.report_failure(&lapsed, failure, &mut report).await {
                     return End::Over;
                 }
-                return if failure.is_final() { End::GaveUp(lapsed.info.id) } else { End::Failed };
+                return End::NotTaken(NotTaken { id: lapsed.info.id, is_final });
             }
             AfterFailure::Reconnect => {
                 watch.told_to_end(&mut report).await;
@@ -331,8 +319,17 @@ pub(crate) enum End {
     NoCredentials,
     /// A request has failed.
     Failed,
-    /// The lock with this ID cannot be taken: the same attempt would fail again. That was reported.
-    GaveUp(String),
+    /// The attempts to take a lock have failed. That was reported.
+    NotTaken(NotTaken),
+}
+
+/// A lock that a taker could not take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NotTaken {
+    /// The ID of the lock.
+    pub(crate) id: String,
+    /// Whether the same attempt would fail again.
+    pub(crate) is_final: bool,
 }
 
 enum Decision {
@@ -341,7 +338,19 @@ enum Decision {
     Take(Box<(LeasedLock, Lapsed)>),
 }
 
-/// The result of an attempt to take over a lock.
+/// How an attempt to take over a lock has ended.
+enum Attempt {
+    /// The taker was told to end before the attempt.
+    Told,
+    /// A process of the run that holds the lock may have begun on this host, so the lock must be judged again.
+    JudgeAgain,
+    /// The lock is gone.
+    Gone(DeletedBy),
+    /// The claim or the delete may have succeeded nevertheless. The next read shows it.
+    Failed(Failure),
+}
+
+/// The result of the requests that take over a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
     /// The lock is gone.
@@ -854,6 +863,39 @@ impl<'a> Watch<'a> {
         record_of(lock).is_some_and(|record| is_own(self.claim.as_ref(), record))
     }
 
+    /// Takes over `lock`. If terraform waits for it, this waits until terraform is between two attempts to get it. Ends
+    /// before the first request if `told` is ready.
+    async fn attempt(
+        &mut self,
+        lock: &LeasedLock,
+        lapsed: &Lapsed,
+        told: Pin<&mut impl Future<Output = ()>>,
+    ) -> Attempt {
+        if let Err(failure) = self.test_deletes().await {
+            return Attempt::Failed(failure);
+        }
+        if self.taker.until == Until::Told {
+            let mut rests = self.taker.rests.clone();
+            tokio::select! {
+                biased;
+                () = told => return Attempt::Told,
+                _ = timeout(MAX_REST_WAIT, rests.wait_for(|rests| *rests)) => {}
+            }
+            // The wait may have been long.
+            if !self.has_claimed(lock) && (self.taker.runs_here)(&lapsed.info) {
+                return Attempt::JudgeAgain;
+            }
+        }
+        let service = self.part.service();
+        let failed = |why| Attempt::Failed(Failure::no_answer(service, why));
+        match timeout(TAKE_TIMEOUT, self.take(lock, lapsed)).await {
+            Ok(Ok(Taken::Gone(by))) => Attempt::Gone(by),
+            Ok(Ok(Taken::Changed)) => failed("the lock changed while tf released it"),
+            Ok(Err(failure)) => Attempt::Failed(failure),
+            Err(_) => failed("the request timed out"),
+        }
+    }
+
     /// Claims and deletes `lock`.
     async fn take(&mut self, lock: &LeasedLock, lapsed: &Lapsed) -> Result<Taken, Failure> {
         let is_claimed = self.has_claimed(lock);
@@ -1051,7 +1093,9 @@ mod tests {
             // The lock is gone, so every other one is tried.
             (None, "", ""),
         ] {
-            let refused = RefusedLock::new(id.map(ToOwned::to_owned), left);
+            let refused = RefusedLock::new(id.map(ToOwned::to_owned), left, true);
+            let passing = RefusedLock::new(id.map(ToOwned::to_owned), Duration::ZERO, false);
+            passing.is(first);
             let (now, later) = (refused.until - Duration::from_millis(1), refused.until);
             assert_eq!(refused.excludes(first, now), first == refused_id);
             for id in ["a", "b"] {
@@ -1060,17 +1104,22 @@ mod tests {
                 assert!(!refused.excludes(id, later));
                 let lapsed = lapsed(id);
                 let failure = || Failure::refusal("S3", "x");
-                let (not_taken, failed) = (Reason::NotTaken(failure()), Reason::Failure(failure()));
-                for (progress, is_repetition) in [
-                    (Progress::Watches(&lapsed, left), true),
-                    (Progress::Leaves(&lapsed, &not_taken), true),
-                    (Progress::Leaves(&lapsed, &failed), false),
-                    (Progress::Took(&lapsed), false),
-                    (Progress::MayHaveTaken(&lapsed), false),
-                    (Progress::Gone(&lapsed), false),
-                    (Progress::Renewed(&lapsed), false),
+                let no_answer = || Failure::no_answer("S3", "x");
+                let (refusal, failed) = (Reason::NotTaken(failure()), Reason::Failure(failure()));
+                let silence = Reason::NotTaken(no_answer());
+                assert!(failure().is_final() && !no_answer().is_final());
+                for (progress, is_repetition, is_repetition_of_passing) in [
+                    (Progress::Watches(&lapsed, left), true, true),
+                    (Progress::Leaves(&lapsed, &refusal), true, false),
+                    (Progress::Leaves(&lapsed, &silence), true, true),
+                    (Progress::Leaves(&lapsed, &failed), false, false),
+                    (Progress::Took(&lapsed), false, false),
+                    (Progress::MayHaveTaken(&lapsed), false, false),
+                    (Progress::Gone(&lapsed), false, false),
+                    (Progress::Renewed(&lapsed), false, false),
                 ] {
                     assert_eq!(refused.was_said(progress), is_refused && is_repetition, "{progress:?}");
+                    assert_eq!(passing.was_said(progress), is_refused && is_repetition_of_passing, "{progress:?}");
                 }
             }
         }

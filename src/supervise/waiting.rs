@@ -290,12 +290,14 @@ struct GivenUp {
     id: Option<String>,
     /// When it may be tried again.
     until: Instant,
+    /// Whether the same attempt would have failed again.
+    is_final: bool,
 }
 
 impl GivenUp {
     /// Returns what a taker must know that is started at the time `now`.
     fn at(&self, now: Instant) -> Refused {
-        Refused { id: self.id.clone(), left: self.until.saturating_duration_since(now) }
+        Refused { id: self.id.clone(), left: self.until.saturating_duration_since(now), is_final: self.is_final }
     }
 }
 
@@ -311,9 +313,14 @@ struct NextTaker {
 /// Decides what follows after a taker has `ended` by itself at the time `now`.
 fn after_taker(ended: Ended, now: Instant) -> NextTaker {
     match ended {
-        Ended::GaveUp(id) => {
-            NextTaker { take_at: None, given_up: Some(GivenUp { id, until: now + REFUSAL_RETRY_INTERVAL }) }
+        Ended::NotTaken { id, is_final: true } => {
+            let until = now + REFUSAL_RETRY_INTERVAL;
+            NextTaker { take_at: None, given_up: Some(GivenUp { id, until, is_final: true }) }
         }
+        Ended::NotTaken { id, is_final: false } => NextTaker {
+            take_at: Some(now + retry_interval(false)),
+            given_up: Some(GivenUp { id, until: now, is_final: false }),
+        },
         ended => NextTaker { take_at: Some(now + retry_interval(ended == Ended::NoCredentials)), given_up: None },
     }
 }
@@ -498,10 +505,11 @@ mod tests {
         }
         assert_eq!(waiting(None).given_up, None);
         let before = Instant::now();
-        let waiting = waiting(Some(Ended::GaveUp(Some("a".into()))));
+        let final_end = Ended::NotTaken { id: Some("a".into()), is_final: true };
+        let waiting = waiting(Some(final_end));
         let after = Instant::now();
-        let GivenUp { id, until } = waiting.given_up.unwrap();
-        assert_eq!(id.as_deref(), Some("a"));
+        let GivenUp { id, until, is_final } = waiting.given_up.unwrap();
+        assert_eq!((id.as_deref(), is_final), (Some("a"), true));
         assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
         // The wait is explained nevertheless.
         assert_eq!(waiting.take_at, None);
@@ -512,21 +520,30 @@ mod tests {
     fn only_the_lock_that_cannot_be_taken_is_not_tried_for_ten_minutes() {
         let now = Instant::now();
         let after = |seconds| Some(now + Duration::from_secs(seconds));
+        let not_taken = |id: Option<&str>, is_final| Ended::NotTaken { id: id.map(ToOwned::to_owned), is_final };
         for (ended, take_at, given_up) in [
             (Ended::Over, after(15), None),
             (Ended::Failed, after(15), None),
             (Ended::NoCredentials, after(600), None),
-            (Ended::GaveUp(Some("a".into())), None, Some(Some("a"))),
-            (Ended::GaveUp(None), None, Some(None)),
+            (not_taken(Some("a"), true), None, Some((Some("a"), 600, true))),
+            (not_taken(None, true), None, Some((None, 600, true))),
+            // The next attempt may succeed. It does not report the same again.
+            (not_taken(Some("a"), false), after(15), Some((Some("a"), 0, false))),
         ] {
             let next = after_taker(ended, now);
             assert_eq!(next.take_at, take_at);
-            let expected = given_up.map(|id| GivenUp { id: id.map(ToOwned::to_owned), until: after(600).unwrap() });
+            let given_up = given_up.map(|(id, until, is_final)| (id.map(ToOwned::to_owned), until, is_final));
+            let expected =
+                given_up.clone().map(|(id, until, is_final)| GivenUp { id, until: after(until).unwrap(), is_final });
             assert_eq!(next.given_up, expected);
-            for (elapsed, left) in [(0, 600), (599, 1), (600, 0), (700, 0)] {
+            for elapsed in [0, 599, 600, 700] {
                 let refused = next.given_up.as_ref().map(|given_up| given_up.at(after(elapsed).unwrap()));
-                let left = Duration::from_secs(left);
-                assert_eq!(refused, given_up.map(|id| Refused { id: id.map(ToOwned::to_owned), left }), "{elapsed}");
+                let expected = given_up.clone().map(|(id, until, is_final)| Refused {
+                    id,
+                    left: Duration::from_secs(until.saturating_sub(elapsed)),
+                    is_final,
+                });
+                assert_eq!(refused, expected, "{elapsed}");
             }
         }
     }

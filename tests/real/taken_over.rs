@@ -273,7 +273,7 @@ fn another_lock_is_taken_although_the_one_before_it_could_not_be_taken() {
         let run = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=50s"]);
         run.wait_for_err(&format!("type: tf locks release {LEASED}"));
         run.wait_for_out("Acquiring state lock");
-        env.wait_for_trace("takeover: Some(GaveUp");
+        env.wait_for_trace("takeover: Some(NotTaken");
         // The process that says who holds the lock reads it less often.
         let before = reads.load(Ordering::Relaxed);
         let is_seen = || (reads.load(Ordering::Relaxed) >= before + 5).then_some(());
@@ -292,6 +292,32 @@ fn another_lock_is_taken_although_the_one_before_it_could_not_be_taken() {
             scope.spawn(move || run(age));
         }
     });
+}
+
+/// The attempts before terraform starts and the first ones while it waits fail, and a later one may succeed.
+#[test]
+fn a_passing_failure_is_said_once_before_terraform_starts_and_while_it_waits() {
+    let mut env = leased(Lock::DynamoDb, "5s");
+    env.lock_with_lease(&record(LONG_AGO, 5));
+    let failing = Arc::new(AtomicBool::new(true));
+    let fails = Arc::clone(&failing);
+    let _proxy = through(&mut env, move |request| {
+        if claims(request) && fails.load(Ordering::Relaxed) { ProxyAction::Close } else { ProxyAction::Pass }
+    });
+    let run = env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=120s"]);
+    run.wait_for_err(&format!("type: tf locks release {LEASED}"));
+    run.wait_for_out("Acquiring state lock");
+    env.wait_for_trace("takeover: Some(NotTaken");
+    let attempts = || env.trace().matches("takeover: the lock was not taken").count();
+    let before = attempts();
+    let is_tried = || (attempts() >= before + 4).then_some(());
+    wait_for("four more attempts", is_tried, || env.trace());
+    failing.store(false, Ordering::Relaxed);
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("released the lock: ") && end.err.contains(LEASED), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("was not released").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 /// Whether this is a request of the test of an S3 service: it has an object of its own, beside the lock.
