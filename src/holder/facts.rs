@@ -22,6 +22,9 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// the token's claims are used.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 const NAMESPACE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
+/// The variables in which the documentation of Kubernetes and many charts give a pod its namespace, its name and its node
+/// (the downward API).
+const POD_VARIABLES: [&str; 3] = ["POD_NAMESPACE", "POD_NAME", "NODE_NAME"];
 /// The instance's ID that cloud-init found at this boot (cloudinit/stages.py).
 const INSTANCE: &str = "/run/cloud-init/.instance-id";
 /// The files that Docker and Podman create in each container.
@@ -182,25 +185,29 @@ fn claims(token: &str) -> Option<Claims> {
 
 /// Returns the pod: `pod NAMESPACE/NAME (UID) on node NODE`, without the parts that are not known. `None` outside of
 /// Kubernetes.
+///
+/// A pod without a token may have its namespace, its name and its node in variables ([`POD_VARIABLES`]). They count only
+/// in a pod whose UID is known: outside of Kubernetes, they may mean anything. A wrong name does no harm, because a
+/// witness compares the UID.
 fn pod(sources: &Sources<'_>, mounts: &str, cgroups: &str) -> Option<String> {
     let PodClaims { namespace, pod, node } =
         (sources.file)(TOKEN).and_then(|token| claims(&token)).unwrap_or_default().kubernetes;
-    let known = |text: &str| word(text).unwrap_or_default();
-    let namespace = match known(&namespace) {
-        unknown if unknown.is_empty() => {
-            (sources.file)(NAMESPACE).and_then(|text| word(text.trim())).unwrap_or_default()
-        }
-        namespace => namespace,
-    };
     let uid = Some(pod.uid).filter(|uid| is_uuid(uid)).or_else(|| pod_uid(mounts, cgroups)).unwrap_or_default();
-    let place = [namespace, known(&pod.name)].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
+    let variable = |name| (sources.variable)(name).filter(|_| !uid.is_empty())?.into_string().ok();
+    let [of_namespace, of_name, of_node] = POD_VARIABLES.map(variable);
+    let first =
+        |texts: [Option<String>; 3]| texts.into_iter().flatten().find_map(|text| word(text.trim())).unwrap_or_default();
+    let namespace = first([Some(namespace), (sources.file)(NAMESPACE), of_namespace]);
+    let name = first([Some(pod.name), of_name, None]);
+    let node = first([Some(node.name), of_node, None]);
+    let place = [namespace, name].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
     let id = match (place.is_empty(), uid.is_empty()) {
         (true, true) => return None,
         (_, true) => String::new(),
         (true, false) => uid,
         (false, false) => format!(" ({uid})"),
     };
-    let node = word(&node.name).map_or_else(String::new, |node| format!(" on node {node}"));
+    let node = if node.is_empty() { node } else { format!(" on node {node}") };
     Some(format!("pod {place}{id}{node}"))
 }
 
@@ -399,6 +406,9 @@ mod tests {
             UID.replace('-', "_")
         );
         let process = Process::default;
+        let named = |process: Process| {
+            process.set("POD_NAMESPACE", "infra").set("POD_NAME", "apply-x7x2c").set("NODE_NAME", "ip-10-0-0-7")
+        };
         for (process, expected) in [
             (
                 process().with(TOKEN, &token(&claims)),
@@ -416,6 +426,18 @@ mod tests {
             (process().with(MOUNTS, &hosts), format!("pod {UID}")),
             (process().with(CGROUPS, &slice), format!("pod {UID}")),
             (process().with(CGROUPS, &format!("3:cpu:/kubepods/pod{UID}/x\n")), format!("pod {UID}")),
+            // Variables, in a pod without a token.
+            (named(process().with(MOUNTS, &hosts)), format!("pod infra/apply-x7x2c ({UID}) on node ip-10-0-0-7")),
+            (
+                named(process().with(MOUNTS, &hosts).with(NAMESPACE, "prod")),
+                format!("pod prod/apply-x7x2c ({UID}) on node ip-10-0-0-7"),
+            ),
+            (
+                named(process().with(TOKEN, &token(&claims))),
+                format!("pod prod/runner-6bd7c9797d-zvdv6 ({UID}) on node ip-192-168-12-71.compute.internal"),
+            ),
+            (process().with(MOUNTS, &hosts).set("POD_NAME", "a b; c"), format!("pod {UID}")),
+            (named(process()), String::new()),
             // A token that is none, or whose claims have another form.
             (process().with(TOKEN, "secret"), String::new()),
             (process().with(TOKEN, "a.secret.b"), String::new()),

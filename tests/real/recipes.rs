@@ -350,6 +350,11 @@ fn the_kubernetes_job_stops_before_its_grace_period_ends() {
     let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
     // 10 s for a write in flight, 20 s for a lock service that does not respond.
     assert!(timeout + 30 <= grace, "{timeout} {grace}");
+    // A pod without a token has its name from these. A witness needs it.
+    assert_eq!((&pod["automountServiceAccountToken"], variable("POD_NAMESPACE")), (&false.into(), "terraform"));
+    assert_eq!(job["metadata"]["namespace"], "terraform");
+    let name = variables.iter().find(|entry| entry["name"] == "POD_NAME").unwrap();
+    assert_eq!(name["valueFrom"]["fieldRef"]["fieldPath"], "metadata.name");
 
     let mut env = TestEnv::new(Lock::File, WAITS);
     env.set("TFW_STOP_TIMEOUT", variable("TFW_STOP_TIMEOUT"));
