@@ -76,7 +76,7 @@ impl Settings {
         };
         Ok(Self {
             stop_timeout,
-            release: choice("TFW_RELEASE", true, ["auto", "never"], "auto or never")?,
+            release: release(&variable)?.unwrap_or(true),
             shared_terminal: choice("TFW_TTY", false, ["shared", "lent"], "lent or shared")?,
             keep_awake: choice("TFW_AWAKE", true, ["on", "off"], "on or off")?,
             log: set("TFW_LOG"),
@@ -128,6 +128,20 @@ impl LeaseSettings {
     }
 }
 
+/// Reads `TFW_RELEASE`: whether a lock is released (`auto`) or only reported (`never`). `None` if it is unset or empty.
+///
+/// # Errors
+/// [`UnreadableSetting`] if its value is invalid. Who sets it may want that nothing is released.
+pub(crate) fn release(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>, UnreadableSetting> {
+    const NAME: &str = "TFW_RELEASE";
+    match variable(NAME).filter(|value| !value.is_empty()) {
+        None => Ok(None),
+        Some(value) if value == "auto" => Ok(Some(true)),
+        Some(value) if value == "never" => Ok(Some(false)),
+        Some(value) => Err(UnreadableSetting { name: NAME, value, takes: "auto or never" }),
+    }
+}
+
 /// Parses the length of a lease. It needs a unit, because `TFW_LEASE=5` would otherwise mean 5 s to `tf` and 5 min to
 /// its user. It has whole seconds, because the record has.
 fn lease_length(text: &str) -> Option<Duration> {
@@ -138,7 +152,7 @@ fn lease_length(text: &str) -> Option<Duration> {
 /// Returns whether `TFW_RELEASE` is explicitly set to `auto`. A lock in a DynamoDB global table is released only if
 /// this is true.
 pub(crate) fn release_is_asked_for() -> bool {
-    std::env::var_os("TFW_RELEASE").is_some_and(|value| value == "auto")
+    matches!(release(|name| std::env::var_os(name)), Ok(Some(true)))
 }
 
 /// Parses a duration: a whole number followed by `ms`, `s`, `m`, `h` or `d`. A number without a unit is in seconds.

@@ -59,6 +59,7 @@ use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, READ_
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
+use crate::settings::{self, UnreadableSetting};
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
@@ -997,17 +998,14 @@ impl Reporter for RecoveryReporter<'_> {
 /// Whether to report the locks of a dead run without releasing them. This is the case if `TFW_RELEASE` is `never` for
 /// this recovery. It is also the case if it was `never` for the run, and is not `auto` for this recovery.
 fn is_never(record: &JournalRecord) -> bool {
-    only_reports(std::env::var_os("TFW_RELEASE").as_deref(), record.named_only)
+    only_reports(settings::release(|name| std::env::var_os(name)), record.named_only)
 }
 
-/// Does the same as [`is_never`]. `setting` is the value of `TFW_RELEASE` for this recovery, and `named_only` is whether
-/// it was `never` for the run.
-fn only_reports(setting: Option<&OsStr>, named_only: bool) -> bool {
-    match setting {
-        Some(setting) if setting == "never" => true,
-        Some(setting) if setting == "auto" => false,
-        _ => named_only,
-    }
+/// Does the same as [`is_never`]. `setting` is `TFW_RELEASE` for this recovery, and `named_only` is whether it was `never`
+/// for the run. With an invalid value, no run and no `tf locks recover` starts a recovery. If one comes here nevertheless,
+/// it only reports.
+fn only_reports(setting: Result<Option<bool>, UnreadableSetting>, named_only: bool) -> bool {
+    setting.map_or(true, |releases| releases.map_or(named_only, |releases| !releases))
 }
 
 /// Returns what a recovery has left if it did not release a lock because of `because`.
@@ -1282,11 +1280,11 @@ mod tests {
             (Some("never"), true, true),
             (Some("auto"), false, false),
             (Some(""), false, true),
-            (Some("other"), false, true),
+            (Some("Never"), true, true),
         ] {
-            let setting = setting.map(OsStr::new);
-            assert_eq!(only_reports(setting, false), of_release_run, "{setting:?}");
-            assert_eq!(only_reports(setting, true), of_report_run, "{setting:?}");
+            let read = || settings::release(|_| setting.map(Into::into));
+            assert_eq!(only_reports(read(), false), of_release_run, "{setting:?}");
+            assert_eq!(only_reports(read(), true), of_report_run, "{setting:?}");
         }
     }
 

@@ -172,7 +172,7 @@ fn metrics(rows: &[(String, &Count, bool)]) -> String {
         text.push_str(&family(name, help, &samples));
     };
     metric("_stale", "Locks that need attention.", false, |count| count.stale.to_string());
-    metric("_unreadable", "Entries in the place of a lock that are not locks.", false, |count| {
+    metric("_unreadable", "Entries in the place of a lock that are not locks or could not be read.", false, |count| {
         count.unreadable.to_string()
     });
     metric("_oldest_age_seconds", "Age of the oldest lock.", false, |count| count.oldest_age_seconds.to_string());

@@ -40,7 +40,7 @@ use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
 use crate::runtime;
-use crate::settings::LeaseSettings;
+use crate::settings::{self, LeaseSettings, UnreadableSetting};
 use crate::supervise::{keeper, outcome};
 use crate::sys::environment;
 use crate::sys::wait::Ended;
@@ -146,6 +146,22 @@ impl Command {
             Self::History(_) | Self::ShellInit(_) | Self::Shim(_) | Self::Version(_) => false,
         }
     }
+
+    /// Reads the settings that the command needs: those of the lease, and whether locks may be released. `doctor` reads
+    /// the others itself, because it reports what is wrong with them.
+    ///
+    /// # Errors
+    /// [`UnreadableSetting`] if a value is invalid.
+    fn settings(&self) -> Result<LeaseSettings, UnreadableSetting> {
+        let variable = |name: &str| std::env::var_os(name);
+        if !self.judges_locks() {
+            return Ok(LeaseSettings::default());
+        }
+        if matches!(self, Self::Release(_) | Self::Recover(_)) {
+            settings::release(variable)?;
+        }
+        LeaseSettings::read(variable)
+    }
 }
 
 /// Returns the arguments of `tf locks` if `arguments` are those of a `tf locks` command. Returns `None` if they are
@@ -190,12 +206,12 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     let found = match Locks::try_parse_from(words) {
         Ok(Locks { command, list }) => {
             let command = command.unwrap_or(Command::List(list));
-            let lease = match LeaseSettings::read(|name| std::env::var_os(name)) {
-                Err(reason) if command.judges_locks() => {
+            let lease = match command.settings() {
+                Ok(lease) => lease,
+                Err(reason) => {
                     console::say(&reason.to_string());
                     return Finding::Failed.code();
                 }
-                read => read.unwrap_or_default(),
             };
             match command {
                 Command::List(list) => list.run(),

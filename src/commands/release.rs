@@ -54,7 +54,8 @@ const CLAIM_ATTEMPTS: u32 = 5;
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Release {
-    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is)
+    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is). With --table or --bucket: its
+    /// path
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]

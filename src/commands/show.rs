@@ -25,7 +25,8 @@ Exit codes: 0 the lock is not stale, 2 it is stale (dead or likely dead) or not 
 
 #[derive(Args, Clone, Debug)]
 pub(super) struct Show {
-    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is)
+    /// The lock's ID, path (bucket/key) or workspace (default: the only lock there is). With --table or --bucket: its
+    /// path
     #[arg(value_name = "PATH|ID")]
     lock: Option<String>,
     #[command(flatten)]

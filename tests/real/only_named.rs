@@ -122,6 +122,30 @@ fn with_release_never_a_recovery_names_and_once_the_lock_is_gone_forgets() {
     assert!(records(&env).is_empty());
 }
 
+/// A value that `tf` does not know may be meant as `never`.
+#[test]
+fn with_an_unreadable_tfw_release_nothing_is_released() {
+    let mut env = killed_whole(Lock::DynamoDb);
+    let id = id_of(&env.locks()[0]);
+    for value in ["Never", "NEVER", "no"] {
+        env.set("TFW_RELEASE", value);
+        for words in [&["recover"][..], &["release", &id, "--yes"], &["release", "--force", &id]] {
+            let end = locks(&env, words);
+            assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{words:?} {}", env.dump(&end));
+            let expected = format!("tf: TFW_RELEASE is \"{value}\", but must be auto or never\n");
+            assert_eq!(end.err, expected, "{words:?}");
+            env.assert_locked();
+        }
+    }
+    // What only reads locks is not in the way of a person who looks for the reason.
+    let end = locks(&env, &["show", &id]);
+    assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+    env.set("TFW_RELEASE", "");
+    let end = locks(&env, &["recover"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 /// The state directory may be a copy of a disk, or in a container's volume: the run may continue elsewhere.
 #[test]
 fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands_work() {
