@@ -130,23 +130,43 @@ impl Reached {
         if says { alone } else { self.environment.clone() }
     }
 
-    /// Whether a lock that a search did not find at `location` is proven to be gone.
     async fn saw(&self, location: &LockLocation) -> bool {
-        let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
-        let relation = relation(&self.then(&location.backend), &AccountIdentity::now(&self.run, &location.backend));
-        let same = match &relation {
-            Relation::Same => true,
-            Relation::Ask(account) => connect::account(&location.backend).await.as_ref() == Some(account),
-            Relation::Another | Relation::Unknown => false,
-        };
-        if is_proven_gone(same, parts, PlaceEvidence::default()) {
-            return true;
-        }
-        let Ok(stores) = Stores::connect(&location.backend, Purpose::Work).await else { return false };
+        what_nothing_shows(&self.run, &self.then(&location.backend), location).await == NothingFound::IsGone
+    }
+}
+
+/// What it shows that a search has not found a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NothingFound {
+    /// The lock is gone.
+    IsGone,
+    /// Nothing: the search used another account than the run, or may have.
+    Nothing,
+    /// Nothing, because the account of the run is not known. So it is not known either whether the account has changed.
+    UnknownAccount,
+}
+
+/// Decides what it shows that a search with the environment of this process has just not found a lock at `location`.
+/// `then` is the identity with which the run reached that location. `run` is the ID with which its hashes were made.
+pub(crate) async fn what_nothing_shows(run: &str, then: &AccountIdentity, location: &LockLocation) -> NothingFound {
+    let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
+    let relation = relation(then, &AccountIdentity::now(run, &location.backend));
+    let same = match &relation {
+        Relation::Same => true,
+        Relation::Ask(account) => connect::account(&location.backend).await.as_ref() == Some(account),
+        Relation::Another | Relation::Unknown => false,
+    };
+    if is_proven_gone(same, parts, PlaceEvidence::default()) {
+        return NothingFound::IsGone;
+    }
+    if let Ok(stores) = Stores::connect(&location.backend, Purpose::Work).await {
         let evidence = PlaceEvidence::gather(location, &stores).await;
         trace!("not seen by {relation:?} ({same}), {evidence:?}");
-        is_proven_gone(same, parts, evidence)
+        if is_proven_gone(same, parts, evidence) {
+            return NothingFound::IsGone;
+        }
     }
+    if relation == Relation::Unknown { NothingFound::UnknownAccount } else { NothingFound::Nothing }
 }
 
 #[cfg(test)]

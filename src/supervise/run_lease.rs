@@ -18,6 +18,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::aws::identity::AccountIdentity;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::waiter::Waiter;
@@ -329,8 +330,8 @@ impl RunLease {
 
     fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
         let Some(group) = self.group else { return false };
-        let places: Vec<_> = candidates.of(lock).iter().map(LockLocation::to_json).collect();
-        if places.is_empty() {
+        let locations = candidates.of(lock);
+        if locations.is_empty() {
             return false;
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
@@ -359,7 +360,11 @@ impl RunLease {
         (self.renewed, self.deadline) = (Some(now), Some(saturating_add(now, working_time)));
         self.orders = Some(Orders {
             lock: lock.id.clone(),
-            places,
+            places: locations.iter().map(LockLocation::to_json).collect(),
+            identities: locations
+                .iter()
+                .map(|location| AccountIdentity::at_start(&lock.id, &location.backend))
+                .collect(),
             length: self.terms.length(),
             fence: self.promise,
             holder: self.holder.clone(),
@@ -982,6 +987,7 @@ mod tests {
         lease.orders = Some(Orders {
             lock: ID.to_owned(),
             places: Vec::new(),
+            identities: Vec::new(),
             length: Duration::from_mins(1),
             fence: Promise::None,
             holder: Holder::default(),

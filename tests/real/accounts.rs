@@ -4,16 +4,20 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
 
+use super::given_back::{is_dynamodb, through};
+use super::leased::expiry;
 use super::reached_alike::to_services;
 use super::survived::{assert_nothing_left, records};
 use crate::support::authority::Authority;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
-use crate::support::processes::{kill_all, wait_until_ours_are_gone};
+use crate::support::processes::{kill_all, named, wait_until_ours_are_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -181,6 +185,81 @@ fn a_lock_that_another_accounts_profile_does_not_see_is_not_gone() {
             assert_nothing_left(&env);
         }
     }
+}
+
+/// Makes the credentials of a lease expire while the returned flag is set. The keeper then asks for new ones.
+fn expiring(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
+    let has_expired = Arc::new(AtomicBool::new(false));
+    let expired = Arc::clone(&has_expired);
+    let proxy = through(env, move |request| {
+        if is_dynamodb(request, "Item") && request.is_ours() && expired.load(Ordering::SeqCst) {
+            expiry()
+        } else {
+            ProxyAction::Pass
+        }
+    });
+    (proxy, has_expired)
+}
+
+/// Waits until the keeper has looked for the lock with the credentials of another account.
+fn wait_until_not_seen(env: &TestEnv, before: usize) {
+    let not_seen = || (env.trace().matches(SEEN_BY_OTHERS).count() > before).then_some(());
+    wait_for("a look in the other account", not_seen, || env.trace());
+}
+
+/// A person logs in again, to the wrong account. The table there has the same name and no lock.
+#[test]
+fn a_run_does_not_lose_its_lease_because_another_accounts_profile_does_not_see_the_lock() {
+    for is_stopped in [false, true] {
+        let mut env = test_env(Lock::DynamoDb, A, &key(A));
+        env.set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady");
+        let (_proxy, has_expired) = expiring(&mut env);
+        let (run, _) = apply(&env, A);
+        wait_for("a record", || record_as(&env, A), || env.trace());
+        has_expired.store(true, Ordering::SeqCst);
+        log_in(&env, &key(B));
+        if is_stopped {
+            kill(named(&env, "tf-fuse"), Signal::SIGKILL).unwrap();
+            run.wait_for_err("terraform was stopped, because it is not certain that it still has its lock");
+        }
+        env.wait_for_trace("ExpiredTokenException: expired");
+        has_expired.store(false, Ordering::SeqCst);
+        wait_until_not_seen(&env, 1);
+        assert_eq!(locks(&env, A).len(), 1, "{}", env.trace());
+        log_in(&env, &key(A));
+        if is_stopped {
+            run.wait_for_err("the lease was renewed, and terraform goes on");
+        }
+        let last = record_as(&env, A).unwrap();
+        wait_for("a renewal", || record_as(&env, A).filter(|now| *now != last), || env.trace());
+        env.unblock();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(!end.err.contains("somebody has") && !end.err.contains("asked to stop"), "{}", env.dump(&end));
+        assert!(locks(&env, A).is_empty());
+    }
+}
+
+/// The promise in the lock stays, so the run says so.
+#[test]
+fn a_promise_that_another_accounts_profile_does_not_see_does_not_count_as_withdrawn() {
+    let mut env = test_env(Lock::DynamoDb, A, &key(A));
+    env.set("TFW_LEASE", "5s").set("TFW_CLOCK", "steady").set("TFW_RELEASE", "never");
+    let (run, _) = apply(&env, A);
+    let record = wait_for("a record", || record_as(&env, A), || env.trace());
+    assert_eq!(record["fence"]["S"], "stop", "{record}");
+    log_in(&env, &key(B));
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("could not be withdrawn"), "{}", env.dump(&end));
+    assert_eq!(record_as(&env, A).unwrap()["fence"]["S"], "stop", "{}", env.dump(&end));
+}
+
+/// Returns the record of the lock in `account`.
+fn record_as(env: &TestEnv, account: &str) -> Option<Value> {
+    let key = json!({"TableName": env.table, "Key": {"LockID": {"S": env.path()}}, "ConsistentRead": true});
+    let item = cloud().dynamodb_as(account, "GetItem", &key);
+    item["Item"]["tf"]["M"].as_object().map(|record| Value::Object(record.clone()))
 }
 
 /// The lock was removed by force in between. That is known, and nothing is reported.

@@ -1601,7 +1601,7 @@ fn while_tf_is_suspended_its_guardian_answers_a_sigcont_from_somebody_else() {
 }
 
 /// The response of DynamoDB to expired credentials.
-fn expiry() -> ProxyAction {
+pub fn expiry() -> ProxyAction {
     ProxyAction::Answer(Message::answer(
         "400 Bad Request",
         r#"{"__type":"com.amazonaws.dynamodb.v20120810#ExpiredTokenException","message":"expired"}"#,

@@ -37,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::another_tf;
+use crate::aws::identity::AccountIdentity;
 use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
@@ -61,6 +62,9 @@ pub(crate) struct Orders {
     pub(crate) lock: String,
     /// Where the lock may be, as [`crate::lock::location::LockLocation::to_json`].
     pub(crate) places: Vec<Value>,
+    /// The identity with which the run reached each of these places when it had just got the lock. Its hashes are made
+    /// with the lock's ID.
+    pub(crate) identities: Vec<AccountIdentity>,
     pub(crate) length: Duration,
     /// What the host promises about the time after the lease.
     pub(crate) fence: Promise,

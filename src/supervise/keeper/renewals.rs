@@ -15,6 +15,7 @@ use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
+use crate::cleanup::messages::ANOTHER_ACCOUNT;
 use crate::crash_point;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::keeper::{
@@ -26,6 +27,8 @@ use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::location::LockLocation;
 use crate::lock::probe::IfMatch;
+use crate::lock::reached::{self, NothingFound};
+use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::stores::{StoreKey, Stores};
 use crate::supervise::fuse;
 use crate::sys::boot_clock;
@@ -61,8 +64,10 @@ pub(super) struct Renewals {
     promised: Promise,
     /// A random number, which tells the records of this keeper from those of others.
     number: u64,
-    /// The clients, and the part of the lock that has the record. `None` until the lock was found.
-    store: Option<(Stores, StoreKey)>,
+    /// `None` until the lock's place was found.
+    connection: Option<Connection>,
+    /// Whether there was a connection before this one.
+    has_connected: bool,
     /// The record that the lock's other part does not mention yet.
     unmentioned: Option<Record>,
     /// Whether the lock's other part was written.
@@ -114,7 +119,8 @@ impl Renewals {
             terms,
             fence,
             number: random(),
-            store: None,
+            connection: None,
+            has_connected: false,
             unmentioned: None,
             is_mentioned: false,
             lock: None,
@@ -274,7 +280,7 @@ impl Renewals {
 
     /// Sends the renewal `next`, which follows from the response `last`. `has_fuse`: there is a fuse.
     async fn renew(&mut self, last: Response, next: NextRenewal, has_fuse: bool) -> Result<Step, (Answer, String)> {
-        let (Some((stores, key)), Some(lock)) = (&self.store, &self.lock) else {
+        let (Some(Connection { stores, key, .. }), Some(lock)) = (&self.connection, &self.lock) else {
             return Err((Answer::None, "the lock was not read".to_owned()));
         };
         let mut record = Record::new(&self.orders.lock, self.terms, next.renewal, self.promised);
@@ -331,7 +337,7 @@ impl Renewals {
     /// Writes into the lock's other part, if there is one, that the lock has a lease. Nothing depends on that, so it is
     /// tried once.
     async fn mention(&self, record: &Record) {
-        let Some((stores, key)) = &self.store else { return };
+        let Some(Connection { stores, key, .. }) = &self.connection else { return };
         for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             let parts = location.store_keys(stores);
             let [first, object] = parts.as_slice() else { continue };
@@ -432,11 +438,13 @@ impl Renewals {
 
     /// Reads the lock. Returns how it was lost. `None` if it is the run's.
     async fn read(&mut self) -> Result<Option<Loss>, (Answer, String)> {
-        if self.store.is_none() {
-            self.store = Some(self.find().await?);
+        if self.connection.is_none() {
+            self.connection = Some(self.find().await?);
             crash_point::reached("keeper: is connected");
         }
-        let Some((stores, key)) = &self.store else { return Err((Answer::None, "no place".to_owned())) };
+        let Some(Connection { stores, key, .. }) = &self.connection else {
+            return Err((Answer::None, "no place".to_owned()));
+        };
         let sent = boot_clock::now();
         let mut seen = within(self.request_timeout(), stores.read_lease(key)).await;
         if matches!(&seen, Ok(seen) if seen.lock.is_none()) {
@@ -458,13 +466,36 @@ impl Renewals {
         }
         let loss = loss(&self.orders.lock, seen.lock.as_ref());
         self.lock = seen.lock;
+        if matches!(loss, Some(Loss::Gone | Loss::Another { .. })) && !self.is_lost().await {
+            self.forget_connection();
+            return Err((Answer::Refused, ANOTHER_ACCOUNT.to_owned()));
+        }
+        if let (None | Some(Loss::Claimed(_)), Some(connection)) = (&loss, &mut self.connection) {
+            connection.has_seen_lock = true;
+        }
         Ok(loss)
     }
 
+    /// Whether the lock is lost of which a read over the current connection has found nothing. The credentials may belong to
+    /// another account by now, because a person has logged in there: that account can have a table of the same name,
+    /// without the lock ([`reached`]).
+    async fn is_lost(&self) -> bool {
+        let Some(connection) = &self.connection else { return false };
+        let location = self.orders.places.get(connection.place).and_then(LockLocation::of_json);
+        let (Some(location), Some(then)) = (location, self.orders.identities.get(connection.place)) else {
+            return false;
+        };
+        let shows = Box::pin(reached::what_nothing_shows(&self.orders.lock, then, &location));
+        let shows = tokio::time::timeout(SERVICE_TIMEOUT, shows).await.unwrap_or(NothingFound::Nothing);
+        let is_first = !self.has_connected && !self.orders.may_have_a_record;
+        is_lost(shows, connection.has_seen_lock || is_first)
+    }
+
     /// Finds the place that holds the lock, and connects to its service.
-    async fn find(&self) -> Result<(Stores, StoreKey), (Answer, String)> {
+    async fn find(&self) -> Result<Connection, (Answer, String)> {
         let mut reason = (Answer::Refused, "the place of the lock is not known".to_owned());
-        for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
+        for (place, location) in self.orders.places.iter().enumerate() {
+            let Some(location) = LockLocation::of_json(location) else { continue };
             let stores = match Stores::connect(&location.backend, Purpose::Work).await {
                 Ok(stores) => stores,
                 Err(unreachable) => {
@@ -502,12 +533,12 @@ impl Renewals {
                 }
             }
             if self.orders.places.len() == 1 {
-                return Ok((stores, key));
+                return Ok(Connection { stores, key, place, has_seen_lock: false });
             }
             match within(self.request_timeout(), stores.read(&key)).await {
                 Ok(found) => {
                     if found.and_then(|found| found.info()).is_some_and(|info| info.id == self.orders.lock) {
-                        return Ok((stores, key));
+                        return Ok(Connection { stores, key, place, has_seen_lock: true });
                     }
                 }
                 Err(failure) => reason = answer(&failure),
@@ -521,8 +552,13 @@ impl Renewals {
         if matches!(failure.cause(), Cause::NoAnswer | Cause::Passing | Cause::Busy) {
             return;
         }
-        // The lock is read anew over the new connection.
-        (self.store, self.last, self.lock, self.is_armed) = (None, None, None, false);
+        self.forget_connection();
+    }
+
+    /// Makes the next attempt connect anew. The lock is read anew then.
+    fn forget_connection(&mut self) {
+        self.has_connected = true;
+        (self.connection, self.last, self.lock, self.is_armed) = (None, None, None, false);
         for location in self.orders.places.iter().filter_map(LockLocation::of_json) {
             connect::forget_credentials(&location.backend);
         }
@@ -561,6 +597,29 @@ impl Renewals {
         if let Some(fence) = &self.fence {
             let _ = fuse::send_over(&fence.socket);
         }
+    }
+}
+
+/// A connection to the service that has the lock.
+struct Connection {
+    stores: Stores,
+    /// The part of the lock that has the record.
+    key: StoreKey,
+    /// The place of the lock, as an index of [`Orders::places`].
+    place: usize,
+    /// Whether the lock was seen over this connection.
+    has_seen_lock: bool,
+}
+
+/// Decides whether a run has lost its lock if a read has not found it. `shows` is what that shows for the account of the run.
+/// `is_of_the_run` is whether the connection has read the lock before, or is the first one for this lock, so that its
+/// settings are those with which terraform has just got the lock. That decides if no account is known: for example, a
+/// `credential_process` says none.
+fn is_lost(shows: NothingFound, is_of_the_run: bool) -> bool {
+    match shows {
+        NothingFound::IsGone => true,
+        NothingFound::Nothing => false,
+        NothingFound::UnknownAccount => is_of_the_run,
     }
 }
 
@@ -619,4 +678,23 @@ fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     // Each `RandomState` has new random keys.
     std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_not_found_is_lost_only_in_the_account_of_the_run() {
+        for (shows, is_of_the_run, expected) in [
+            (NothingFound::IsGone, false, true),
+            (NothingFound::IsGone, true, true),
+            (NothingFound::Nothing, false, false),
+            (NothingFound::Nothing, true, false),
+            (NothingFound::UnknownAccount, false, false),
+            (NothingFound::UnknownAccount, true, true),
+        ] {
+            assert_eq!(is_lost(shows, is_of_the_run), expected, "{shows:?} {is_of_the_run}");
+        }
+    }
 }
