@@ -197,7 +197,13 @@ impl Scan {
                     continue;
                 }
             };
-            let Some((segment, page)) = page else { break };
+            let Some((segment, page)) = page else {
+                // A reader that has panicked sends no last page.
+                if !order.is_complete() {
+                    scanned.failed = Some(Trouble::Said("a part of the target could not be read to its end".into()));
+                }
+                break;
+            };
             let ListedPage { entries, scanned: more, test_objects, is_last, owed } = match page {
                 Ok(page) => page,
                 Err(trouble) => {
@@ -362,6 +368,11 @@ impl Order {
         Ok(())
     }
 
+    /// Whether the last page of every segment has arrived.
+    fn is_complete(&self) -> bool {
+        self.waiting.iter().all(|(_, ended)| *ended)
+    }
+
     /// Shows all entries that still wait, for example after a signal has stopped the scan.
     fn rest(mut self, output: &mut Output) -> io::Result<()> {
         (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output))
@@ -450,7 +461,7 @@ impl SegmentReader {
                 limit = Some(next_limit(rate, Cost { scanned, consumed }));
                 #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
                 let used = consumed + read_again as f64;
-                until = begun + Duration::from_secs_f64((used / rate).min(3600.0));
+                until = begun + Duration::from_secs_f64((used / rate).clamp(0.0, 3600.0));
             }
             if from.is_none() {
                 let owed = plan.rate.map(|_| until.saturating_duration_since(Instant::now()));
