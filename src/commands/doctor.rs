@@ -704,6 +704,7 @@ mod tests {
             (Some("terraform {}"), true),
             (Some("terraform {\n  backend \"local\" {}\n}"), true),
             (Some("terraform {\n  backend \"s3\" {}\n}"), false),
+            (Some("terraform {\n  cloud {\n    organization = \"o\"\n  }\n}"), false),
         ] {
             let directory = tempfile::tempdir().unwrap();
             if let Some(text) = configuration {

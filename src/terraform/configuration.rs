@@ -24,7 +24,8 @@ use crate::sys::plain_file;
 const MAX_FILE_BYTES: u64 = 8 << 20;
 
 /// Returns the backend of the configuration in `directory`, with the values of `-backend-config` applied. `None` if no
-/// file has a backend block that can be parsed.
+/// file has a backend block or a cloud block that can be parsed. A cloud block is a backend of the type `cloud`
+/// (internal/configs/cloud.go).
 pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
     let mut found = None;
     let (plain, overriding): (Vec<_>, Vec<_>) = files(directory).into_iter().partition(|path| !overrides(path));
@@ -66,23 +67,27 @@ fn overrides(path: &Path) -> bool {
 }
 
 fn in_file(path: &Path) -> Option<(String, Map<String, Value>)> {
-    let text = small(path).filter(|text| text.contains("backend"))?;
+    let text = small(path).filter(|text| ["backend", CLOUD].iter().any(|word| text.contains(word)))?;
     if path.extension().is_some_and(|ending| ending == "json") {
         return in_json(&serde_json::from_str(&text).ok()?);
     }
     in_hcl(&text)
 }
 
-/// Returns the type and the attributes of the backend block in a file. `None` if the file has no backend block.
+/// The type of a backend that is a cloud block, and the name of that block.
+const CLOUD: &str = "cloud";
+
+/// Returns the type and the attributes of the backend block or of the cloud block in a file. `None` if the file has
+/// neither.
 fn in_hcl(text: &str) -> Option<(String, Map<String, Value>)> {
     let body = hcl::parse(text).ok()?;
     let backend = body
         .blocks()
         .filter(|block| block.identifier.as_str() == "terraform")
         .flat_map(|block| block.body.blocks())
-        .find(|block| block.identifier.as_str() == "backend")?;
-    let kind = backend.labels.first()?.as_str().to_owned();
-    Some((kind, attributes(&backend.body)))
+        .find(|block| ["backend", CLOUD].contains(&block.identifier.as_str()))?;
+    let kind = if backend.identifier.as_str() == CLOUD { CLOUD } else { backend.labels.first()?.as_str() };
+    Some((kind.to_owned(), attributes(&backend.body)))
 }
 
 fn small(path: &Path) -> Option<String> {
@@ -93,14 +98,19 @@ fn small(path: &Path) -> Option<String> {
 }
 
 /// Returns the type and the attributes of the backend in a JSON file: `{"terraform": {"backend": {"s3": {...}}}}`. Each
-/// of these objects may also be a list of such objects. `None` if the file has no backend.
+/// of these objects may also be a list of such objects. A cloud block is `{"terraform": {"cloud": {...}}}`. `None` if the
+/// file has neither.
 fn in_json(file: &Value) -> Option<(String, Map<String, Value>)> {
     let each = |value: &Value| match value {
         Value::Array(list) => list.clone(),
         one => vec![one.clone()],
     };
     let terraform = each(file.get("terraform")?);
-    let backend = terraform.iter().filter_map(|block| block.get("backend")).flat_map(each).next()?;
+    let block = |name| terraform.iter().filter_map(|block| block.get(name)).flat_map(each).next();
+    if let Some(cloud) = block(CLOUD) {
+        return Some((CLOUD.to_owned(), cloud.as_object()?.clone()));
+    }
+    let backend = block("backend")?;
     let (kind, config) = backend.as_object()?.iter().next()?;
     let config = each(config).into_iter().next()?;
     Some((kind.clone(), config.as_object()?.clone()))
