@@ -67,11 +67,7 @@ impl PlannedBackends {
     }
 }
 
-/// Returns the `-backend-config` values in `TF_CLI_ARGS_init` and `TF_CLI_ARGS`. Terraform inserts the words of these
-/// variables after the command's name (main.go, `mergeEnvArgs`).
+/// Returns the `-backend-config` values in `TF_CLI_ARGS_init` and `TF_CLI_ARGS`.
 fn backend_configs_of_environment() -> Vec<OsString> {
-    let words = ["TF_CLI_ARGS_init", "TF_CLI_ARGS"].iter().filter_map(|name| std::env::var(name).ok());
-    // The words for the command come before the words for all commands.
-    let words = words.flat_map(|text| command_line::words_of_variable(&text));
-    command_line::backend_configs(&words.collect::<Vec<_>>())
+    command_line::backend_configs(&command_line::words_of_variables("init", |name| std::env::var(name).ok()))
 }

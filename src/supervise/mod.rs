@@ -116,7 +116,7 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
     // If a recovery got no credentials, a taker gets none either. Each attempt may send a message to a person's phone.
     if let Some(terms) = before.takes_over
         && !before.tried.iter().any(|tried| tried.lacks_credentials)
-        && invocation.command_line.locks_selected_state(&invocation.arguments)
+        && invocation.command_line.locks_selected_state(&invocation.arguments, |name| std::env::var(name).ok())
     {
         let takeover = takeover_process::before_run(&context.candidates, terms, &mut signals);
         if let Some(signal) = takeover.asked {

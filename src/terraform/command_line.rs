@@ -86,16 +86,26 @@ impl CommandLine {
         }
     }
 
-    /// Whether the command locks the state of the selected workspace, unless `arguments`, the whole command line, say
-    /// `-lock=false`. `init` and `workspace` commands lock too, but only while they create or migrate a state.
-    pub(crate) fn locks_selected_state(&self, arguments: &[OsString]) -> bool {
+    /// Whether the command locks the state of the selected workspace, unless it has the argument `-lock=false`. `init` and
+    /// `workspace` commands lock too, but only while they create or migrate a state. `arguments` is the whole command
+    /// line. `variable` returns the value of an environment variable: the words of `TF_CLI_ARGS` and of
+    /// `TF_CLI_ARGS_COMMAND` are arguments, too.
+    pub(crate) fn locks_selected_state(
+        &self,
+        arguments: &[OsString],
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> bool {
         let words: Vec<_> = self.words.iter().map(|word| word.as_bytes()).collect();
         let locks = match words.as_slice() {
             [b"plan" | b"apply" | b"destroy" | b"refresh" | b"import" | b"console" | b"taint" | b"untaint"] => true,
             [b"state", word] => matches!(*word, b"mv" | b"rm" | b"push" | b"replace-provider"),
             _ => false,
         };
-        locks && !self.asks_for_help_or_version && !disables_locking(arguments)
+        locks && !self.asks_for_help_or_version && {
+            let mut all = words_of_variables(&self.command(), variable);
+            all.extend_from_slice(arguments);
+            !disables_locking(&all)
+        }
     }
 
     /// Whether terraform ignores every SIGINT and SIGTERM during this command. Terraform catches both signals for all
@@ -176,9 +186,17 @@ pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
     found
 }
 
+/// Returns the words of the `TF_CLI_ARGS` variables for `command`, in the order in which terraform inserts them before the
+/// arguments of the command line: first those for the command, and then those for all commands (main.go, `mergeEnvArgs`).
+/// `variable` returns the value of an environment variable.
+pub(crate) fn words_of_variables(command: &str, variable: impl Fn(&str) -> Option<String>) -> Vec<OsString> {
+    let of_command = format!("TF_CLI_ARGS_{}", command.replace(['-', ' '], "_"));
+    [&of_command, "TF_CLI_ARGS"].into_iter().filter_map(variable).flat_map(|text| words_of_variable(&text)).collect()
+}
+
 /// Returns the words in `text`, the value of a `TF_CLI_ARGS` variable. Empty if a quote is not closed: terraform does not
 /// start then (main.go, `mergeEnvArgs`).
-pub(crate) fn words_of_variable(text: &str) -> Vec<OsString> {
+fn words_of_variable(text: &str) -> Vec<OsString> {
     shell_words::split(text).unwrap_or_default().into_iter().map(OsString::from).collect()
 }
 
@@ -224,7 +242,29 @@ mod tests {
             ("", false),
         ] {
             let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
-            assert_eq!(CommandLine::parse(&arguments).locks_selected_state(&arguments), expected, "{line}");
+            let command = CommandLine::parse(&arguments);
+            assert_eq!(command.locks_selected_state(&arguments, |_| None), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_variables_come_before_the_arguments() {
+        for (line, variables, expected) in [
+            ("plan", &[("TF_CLI_ARGS_plan", "-lock=false")][..], false),
+            ("plan", &[("TF_CLI_ARGS", "-no-color -lock=false")], false),
+            ("plan", &[("TF_CLI_ARGS_apply", "-lock=false")], true),
+            ("plan", &[("TF_CLI_ARGS_plan", "-lock=false"), ("TF_CLI_ARGS", "-lock=true")], true),
+            ("plan", &[("TF_CLI_ARGS_plan", "-lock=true"), ("TF_CLI_ARGS", "-lock=false")], false),
+            ("plan -lock=true", &[("TF_CLI_ARGS_plan", "-lock=false")], true),
+            ("state mv a b", &[("TF_CLI_ARGS_state_mv", "-lock=false")], false),
+            ("state replace-provider a b", &[("TF_CLI_ARGS_state_replace_provider", "'-lock=false'")], false),
+            ("plan", &[("TF_CLI_ARGS_plan", "-lock=false '")], true),
+        ] {
+            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            let variable =
+                |name: &str| variables.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned());
+            let command = CommandLine::parse(&arguments);
+            assert_eq!(command.locks_selected_state(&arguments, variable), expected, "{line} {variables:?}");
         }
     }
 
