@@ -117,19 +117,23 @@ async fn test_deletes(
     may_be_there: &mut bool,
 ) -> (Trial, Result<IfMatch, Failure>) {
     let delete = || client.delete_object().bucket(bucket).key(key);
+    let mut permitted = Trial { answer: Ok(()), clock: None };
     if let Err(error) = delete().if_match(ANOTHERS).send().await {
         let response = error.raw_response();
-        let clock = response.and_then(|response| response.headers().get("date")).and_then(service_time::parse);
+        permitted.clock = response.and_then(|response| response.headers().get("date")).and_then(service_time::parse);
         let status = response.map(|response| response.status().as_u16());
         // A 404 also means that the bucket does not exist. That shows nothing about the permission.
-        let permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
-        let answer = if permitted { Ok(()) } else { Err(s3::failure("s3:DeleteObject", &error)) };
-        let treatment = answer.clone().map(|()| IfMatch::Obeyed);
-        return (Trial { answer, clock }, treatment);
+        let is_permitted = matches!(status, Some(404 | 412)) && error.code() != Some("NoSuchBucket");
+        if !is_permitted {
+            let failure = s3::failure("s3:DeleteObject", &error);
+            return (Trial { answer: Err(failure.clone()), ..permitted }, Err(failure));
+        }
+        if status == Some(412) {
+            return (permitted, Ok(IfMatch::Obeyed));
+        }
     }
-    // Either the service accepts the delete because there is no object, or it ignores the condition. A probe object at
-    // that key shows which is the case.
-    let permitted = Trial { answer: Ok(()), clock: None };
+    // The service accepts the delete or answers 404, because there is no object. It may ignore the condition all the same.
+    // A test object at that key shows whether it does.
     let body = ByteStream::from_static(TEST_BODY.as_bytes());
     *may_be_there = true;
     if let Err(error) = client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await {
