@@ -320,20 +320,51 @@ fn a_passing_failure_is_said_once_before_terraform_starts_and_while_it_waits() {
     env.assert_unlocked();
 }
 
+/// Jobs that only plan often have `-lock=false` in their environment.
+#[test]
+fn a_run_that_takes_no_lock_leaves_that_of_another_host() {
+    for (name, value, is_taken) in [
+        ("TF_CLI_ARGS_plan", "-lock=false", false),
+        ("TF_CLI_ARGS", "-lock=false", false),
+        ("TF_CLI_ARGS_apply", "-lock=false", true),
+    ] {
+        let mut env = leased(Lock::DynamoDb, "5m");
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        env.set(name, value);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(0), "{name} {}", env.dump(&end));
+        if is_taken {
+            assert_taken(&env, &end);
+        } else {
+            assert!(!end.err.contains("tf:"), "{name} {}", env.dump(&end));
+            env.assert_locked();
+        }
+    }
+}
+
 /// Whether this is a request of the test of an S3 service: it has an object of its own, beside the lock.
 fn is_of_service_test(request: &Message, path: &str) -> bool {
     let is_beside = request.start.contains(&format!("{path}.")) && !request.start.contains(&format!("{path}.tflock"));
     request.is_ours() && is_beside
 }
 
-/// An S3 service that confirms every delete of an object that does not exist. A test of it needs all its requests.
-#[derive(Default)]
-struct ConfirmingService {
+/// An S3 service that gives every delete of an object that does not exist the same answer, whatever its condition. A test
+/// of it needs all its requests.
+struct UnconditionalService {
     /// Whether the object of the test is there.
     is_there: AtomicBool,
+    /// The status and the body of that answer.
+    absent: [&'static str; 2],
 }
 
-impl ConfirmingService {
+const NO_SUCH_KEY: [&str; 2] =
+    ["404 Not Found", "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>no</Message></Error>"];
+
+impl UnconditionalService {
+    fn new(absent: [&'static str; 2]) -> Self {
+        Self { is_there: AtomicBool::new(false), absent }
+    }
+
     /// What a proxy does with a request of a test, so that another service seems to be this one.
     fn answer(&self, request: &Message) -> ProxyAction {
         let is_delete = request.start.starts_with("DELETE ");
@@ -342,9 +373,35 @@ impl ConfirmingService {
         } else if is_delete && request.header("if-match").is_none() {
             self.is_there.store(false, Ordering::Relaxed);
         } else if is_delete && !self.is_there.load(Ordering::Relaxed) {
-            return ProxyAction::Answer(Message::answer("204 No Content", ""));
+            let [status, body] = self.absent;
+            return ProxyAction::Answer(Message::answer(status, body));
         }
         ProxyAction::Pass
+    }
+}
+
+/// The answer to a delete of an object that does not exist shows nothing about the condition.
+#[test]
+fn a_service_is_tested_with_an_object_whatever_it_answers_without_one() {
+    for absent in [["204 No Content", ""], NO_SUCH_KEY] {
+        for is_condition_ignored in [false, true] {
+            let mut env = leased(Lock::File, "5m");
+            let path = env.path();
+            let service = UnconditionalService::new(absent);
+            let change = if is_condition_ignored { ignore_if_match } else { |_: &mut Message| {} };
+            let _proxy = through_changing(&mut env, change, move |request| {
+                if is_of_service_test(request, &path) { service.answer(request) } else { ProxyAction::Pass }
+            });
+            env.lock_with_lease(&record(LONG_AGO, 300));
+            let end = env.run(Subject::Tf, &["locks", "doctor"]);
+            assert_eq!(end.out.contains("WRONG  If-Match: "), is_condition_ignored, "{absent:?} {}", env.dump(&end));
+            let end = env.run(Subject::Tf, &PLAN);
+            if is_condition_ignored {
+                assert_said_once(&env, &end, ["the service ignores the condition of a delete (If-Match)", ""]);
+            } else {
+                assert_taken(&env, &end);
+            }
+        }
     }
 }
 
@@ -355,7 +412,7 @@ fn a_failed_request_of_the_test_of_a_service_decides_nothing() {
     let run = |is_put_failing: bool, is_condition_ignored: bool| {
         let mut env = leased(Lock::File, "5m");
         let path = env.path();
-        let service = ConfirmingService::default();
+        let service = UnconditionalService::new(["204 No Content", ""]);
         let failures = Arc::new(AtomicUsize::new(0));
         let failed = Arc::clone(&failures);
         let change = if is_condition_ignored { ignore_if_match } else { |_: &mut Message| {} };
@@ -677,7 +734,7 @@ fn a_slow_s3_service_of_your_own_does_not_prevent_a_takeover_and_keeps_no_test_o
         let path = env.path();
         let is_first = AtomicBool::new(true);
         let unanswered = AtomicUsize::new(0);
-        let service = ConfirmingService::default();
+        let service = UnconditionalService::new(["204 No Content", ""]);
         let _proxy = through(&mut env, move |request| {
             let is_test = is_of_service_test(request, &path);
             let is_delete = is_test && request.start.starts_with("DELETE ") && service.is_there.load(Ordering::Relaxed);
