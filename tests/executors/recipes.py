@@ -62,7 +62,7 @@ class GitHub:
         if bare:
             action = STAND_IN.format(name="tf")
             workflow = replace(workflow, "exec tf ", "exec terraform ")
-            workflow = replace(workflow, "run: tf locks recover", 'run: "true"')
+            workflow = replace(workflow, "run: if command -v tf >/dev/null; then tf locks recover; fi", 'run: "true"')
         if self.timeout:
             # act knows the timeout of a step, in whole minutes, and not that of a job.
             for program in ("terraform", "exec tf" if not bare else "exec terraform"):
@@ -98,7 +98,7 @@ class GitHub:
     def last_step_ran(self, log):
         # The log names the job, and production begins after staging.
         title = {"staging": "steps unchanged", "production": "step's process"}[self.job]
-        return re.search(title + r"\].*(Success|Failure) - Main Give back what is still locked", log) is not None
+        return re.search(title + r"\].*(Success|Failure) - Main Release the locks of dead runs", log) is not None
 
 
 class GitLab:
