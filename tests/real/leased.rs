@@ -926,7 +926,7 @@ enum Continued {
 
 /// A person stops every process of a run for longer than its lease, and continues them one after the other. The stop of
 /// the fuse has no effect, because a SIGCONT discards it. So terraform may run until `tf` stops it again, and its write
-/// of the state may get out. How often it does is printed, and is in docs/lease.md: TF_TEST_TRIALS=60.
+/// of the state may get out. How often it does is printed, and is in docs/measurements.md: TF_TEST_TRIALS=60.
 #[test]
 fn a_run_that_was_stopped_and_continued_whole_after_its_lock_was_taken_ends() {
     let trials = trials(1);
