@@ -130,7 +130,7 @@ pub(super) fn in_a_process(
             console::say(&messages::recovering());
         }
         if ready[1] {
-            hear(signals, asked, pid);
+            hear(signals, asked, pid, asks);
         }
         if ready[0] {
             match lines.read(&mut buffer) {
@@ -153,9 +153,11 @@ pub(super) fn in_a_process(
 }
 
 /// Handles requests to stop. The first request is answered with a message, and its signal is stored in `asked`. After
-/// that, a ^C kills the recovery. Nothing is lost: the run stays in the journal.
-fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid) {
-    while let Some(signal) = signals.next_stop() {
+/// that, a ^C kills the recovery. Nothing is lost: the run stays in the journal. A ^Z stops this process. If the recovery
+/// `shares_terminal`, the ^Z stops the recovery too, and the caller notices that.
+fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid, shares_terminal: bool) {
+    let next = if shares_terminal { Signals::next_stop } else { Signals::next_stop_after_suspending };
+    while let Some(signal) = next(signals) {
         match reaction(*asked, signal) {
             Reaction::Explain => console::say(&messages::still_releasing()),
             Reaction::Kill => drop(kill(recovery, Signal::SIGKILL)),

@@ -2,22 +2,30 @@
 
 use crate::cleanup::waiter::Waiter;
 use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::another_tf;
 use crate::sys::session;
 
+/// The exit code of `tf locks recover --say` if no credentials were available. No other result has it.
+pub(crate) const NO_CREDENTIALS: u8 = 4;
+
 /// How often to check whether the other `tf` has exited.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits until another `tf` has exited. A second ^C kills that `tf`. Nothing is lost by this: the dead run is still in
-/// the journal.
-pub(crate) fn wait_for(mut child: Child, waiter: &mut Waiter<'_>) {
+/// How long to wait for another `tf` that finishes a dead run. After an outage it may wait for 4 min for a write of that
+/// run, and then needs the time of a release. One that is stopped (SIGSTOP) ends never.
+pub(crate) const RECOVERY_TIMEOUT: Duration = Duration::from_mins(6);
+
+/// Waits until another `tf` has exited. A second ^C kills that `tf`, and so does the end of `limit`. Nothing is lost by
+/// this: a dead run is still in the journal.
+pub(crate) fn wait_for(mut child: Child, limit: Duration, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
+    let end = Instant::now() + limit;
     while matches!(child.try_wait(), Ok(None)) {
         waiter.wait(POLL_INTERVAL);
         interrupts += waiter.interrupts();
-        if interrupts > 1 {
+        if interrupts > 1 || Instant::now() >= end {
             let _ = child.kill();
         }
     }

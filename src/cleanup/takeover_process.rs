@@ -3,10 +3,10 @@
 //! It ends when its stdin ends, but not between the claim of a lock and its delete.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -46,6 +46,14 @@ const FAILED: u8 = 2;
 /// it may succeed. The taker writes the ID of the lock to its stdout.
 const NOT_TAKEN_FINALLY: u8 = 3;
 const NOT_TAKEN: u8 = 4;
+
+/// How long a taker may go on that was told to end. It finishes the delete of a lock that it has claimed, and a look at the
+/// result. A taker that is stopped (SIGSTOP) ends never.
+pub(crate) const END_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// The signal of which `tf` dies if its parent has exited before terraform was started, and if that exit is a request to
+/// end. It is the one that terraform would get.
+pub(crate) const PARENT_GONE: Signal = Signal::SIGINT;
 
 /// The longest ID of a lock that a taker writes to its stdout.
 const MAX_ID_BYTES: usize = 256;
@@ -157,20 +165,32 @@ impl TakeoverProcess {
         self.process.into_child()
     }
 
-    /// Waits until the process has ended. A signal that asks `tf` to stop tells the process to end, and is returned. A
-    /// second SIGINT kills it. If it had claimed the lock, the claim lapses.
-    fn wait(mut self, signals: &mut Signals) -> Before {
+    /// Waits until the process has ended. A signal that asks `tf` to end, or the exit of the `parent`, tells the process to
+    /// end, and is returned. A second request kills the process, and so does the end of [`END_TIMEOUT`]. If it had claimed
+    /// the lock, the claim lapses.
+    fn wait(mut self, signals: &mut Signals, parent: Option<BorrowedFd<'_>>) -> Before {
         let mut asked = None;
+        let mut kill_at: Option<Instant> = None;
         let Some(mut stdout) = self.process.take_stdout() else { return Before::default() };
         loop {
-            let awaited = [(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
-            let ready = poll::wait(&awaited, None);
-            while let Some(signal) = signals.next_stop() {
+            let mut awaited = vec![(stdout.as_fd(), PollFlags::POLLIN), (signals.as_fd(), PollFlags::POLLIN)];
+            awaited.extend(parent.filter(|_| asked.is_none()).map(|parent| (parent, PollFlags::POLLIN)));
+            let left = kill_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let ready = poll::wait(&awaited, left);
+            let mut requests: Vec<Signal> = std::iter::from_fn(|| signals.next_stop_after_suspending()).collect();
+            if ready.get(2) == Some(&true) {
+                requests.push(PARENT_GONE);
+            }
+            for signal in requests {
                 self.process.tell_to_end();
-                if asked.is_some() && signal == Signal::SIGINT {
+                kill_at.get_or_insert_with(|| Instant::now() + END_TIMEOUT);
+                if asked.is_some() {
                     self.process.kill();
                 }
                 asked.get_or_insert(signal);
+            }
+            if kill_at.is_some_and(|at| at <= Instant::now()) {
+                self.process.kill();
             }
             if ready.first() == Some(&true) {
                 let ended = self.process.wait().map(|status| how(status, || read_id(&mut stdout)));
@@ -199,12 +219,17 @@ fn read_id(stdout: &mut ChildStdout) -> Option<String> {
     (!id.is_empty()).then(|| id.to_owned())
 }
 
-/// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. This process
-/// must have only one thread.
-pub(crate) fn before_run(here: &CandidateBackends, terms: Terms, signals: &mut Signals) -> Before {
+/// Takes over the selected lock of `here` before terraform starts, if its lease has lapsed. Waits for that. `parent` is
+/// readable when the parent of `tf` has exited, which is a request to end. This process must have only one thread.
+pub(crate) fn before_run(
+    here: &CandidateBackends,
+    terms: Terms,
+    signals: &mut Signals,
+    parent: Option<BorrowedFd<'_>>,
+) -> Before {
     let Some(location) = here.selected() else { return Before::default() };
     match TakeoverProcess::start(&location, here, terms, false, None) {
-        Ok(process) => process.wait(signals),
+        Ok(process) => process.wait(signals, parent),
         Err(error) => {
             trace!("no process for the takeover: {error}");
             Before::default()

@@ -287,7 +287,7 @@ impl TerminalReporter<'_> {
             console::say(&messages::refused(&refusal, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {
-                recovery_process::wait_for(child, waiter);
+                recovery_process::wait_for(child, recovery_process::RECOVERY_TIMEOUT, waiter);
                 let left = self::stored_locks(location, candidates, waiter);
                 if !left.iter().filter_map(|left| left.stored.info()).any(|left| left.id == info.id) {
                     console::say(messages::TRY_AGAIN);

@@ -28,6 +28,7 @@ mod targets;
 mod version;
 mod watch;
 
+use crate::cleanup::recovery_process;
 use crate::cleanup::takeover_process;
 use crate::cleanup::wait_explanation;
 use crate::console;
@@ -58,6 +59,8 @@ pub(crate) enum Finding {
     /// Of several targets, at least one has something that needs attention, and at least one could not be read. The
     /// exit code is 3.
     StaleAndFailed,
+    /// A recovery that another `tf` has started got no credentials.
+    NoCredentials,
     /// A signal stopped the command, or, for SIGPIPE, the reader of stdout has exited. This process then dies of that
     /// signal.
     Stopped(Signal),
@@ -72,6 +75,7 @@ impl Finding {
             Self::Failed => 1,
             Self::Stale => 2,
             Self::StaleAndFailed => 3,
+            Self::NoCredentials => recovery_process::NO_CREDENTIALS,
             Self::Stopped(signal) => outcome::end_as(Ended::Killed(signal)),
         }
     }

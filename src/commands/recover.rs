@@ -57,8 +57,8 @@ impl Recover {
         let recovered = recovery::everything(request, say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
-            // With this exit code, the `tf` that started this process waits longer before it tries again.
-            None if recovered.lacks_credentials && self.say => Finding::Failed,
+            // The `tf` that started this process waits longer before it tries again.
+            None if recovered.lacks_credentials && self.say => Finding::NoCredentials,
             None if recovered.left > 0 => Finding::Stale,
             None => Finding::Nothing,
         })

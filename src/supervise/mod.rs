@@ -35,6 +35,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
 use std::cell::{LazyCell, RefCell};
@@ -99,6 +100,9 @@ pub(crate) enum NotSupervised {
 pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<Ended, NotSupervised> {
     use NotSupervised::Unprepared;
     let mut signals = Signals::listen().map_err(Unprepared)?;
+    let terminal = if settings.shared_terminal { None } else { Terminal::open() };
+    // The parent may exit while `tf` waits for the release of another lock.
+    let parent = event_loop::parent_to_watch(settings.ci, &signals, terminal.as_ref());
     let context = RunContext::new(invocation, settings.release, Instant::now());
     let mut before = BeforeTerraform {
         recovers: settings.release,
@@ -118,14 +122,18 @@ pub(crate) fn supervise(invocation: &Invocation, settings: &Settings) -> Result<
         && !before.tried.iter().any(|tried| tried.lacks_credentials)
         && invocation.command_line.locks_selected_state(&invocation.arguments, |name| std::env::var(name).ok())
     {
-        let takeover = takeover_process::before_run(&context.candidates, terms, &mut signals);
+        let watched = parent.as_ref().map(|(_, end)| end.as_fd());
+        let takeover = takeover_process::before_run(&context.candidates, terms, &mut signals, watched);
         if let Some(signal) = takeover.asked {
             return Ok(Ended::Killed(signal));
         }
         before.taker = takeover.ended;
     }
+    if parent.as_ref().is_some_and(|(_, end)| poll::ready_now(end.as_fd(), PollFlags::POLLIN)) {
+        return Ok(Ended::Killed(takeover_process::PARENT_GONE));
+    }
     crash_point::reached("tf: begun");
-    match Prepared::new(context, settings, &signals) {
+    match Prepared::new(context, settings, terminal, parent) {
         Ok(prepared) => prepared.run(Waiting::new(before), &mut signals),
         Err(error) => {
             signals.stop_listening();
@@ -167,7 +175,12 @@ struct Started {
 }
 
 impl<'a> Prepared<'a> {
-    fn new(mut context: RunContext<'a>, settings: &'a Settings, signals: &Signals) -> io::Result<Self> {
+    fn new(
+        mut context: RunContext<'a>,
+        settings: &'a Settings,
+        terminal: Option<Terminal>,
+        parent: Option<(Pid, ProcessHandle)>,
+    ) -> io::Result<Self> {
         let variable = |name: &str| std::env::var_os(name);
         let Invocation { terraform, command_line, .. } = context.invocation;
         let state = StateDirectory::open(variable);
@@ -181,8 +194,6 @@ impl<'a> Prepared<'a> {
         }
         let mut inherited = vec![lifeline];
         let mut pipes = Pipes::create_pipes(terraform.for_a_step)?;
-        let terminal = if settings.shared_terminal { None } else { Terminal::open() };
-        let parent = event_loop::parent_to_watch(settings.ci, signals, terminal.as_ref());
         let stop = Stop::new(command_line.ignores_interrupts(), settings.stop_timeout);
 
         let mut changes = recorder.changes();

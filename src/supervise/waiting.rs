@@ -23,7 +23,7 @@ use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
-use crate::cleanup::takeover_process::{Ended, Refused, TakeoverProcess};
+use crate::cleanup::takeover_process::{self, Ended, Refused, TakeoverProcess};
 use crate::cleanup::wait_explanation::{self, EXPLANATION_DELAY, WaitExplanation};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::state_directory::StateDirectory;
@@ -48,9 +48,6 @@ const CREDENTIALS_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 /// permission is missing.
 const REFUSAL_RETRY_INTERVAL: Duration = Duration::from_mins(10);
 
-/// The exit code of `tf locks recover --say` if no credentials were available.
-const LACKS_CREDENTIALS: i32 = 1;
-
 /// Finishes dead runs while terraform waits for a lock, and lets the wait be explained.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
@@ -66,9 +63,11 @@ pub(crate) struct Waiting {
     takes_over: Option<Terms>,
     /// The process that watches the lock for which terraform waits. `None` if terraform does not wait for a lock.
     taker: Option<TakeoverProcess>,
-    /// When to start the next one, if the last one has ended by itself, or if a recovery got no credentials
-    /// before terraform started.
+    /// When to start the next one, if the last one has ended by itself.
     take_at: Option<Instant>,
+    /// Until when nothing here requests credentials, because a recovery or a taker got none. `None` if none of them has
+    /// failed so.
+    no_credentials_until: Option<Instant>,
     /// The last lock of which one has reported that it cannot be taken. `None` if there is none.
     given_up: Option<GivenUp>,
     /// What is done to explain the wait.
@@ -76,8 +75,8 @@ pub(crate) struct Waiting {
     /// The process that explains the wait, and the ID of the lock for which terraform waits. `None` if none was started
     /// for this wait.
     explanation: Option<(WaitExplanation, String)>,
-    /// Processes that were told to end, because terraform does not wait any more.
-    ending: Vec<Child>,
+    /// Processes that were told to end, because terraform does not wait any more, each with the time that it may need.
+    ending: Vec<(Child, Duration)>,
 }
 
 /// What may be done while terraform waits for a lock, and what was done before terraform started.
@@ -99,11 +98,11 @@ impl Waiting {
         let BeforeTerraform { recovers, tried, takes_over, taker } = before;
         let now = Instant::now();
         let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
-        let take_at = lacks_credentials.then(|| now + retry_interval(true));
+        let no_credentials_until = lacks_credentials.then(|| now + retry_interval(true));
         let given_up = taker.and_then(|ended| after_taker(ended, now).given_up);
         let tried =
             tried.into_iter().map(|Tried { run, lacks_credentials }| (run, now + retry_interval(lacks_credentials)));
-        Self { recovers, tried: tried.collect(), takes_over, take_at, given_up, ..Self::default() }
+        Self { recovers, tried: tried.collect(), takes_over, no_credentials_until, given_up, ..Self::default() }
     }
 
     /// If terraform's log shows that terraform waits for a lock, starts other `tf` processes that finish dead runs and
@@ -111,13 +110,13 @@ impl Waiting {
     pub(crate) fn step(&mut self, log: &Log, here: &CandidateBackends, tree: &Tree) {
         let awaited = log.unreleased().find(|lock| lock.progress.held.is_none());
         if awaited.is_none() {
-            self.ending.extend(self.taker.take().map(TakeoverProcess::into_child));
+            self.ending.extend(self.taker.take().map(ending_taker));
         }
         if let (Some(lock), Some(attempted), Some(taker)) = (awaited, log.attempted, &mut self.taker) {
             taker.tell_whether_terraform_rests(rests(lock.progress.asked, attempted, Timestamp::now()));
         }
         self.explain(awaited, here, tree);
-        self.ending.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        self.ending.retain_mut(|(child, _)| matches!(child.try_wait(), Ok(None)));
         let next = next_search(self.look_at, awaited.is_some(), Instant::now());
         self.look_at = next.at;
         if next.is_due && self.recovers {
@@ -136,11 +135,11 @@ impl Waiting {
             if awaited.is_some_and(|awaited| awaited.id == id) {
                 self.explanation = Some((process, id));
             } else {
-                self.ending.push(process.into_child());
+                self.ending.push(ending_explanation(process));
                 self.explaining = Explaining::No;
             }
         }
-        let no_credentials_until = self.take_at.filter(|at| *at > now);
+        let no_credentials_until = self.no_credentials_until.filter(|at| *at > now);
         self.explaining = next_explaining(self.explaining, awaited.is_some(), no_credentials_until, now);
         let (Explaining::Now, Some(awaited)) = (self.explaining, awaited) else { return };
         self.explaining = match &mut self.explanation {
@@ -181,12 +180,15 @@ impl Waiting {
             Some(None) => return,
             Some(Some(ended)) => {
                 self.taker = None;
+                if ended == Ended::NoCredentials {
+                    self.no_credentials_until = Some(now + retry_interval(true));
+                }
                 let next = after_taker(ended, now);
                 (self.take_at, self.given_up) = (next.take_at, next.given_up.or(self.given_up.take()));
             }
             None => {}
         }
-        let is_due = self.take_at.is_none_or(|at| at <= now);
+        let is_due = self.take_at.max(self.no_credentials_until).is_none_or(|at| at <= now);
         let Some(terms) = self.takes_over.filter(|_| is_due) else { return };
         let Some(location) = here.of(awaited).into_iter().next().or_else(|| here.selected()) else { return };
         let refused = self.given_up.as_ref().map(|given_up| given_up.at(now));
@@ -205,14 +207,14 @@ impl Waiting {
     }
 
     fn recover_dead_runs(&mut self, here: &CandidateBackends, tree: &Tree) {
-        let (tried, take_at) = (&mut self.tried, &mut self.take_at);
+        let (tried, no_credentials_until) = (&mut self.tried, &mut self.no_credentials_until);
         self.at_work.retain_mut(|(child, run)| match child.try_wait() {
             Ok(None) => true,
-            Ok(Some(status)) if status.code() == Some(LACKS_CREDENTIALS) => {
+            Ok(Some(status)) if status.code() == Some(recovery_process::NO_CREDENTIALS.into()) => {
                 let later = Instant::now() + retry_interval(true);
                 tried.insert(run.clone(), later);
                 // The other processes would ask for the same credentials.
-                *take_at = Some(later);
+                *no_credentials_until = Some(later);
                 false
             }
             _ => false,
@@ -248,14 +250,25 @@ impl Waiting {
     /// stderr to its end must wait for these processes anyway, because they have stderr open too. Returns the IDs of
     /// the runs that were tried.
     pub(crate) fn finish(self, waiter: &mut Waiter<'_>) -> Vec<String> {
-        let taker = self.taker.map(TakeoverProcess::into_child);
-        let explanation = self.explanation.map(|(process, _)| process.into_child());
-        let others = self.ending.into_iter().chain(taker).chain(explanation);
-        for child in self.at_work.into_iter().map(|(child, _)| child).chain(others) {
-            recovery_process::wait_for(child, waiter);
+        let taker = self.taker.map(ending_taker);
+        let explanation = self.explanation.map(|(process, _)| ending_explanation(process));
+        let told = self.ending.into_iter().chain(taker).chain(explanation);
+        let at_work = self.at_work.into_iter().map(|(child, _)| (child, recovery_process::RECOVERY_TIMEOUT));
+        for (child, limit) in told.chain(at_work) {
+            recovery_process::wait_for(child, limit, waiter);
         }
         self.tried.into_keys().collect()
     }
+}
+
+/// Tells a taker to end. Returns its process, and the time that it may need.
+fn ending_taker(process: TakeoverProcess) -> (Child, Duration) {
+    (process.into_child(), takeover_process::END_TIMEOUT)
+}
+
+/// Does the same as [`ending_taker`], for a process that explains a wait.
+fn ending_explanation(process: WaitExplanation) -> (Child, Duration) {
+    (process.into_child(), wait_explanation::END_TIMEOUT)
 }
 
 /// Whether terraform, which waits for a lock, is between two attempts to get it. `asked` and `attempted` are when the
@@ -492,9 +505,9 @@ mod tests {
             assert_eq!(attempt(Some(due), after), Attempt::Later, "what failed before terraform is not new");
         }
         // A process that takes over a lock would ask for the same credentials.
-        let take_at = waiting.take_at.unwrap();
-        assert!(before + Duration::from_mins(10) <= take_at && take_at <= after + Duration::from_mins(10));
-        assert_eq!(only_one.take_at, None);
+        let until = waiting.no_credentials_until.unwrap();
+        assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
+        assert_eq!(only_one.no_credentials_until, None);
     }
 
     #[test]
@@ -512,7 +525,7 @@ mod tests {
         assert_eq!((id.as_deref(), is_final), (Some("a"), true));
         assert!(before + Duration::from_mins(10) <= until && until <= after + Duration::from_mins(10));
         // The wait is explained nevertheless.
-        assert_eq!(waiting.take_at, None);
+        assert_eq!((waiting.take_at, waiting.no_credentials_until), (None, None));
     }
 
     /// Another lock, which another host leaves meanwhile, is taken over.

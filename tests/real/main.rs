@@ -22,6 +22,7 @@ mod another_user;
 mod answers;
 mod any_key;
 mod audit_recipes;
+mod before_terraform;
 mod behind_wrappers;
 #[cfg(feature = "crash-points")]
 mod crash;

@@ -142,17 +142,37 @@ impl Signals {
         self.queue.pop_front()
     }
 
-    /// Returns the next signal that requests `tf` to stop: INT, TERM, or HUP unless HUP was ignored at the start. All
+    /// Returns the next signal that requests `tf` to end: INT, QUIT, TERM, or HUP unless HUP was ignored at the start. All
     /// other signals that arrived before it are discarded. `None` if there is no such signal now.
     pub(crate) fn next_stop(&mut self) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
-            match signal {
-                Signal::SIGINT | Signal::SIGTERM => return Some(signal),
-                Signal::SIGHUP if !self.inherited.ignores(Signal::SIGHUP) => return Some(signal),
-                _ => {}
+            if self.asks_for_the_end(signal) {
+                return Some(signal);
             }
         }
         None
+    }
+
+    /// Like [`Signals::next_stop`]. In addition, a TSTP that arrived before it stops this process until it is continued,
+    /// unless TSTP was ignored at the start.
+    pub(crate) fn next_stop_after_suspending(&mut self) -> Option<Signal> {
+        while let Some(Arrival { signal, .. }) = self.next() {
+            if self.asks_for_the_end(signal) {
+                return Some(signal);
+            }
+            if signal == Signal::SIGTSTP && !self.inherited.ignores(signal) {
+                self.stop(signal, false);
+            }
+        }
+        None
+    }
+
+    fn asks_for_the_end(&self, signal: Signal) -> bool {
+        match signal {
+            Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM => true,
+            Signal::SIGHUP => !self.inherited.ignores(Signal::SIGHUP),
+            _ => false,
+        }
     }
 
     /// Returns whether the queue contains signals that [`Signals::next`] has not returned yet. poll(2) on the
