@@ -440,6 +440,27 @@ pub(crate) fn lapsed_lease(lapsed: &Lapsed) -> String {
     )
 }
 
+/// Says who has claimed a lock and has not deleted it, and how long the holder may still work.
+fn unfinished_claim(lapsed: &Lapsed) -> String {
+    let since = |at: Timestamp| Duration::try_from(lapsed.now.duration_since(at)).unwrap_or_default();
+    let Lapsed { record, now, .. } = lapsed;
+    let claimed = record.taken.as_ref().map_or_else(
+        || "another host claimed the lock".to_owned(),
+        |claim| {
+            let age = length_of_time(claim.at().map(since).unwrap_or_default());
+            format!("{} claimed the lock {age} ago", lease_text::claimant(claim))
+        },
+    );
+    let left = record.terms().zip(record.renewed_at()).map(|(terms, renewed)| terms.time_to_lapse(renewed, *now));
+    let holder = match left {
+        Some(left) if !left.is_zero() => {
+            format!("; its holder cannot renew the lease, which lapses in {}", length_of_time(left))
+        }
+        _ => String::new(),
+    };
+    format!("{claimed}, and has not released it{holder}")
+}
+
 /// What a taker knows about a lock whose deletion it has requested without a response.
 pub(crate) const DELETE_UNANSWERED: &str = "this run requested the deletion of the lock, and the response was lost";
 
@@ -479,13 +500,16 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                         .map_or_else(|| IF_UNUSED.to_owned(), |action| format!("with the permission {action}"));
                     format!("{when}, type: {} {id}", command("release"))
                 }
-                Reason::TooSlow(_) => format!("{IF_UNUSED}, type: {} {id}", command("release")),
+                Reason::TooSlow(_) | Reason::Unsettled(_) => {
+                    format!("{IF_UNUSED}, type: {} {id}", command("release"))
+                }
                 _ => format!("for details, type: {} {id}", command("show")),
             };
             let why = match reason {
                 Reason::Obstacle(Obstacle::AnotherRegion) => {
                     "tf does not release it, because that run uses another AWS region".to_owned()
                 }
+                Reason::Obstacle(Obstacle::Claimed | Obstacle::ClaimLapsedEarly) => unfinished_claim(lapsed),
                 Reason::Obstacle(Obstacle::RunsHere) => {
                     "tf does not release it, because a process on this host is or may be working for that run"
                         .to_owned()
@@ -502,6 +526,11 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                      last read took {} s",
                     MAX_READ_GAP.as_secs(),
                     gap.as_millis().div_ceil(1000)
+                ),
+                Reason::Unsettled(waited) => format!(
+                    "in {}, tf has not seen the lock and the state unchanged for long enough: another program may be \
+                     writing the state without a lock",
+                    length_of_time(*waited)
                 ),
                 Reason::Unknown(failure) => {
                     format!("{DELETE_UNANSWERED}: {}", visible_lines(&failure.to_string()))
@@ -1230,6 +1259,28 @@ mod tests {
             let claim = Claim { by: by.into(), at: 1_790_000_390, number: 7 };
             let said = takeover(Progress::WaitsFor(&lapsed, &claim), ToOwned::to_owned);
             assert!(said.ends_with(&format!("\n{expected} is releasing that lock; waiting for that")), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_taker_that_no_longer_waits_for_a_claim_says_how_old_it_is_and_when_the_lease_lapses() {
+        let terms = Terms::new(Duration::from_mins(5)).unwrap();
+        for (now, expected) in [
+            (
+                100,
+                "ci@other claimed the lock 1 min 20 s ago, and has not released it; its holder cannot renew the lease, \
+                 which lapses in 3 min 30 s",
+            ),
+            (400, "ci@other claimed the lock 6 min 20 s ago, and has not released it"),
+        ] {
+            let mut record = Record::new("id", terms, Renewal { renewed: 1_790_000_000, beat: 7 }, Promise::Stop);
+            record.taken = Some(Claim { by: "ci@other".into(), at: 1_790_000_020, number: 7 });
+            let now = Timestamp::from_second(1_790_000_000 + now).unwrap();
+            let lapsed = Lapsed { info: LockInfo::default(), record, path: "b/k".into(), now };
+            let reason = Reason::Obstacle(Obstacle::ClaimLapsedEarly);
+            let said = takeover(Progress::Leaves(&lapsed, &reason), |words| format!("tf locks {words}"));
+            assert!(said.starts_with("the lock was not released: "), "{said}");
+            assert!(said.contains(&format!("\n{expected}\nfor details, type: tf locks show")), "{said}");
         }
     }
 

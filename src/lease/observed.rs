@@ -86,7 +86,7 @@ impl ObservedLease {
             LeaseState::None(reason) => return Err(LeaseDoubt::NotBelieved(reason)),
             LeaseState::Fresh => (Freshness::Fresh, false),
             LeaseState::Lapsed | LeaseState::Claimed => (Freshness::Lapsed, false),
-            LeaseState::ClaimLapsed => (Freshness::Lapsed, true),
+            LeaseState::ClaimLapsed | LeaseState::ClaimLapsedEarly => (Freshness::Lapsed, true),
         };
         let malformed = LeaseDoubt::NotBelieved(NotBelieved::Malformed);
         let age = |since: Timestamp| Duration::try_from(now.duration_since(since)).unwrap_or_default();

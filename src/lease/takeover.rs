@@ -24,6 +24,9 @@ pub(crate) enum LeaseState {
     Claimed,
     /// Another host has claimed the lock, and has not deleted it in the time of a claim.
     ClaimLapsed,
+    /// The same, but the holder's own lease has not lapsed yet. The holder cannot renew it, but may work until its
+    /// deadline.
+    ClaimLapsedEarly,
 }
 
 /// Returns the state of the lease that `record` describes. `now` is the time of the response that contained it.
@@ -50,7 +53,7 @@ pub(crate) fn state(record: Result<&Record, NotBelieved>, now: Timestamp) -> Lea
         (true, false) => LeaseState::Claimed,
         // A person may have claimed the lock of a holder that was renewed just before. It may work for the rest of its
         // lease, because nothing but its own deadline stops it.
-        (true, true) if !holder_has_lapsed => LeaseState::Claimed,
+        (true, true) if !holder_has_lapsed => LeaseState::ClaimLapsedEarly,
         (true, true) => LeaseState::ClaimLapsed,
     }
 }
@@ -78,6 +81,8 @@ pub(crate) enum Obstacle {
     NoLease(NotBelieved),
     Fresh,
     Claimed,
+    /// As [`LeaseState::ClaimLapsedEarly`].
+    ClaimLapsedEarly,
     /// The holder's host cannot stop it in every case ([`Promise::None`]).
     NoFence,
     AnotherRegion,
@@ -105,6 +110,7 @@ pub(crate) fn permission(
         LeaseState::None(reason) => Some(Obstacle::NoLease(reason)),
         LeaseState::Fresh => Some(Obstacle::Fresh),
         LeaseState::Claimed => Some(Obstacle::Claimed),
+        LeaseState::ClaimLapsedEarly => Some(Obstacle::ClaimLapsedEarly),
         LeaseState::Lapsed | LeaseState::ClaimLapsed => None,
     };
     if let Some(obstacle) = obstacle {
@@ -150,7 +156,7 @@ pub(crate) enum WatchStep {
     /// It lapses soon or has lapsed, and must be seen unchanged for some time. The watcher reads everything that must
     /// not change.
     Compare,
-    /// Another host has claimed the lock, and is deleting it.
+    /// Another host has claimed the lock, and may be deleting it.
     WaitForClaim,
     /// The lock may not be taken over. A watcher that has time reads it again later.
     Leave(Obstacle),
@@ -188,6 +194,28 @@ pub(crate) fn watch_step(
             if lapses_soon == Some(true) { WatchStep::Compare } else { WatchStep::Leave(Obstacle::Fresh) }
         }
         Permission::No(obstacle) => WatchStep::Leave(obstacle),
+    }
+}
+
+/// What the start of terraform waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StartWaitsFor {
+    /// Another host has claimed the lock and may be deleting it.
+    Claim,
+    /// The lock must be seen unchanged for the whole `window`, and `missing` is left of it.
+    Quiet { window: Duration, missing: Duration },
+}
+
+/// Whether terraform is started although the lock may be released later. `waited` is how long its start has waited.
+///
+/// A claim alone delays the start by at most [`CLAIM_LENGTH`] and the tolerance for the clocks. But each of many runs
+/// that cannot delete the lock may claim it in turn, so the start waits for two claims at most. A quiet window begins
+/// anew with each change, for example of a state that somebody writes without a lock, and with each failed read. So the
+/// start waits for three windows at most, and for the first slow reads.
+pub(crate) fn is_start_due(waits_for: StartWaitsFor, waited: Duration) -> bool {
+    match waits_for {
+        StartWaitsFor::Claim => waited > Terms::of_claim().lapse_time() * 2,
+        StartWaitsFor::Quiet { window, missing } => waited + missing > window * 3 + MAX_READ_GAP * 2,
     }
 }
 
@@ -450,8 +478,10 @@ mod tests {
             (400, Some(0), LeaseState::Claimed),
             (400, Some(70), LeaseState::Claimed),
             (400, Some(71), LeaseState::ClaimLapsed),
-            (310, Some(71), LeaseState::Claimed),
-            (310, Some(310), LeaseState::Claimed),
+            (310, Some(70), LeaseState::Claimed),
+            (310, Some(71), LeaseState::ClaimLapsedEarly),
+            (310, Some(310), LeaseState::ClaimLapsedEarly),
+            (0, Some(3600), LeaseState::ClaimLapsedEarly),
             (311, Some(311), LeaseState::ClaimLapsed),
             (400, Some(-11), LeaseState::None(NotBelieved::Future)),
         ] {
@@ -511,16 +541,50 @@ mod tests {
             (1201, None, Promise::None, true, WatchStep::Leave(Obstacle::NoFence)),
             (1201, None, Promise::Stop, false, WatchStep::Leave(Obstacle::AnotherRegion)),
             (400, Some(70), Promise::Stop, true, WatchStep::WaitForClaim),
+            // The taker may still be at work, and later the lock is left whatever the record promises.
+            (400, Some(70), Promise::None, false, WatchStep::WaitForClaim),
+            (310, Some(70), Promise::Stop, true, WatchStep::WaitForClaim),
+            (310, Some(71), Promise::Stop, true, WatchStep::Leave(Obstacle::ClaimLapsedEarly)),
+            (310, Some(71), Promise::None, true, WatchStep::Leave(Obstacle::ClaimLapsedEarly)),
+            (311, Some(71), Promise::None, true, WatchStep::Leave(Obstacle::NoFence)),
+            (311, Some(71), Promise::Stop, true, WatchStep::Claim),
             (400, Some(71), Promise::Stop, true, WatchStep::Claim),
         ] {
             let record = record(age, claimed, fence);
             let step = |notice| watch_step(Ok(&record), now(), same_region, notice);
             assert_eq!(step(Some(Duration::from_secs(5))), expected, "{age} {claimed:?} {fence:?} {same_region}");
-            let without = if age < 311 { WatchStep::Leave(Obstacle::Fresh) } else { expected };
+            let is_fresh = age < 311 && claimed.is_none();
+            let without = if is_fresh { WatchStep::Leave(Obstacle::Fresh) } else { expected };
             assert_eq!(step(None), without, "{age} {claimed:?} {fence:?} {same_region}");
         }
         let step = watch_step(Err(NotBelieved::Format), now(), true, Some(Duration::from_hours(1)));
         assert_eq!(step, WatchStep::Leave(Obstacle::NoLease(NotBelieved::Format)));
+    }
+
+    #[test]
+    fn the_start_of_terraform_waits_for_two_claims_or_three_quiet_windows_at_most() {
+        let at = Duration::from_secs;
+        for (waited, expected) in [(0, false), (70, false), (140, false), (141, true), (10_000, true)] {
+            assert_eq!(is_start_due(StartWaitsFor::Claim, at(waited)), expected, "{waited}");
+        }
+        for (window, missing, waited, expected) in [
+            (13, 13, 0, false),
+            (13, 13, 36, false),
+            // Not even a window without a change would end in time.
+            (13, 13, 37, true),
+            (13, 1, 37, false),
+            (13, 1, 49, true),
+            (90, 90, 190, false),
+            (90, 90, 191, true),
+            (90, 1, 280, true),
+        ] {
+            let waits_for = StartWaitsFor::Quiet { window: at(window), missing: at(missing) };
+            assert_eq!(is_start_due(waits_for, at(waited)), expected, "{window} {missing} {waited}");
+        }
+        // The holder has one window to renew in, and one more write in flight may arrive in it.
+        let window = Terms::new(at(3600)).unwrap().quiet_window(Duration::ZERO);
+        let twice = StartWaitsFor::Quiet { window, missing: Duration::from_millis(1) };
+        assert!(!is_start_due(twice, window * 2));
     }
 
     #[test]

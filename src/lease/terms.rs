@@ -91,16 +91,21 @@ impl Terms {
         CLOCK_TOLERANCE.min(self.length / 6)
     }
 
+    /// How long after its renewal a lease lapses, as others see it.
+    pub(crate) fn lapse_time(self) -> Duration {
+        self.length + self.clock_tolerance()
+    }
+
     /// Whether a lease has lapsed that was renewed at `renewed`. `now` is the time of the response that contained it.
     /// Both are times of the service.
     pub(crate) fn has_lapsed(self, renewed: Timestamp, now: Timestamp) -> bool {
-        now.duration_since(renewed) > signed(self.length + self.clock_tolerance())
+        now.duration_since(renewed) > signed(self.lapse_time())
     }
 
     /// Returns how long it takes until a lease lapses that was renewed at `renewed`. Zero if it has lapsed. The arguments
     /// are those of [`Terms::has_lapsed`].
     pub(crate) fn time_to_lapse(self, renewed: Timestamp, now: Timestamp) -> Duration {
-        let left = signed(self.length + self.clock_tolerance()).saturating_sub(now.duration_since(renewed));
+        let left = signed(self.lapse_time()).saturating_sub(now.duration_since(renewed));
         Duration::try_from(left).unwrap_or_default()
     }
 

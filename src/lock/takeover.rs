@@ -26,8 +26,8 @@ use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
     AfterFailure, AfterGaps, AttemptFailure, Circumstances, Constancy, DeleteResult, DeletedBy, Obstacle, Permission,
-    ReadTimes, TakerStep, Unchanged, WatchStep, after_failure, after_gaps, deleted_by, is_exclusive, permission,
-    watch_step,
+    ReadTimes, StartWaitsFor, TakerStep, Unchanged, WatchStep, after_failure, after_gaps, deleted_by, is_exclusive,
+    is_start_due, permission, watch_step,
 };
 use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
@@ -171,6 +171,8 @@ pub(crate) enum Reason {
     Failure(Failure),
     /// The time between two reads of the lock was so long, again and again, that it cannot be watched.
     TooSlow(Duration),
+    /// The lock was not seen unchanged for long enough. The start of terraform has waited for this time.
+    Unsettled(Duration),
     /// The claim or the delete has failed.
     NotTaken(Failure),
     /// The delete was requested. Its response, and that to the read after it, was lost.
@@ -403,6 +405,7 @@ struct Beside {
 enum Reported {
     Watches,
     WaitsFor,
+    Leaves,
 }
 
 /// Whether a lock in the table may be taken over. A global table is treated as for a release.
@@ -579,12 +582,16 @@ impl<'a> Watch<'a> {
             WatchStep::Leave(obstacle @ (Obstacle::NoFence | Obstacle::AnotherRegion)) => {
                 return Ok(self.leaves(lapsed, &Reason::Obstacle(obstacle), report));
             }
+            WatchStep::Leave(Obstacle::ClaimLapsedEarly) => return Ok(self.leaves_claim(lapsed, report)),
             WatchStep::Leave(_) => {
                 if let Some((Reported::Watches, before)) = &self.lapsed {
                     report(Progress::Renewed(before));
                 }
                 self.lapsed = None;
                 return Ok(self.leave());
+            }
+            WatchStep::WaitForClaim if self.is_start_due(StartWaitsFor::Claim) => {
+                return Ok(self.leaves_claim(lapsed, report));
             }
             WatchStep::WaitForClaim => {
                 if let Some(claim) = &seen.taken
@@ -653,6 +660,10 @@ impl<'a> Watch<'a> {
                 self.leave()
             }
             Permission::Yes => Next::Decided(Decision::Take(Box::new((lock, lapsed)))),
+            Permission::Wait(missing) if self.is_start_due_without_quiet(&lapsed, &circumstances, missing) => {
+                report(Progress::Leaves(&lapsed, &Reason::Unsettled(self.begun.elapsed())));
+                self.leave()
+            }
             Permission::Wait(missing) => {
                 if !is_watched {
                     report(Progress::Watches(&lapsed, missing));
@@ -759,6 +770,28 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Whether terraform must start now, if its start waits for this taker.
+    fn is_start_due(&self, waits_for: StartWaitsFor) -> bool {
+        self.taker.until == Until::Decided && is_start_due(waits_for, self.begun.elapsed())
+    }
+
+    /// Whether terraform must start now although the lock was not seen unchanged for long enough. `missing` is the time
+    /// that is missing.
+    fn is_start_due_without_quiet(&self, lapsed: &Lapsed, circumstances: &Circumstances, missing: Duration) -> bool {
+        let window = lapsed.record.terms().map(|terms| terms.quiet_window(circumstances.response_time));
+        window.is_some_and(|window| self.is_start_due(StartWaitsFor::Quiet { window, missing }))
+    }
+
+    /// What follows if another host has claimed the lock and does not delete it. Reports that once, if the claim was
+    /// waited for. If it was not, the explanation of the refusal or of the wait names the claim.
+    fn leaves_claim(&mut self, lapsed: Lapsed, report: &mut impl FnMut(Progress<'_>)) -> Next {
+        if matches!(self.lapsed, Some((Reported::WaitsFor, _))) {
+            report(Progress::Leaves(&lapsed, &Reason::Obstacle(Obstacle::ClaimLapsedEarly)));
+            self.lapsed = Some((Reported::Leaves, lapsed));
+        }
+        self.leave()
+    }
+
     /// Counts a read after which the lock was `seen`. Reports once that the service is too slow, if it is. Returns what
     /// follows if the watch is over.
     fn after_gap(&mut self, seen: Constancy, lapsed: &Lapsed, report: &mut impl FnMut(Progress<'_>)) -> Option<Next> {
@@ -779,7 +812,7 @@ impl<'a> Watch<'a> {
         if self.lapsed.is_none() {
             report(Progress::Leaves(&lapsed, reason));
         }
-        self.lapsed = Some((Reported::WaitsFor, lapsed));
+        self.lapsed = Some((Reported::Leaves, lapsed));
         self.leave()
     }
 

@@ -584,14 +584,92 @@ for_each_lock!(of_two_takers_one_takes);
 fn a_claim_that_has_lapsed_is_taken_over() {
     for lock in [Lock::DynamoDb, Lock::Both] {
         let env = leased(lock, "5m");
-        let mut claimed = record(400, 300);
-        claimed["taken"] =
-            json!({ "by": "https://ci.example/job/8", "at": jiff::Timestamp::now().as_second() - 65, "number": 1 });
-        env.lock_with_lease(&claimed);
+        env.lock_with_lease(&claimed_record(400, 300, 65));
         let end = env.run(Subject::Tf, &PLAN);
         assert_taken(&env, &end);
         assert!(end.err.contains("https://ci.example/job/8 is releasing that lock"), "{}", env.dump(&end));
     }
+}
+
+/// The lease record of a lock that another host has claimed `claimed` seconds ago. The holder renewed its lease `age`
+/// seconds ago.
+fn claimed_record(age: i64, length: u64, claimed: i64) -> Value {
+    let mut record = record(age, length);
+    record["taken"] =
+        json!({ "by": "https://ci.example/job/8", "at": jiff::Timestamp::now().as_second() - claimed, "number": 1 });
+    record
+}
+
+/// A person has claimed the lock of a holder that had just renewed its lease, and could not delete it. The lock may not
+/// be taken for the rest of the lease, so terraform starts and is refused.
+#[test]
+fn a_claim_that_stays_before_the_lease_has_lapsed_does_not_delay_the_start_of_terraform() {
+    let run = |lock: Lock, fence: &str, claimed: i64| {
+        let env = leased(lock, "5m");
+        let mut record = claimed_record(claimed + 5, 3600, claimed);
+        record["fence"] = fence.into();
+        env.lock_with_lease(&record);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        // Its taker may be finishing until the claim is 70 s old.
+        let is_waited_for = claimed < 70;
+        let said = "https://ci.example/job/8 is releasing that lock; waiting for that";
+        assert_eq!(end.err.matches(said).count(), usize::from(is_waited_for), "{}", env.dump(&end));
+        let left = "its holder cannot renew the lease, which lapses in 58 min";
+        assert_eq!(end.err.matches(left).count(), usize::from(is_waited_for), "{}", env.dump(&end));
+        assert!(
+            end.err.contains("and has not released it") || end.err.contains("but has not released it"),
+            "{}",
+            env.dump(&end)
+        );
+    };
+    std::thread::scope(|scope| {
+        for (lock, fence, claimed) in [
+            (Lock::DynamoDb, "stop", 75),
+            (Lock::Both, "none", 75),
+            (Lock::DynamoDb, "none", 64),
+            (Lock::Both, "stop", 64),
+        ] {
+            scope.spawn(move || run(lock, fence, claimed));
+        }
+    });
+}
+
+/// The claim lapses, and then the lease of the holder, while terraform waits.
+#[test]
+fn a_lock_with_a_claim_that_stays_is_taken_when_the_lease_has_lapsed_while_terraform_waits() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let env = leased(lock, "5s");
+        env.lock_with_lease(&claimed_record(300, 300, 75));
+        let end = env.run(Subject::Tf, &["plan", "-no-color", "-lock-timeout=1m"]);
+        assert_taken(&env, &end);
+        assert!(!end.err.contains("waiting for that"), "{}", env.dump(&end));
+    }
+}
+
+/// A program writes the state without a lock, again and again. Terraform starts and is refused.
+#[test]
+fn a_state_that_keeps_changing_does_not_delay_the_start_of_terraform_for_ever() {
+    let env = leased(Lock::Both, "5s");
+    env.lock_with_lease(&record(8, 5));
+    let run = env.start(Subject::Tf, &PLAN);
+    let ended = AtomicBool::new(false);
+    let end = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The count ends the thread also if the test fails.
+            for serial in (1..300).take_while(|_| !ended.load(Ordering::Relaxed)) {
+                let state = json!({ "version": 4, "serial": serial, "lineage": "l", "terraform_version": "1.11.4", "outputs": {}, "resources": [] });
+                cloud().s3("PUT", &env.path(), state.to_string().as_bytes());
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let end = run.wait();
+        ended.store(true, Ordering::Relaxed);
+        end
+    });
+    assert_not_taken(&env, &end);
+    assert_eq!(end.err.matches("tf has not seen the lock and the state unchanged").count(), 1, "{}", env.dump(&end));
+    assert!(end.err.contains(&format!("type: tf locks release {LEASED}")), "{}", env.dump(&end));
 }
 
 /// The holder was not gone: it renews its lease while the lock is watched.
