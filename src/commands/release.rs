@@ -4,6 +4,7 @@
 //! evidence again. A lock that was released and acquired again in the meantime is another lock: it is shown and not
 //! deleted.
 
+use crate::aws::failure::Failure;
 use crate::console;
 use std::io::IsTerminal;
 
@@ -24,10 +25,12 @@ use crate::holder::host::HostView;
 use crate::holder::next_step::ReportKind;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
+use crate::lease::takeover::TakeStage;
 use crate::lock::leased::LeaseRead;
 use crate::lock::release_step::QUIET_WINDOW;
 use crate::lock::stores::{Removed, StoreKey, StoredLock};
 use crate::lock::takeover::{self, Taken};
+use crate::sys::signals::Uninterrupted;
 use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -364,7 +367,7 @@ impl Release {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
                 Ok(Removed::Gone(_) | Removed::GoneBefore) => {
-                    half = "\nthe other part of the lock was deleted, but this part still refuses every run";
+                    half = HALF;
                 }
                 Ok(Removed::Anothers) => gone = false,
                 Ok(Removed::Refused) => return Err(refuses_to_delete(&place)),
@@ -387,6 +390,7 @@ impl Release {
         let item = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }));
         let object = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::S3 { .. }));
         let Some((item, shown)) = item else { return Ok(None) };
+        let object = object.map(|(store_key, _)| store_key);
         let failed = |failure| Trouble::failed(failure, &visible(&item.describe()), &reach.stores);
         for _ in 0..CLAIM_ATTEMPTS {
             let LeaseRead { lock: now, date } = reach.stores.read_lease(item).await.map_err(failed)?;
@@ -400,8 +404,16 @@ impl Release {
                 return Ok(Some(Taken::Changed));
             }
             let by = takeover_process::by();
-            let object = object.map(|(store_key, _)| store_key);
-            let taken = takeover::release_item(&reach.stores, item, object, &now, (&by, date)).await.map_err(failed)?;
+            // A claim without a delete stops a holder that is alive, and the lock stays.
+            let uninterrupted = Uninterrupted::begin();
+            let taken = takeover::release_item(&reach.stores, item, object, &now, (&by, date)).await;
+            drop(uninterrupted);
+            let taken = taken.map_err(|(failure, stage)| {
+                let part = object.filter(|_| stage == TakeStage::Object).unwrap_or(item);
+                let follows = after_failed_claim(stage, &failure, object.is_some());
+                let trouble = Trouble::failed(failure, &visible(&part.describe()), &reach.stores);
+                if follows.is_empty() { trouble } else { Trouble::Said(format!("{trouble}{follows}")) }
+            })?;
             // A holder that is alive may renew its lease in between. `--force` means this holder too.
             if taken != Taken::Changed || self.force.is_none() {
                 return Ok(Some(taken));
@@ -427,6 +439,21 @@ impl Release {
             Err(trouble) => console::say(&trouble.to_string()),
         }
         Ok(Finding::Failed)
+    }
+}
+
+/// What follows if one part of a lock was deleted, and the delete of the other part has failed.
+const HALF: &str = "\nthe other part of the lock was deleted, but this part still refuses every run";
+
+/// Returns what is true after a request of the step `stage` has failed with `failure`: empty, or lines that begin with a
+/// line feed. A claim that the service has refused is not stored. `has_object` is whether the lock had an object.
+fn after_failed_claim(stage: TakeStage, failure: &Failure, has_object: bool) -> String {
+    const STOPS: &str = "its holder cannot renew the lease, and terraform is stopped if it is still running";
+    match (stage, failure.is_final(), has_object) {
+        (TakeStage::Claim, true, _) => String::new(),
+        (TakeStage::Claim, false, _) => format!("\nthe lock may be claimed now: if it is, {STOPS}"),
+        (TakeStage::Item, _, true) => format!("{HALF}\nthe lock is claimed now: {STOPS}"),
+        (TakeStage::Object | TakeStage::Item, ..) => format!("\nthe lock is claimed now: {STOPS}"),
     }
 }
 
@@ -462,6 +489,22 @@ mod tests {
                     };
                     assert_eq!(is_still_allowed(shown, now, consent), expected, "{shown:?} {now:?} {consent:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_failure_after_the_claim_says_that_the_holder_stops_and_which_part_is_gone() {
+        for stage in [TakeStage::Claim, TakeStage::Object, TakeStage::Item] {
+            for (is_final, has_object) in [(false, false), (false, true), (true, false), (true, true)] {
+                let failure = if is_final { Failure::refusal("S3", "x") } else { Failure::no_answer("S3", "x") };
+                let said = after_failed_claim(stage, &failure, has_object);
+                let is_claim = stage == TakeStage::Claim;
+                assert_eq!(said.contains("the lock is claimed now"), !is_claim, "{said}");
+                assert_eq!(said.contains("the lock may be claimed now"), is_claim && !is_final, "{said}");
+                assert_eq!(said.contains(HALF), stage == TakeStage::Item && has_object, "{said}");
+                assert_eq!(said.is_empty(), is_claim && is_final, "{said}");
+                assert!(said.is_empty() || said.starts_with('\n'), "{said}");
             }
         }
     }

@@ -377,6 +377,27 @@ impl DeleteResult {
     }
 }
 
+/// The last step that a taker of a lock with an item has begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum TakeStage {
+    /// It sends its claim. A request whose response is missing may have stored it.
+    #[default]
+    Claim,
+    /// The lock is claimed. It deletes the object.
+    Object,
+    /// The object is gone, or there was none. It deletes the item.
+    Item,
+}
+
+/// What is known about the requests with which a taker takes one lock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TakeRequests {
+    /// If a request fails, it is one of this step.
+    pub(crate) stage: TakeStage,
+    /// The result of the deletes of the item, or of an object alone.
+    pub(crate) deleted: DeleteResult,
+}
+
 /// Who has deleted a lock that a taker has tried to take, as far as the taker knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeletedBy {

@@ -14,7 +14,7 @@ use crate::aws::failure::Failure;
 use crate::crash_point;
 use crate::lease::observed::ObservedLease;
 use crate::lease::record::{Claim, NotBelieved, Record};
-use crate::lease::takeover::{AfterClaim, DeleteResult};
+use crate::lease::takeover::{AfterClaim, TakeRequests, TakeStage};
 use crate::terraform::lock_info::LockInfo;
 
 /// A lock and its lease record, as one consistent read found them. Two of them are equal if neither the lock nor its
@@ -338,7 +338,7 @@ impl Stores {
 
     /// Deletes a lock that this process has claimed: first its object at `object`, if that is part of the same lock,
     /// and then its item at `item`, on the condition that it still has the claim. `claimed` is the lock as it was read
-    /// after the claim. Notes in `result` what is known about the delete of the item.
+    /// after the claim. Notes in `requests` what is known about them.
     ///
     /// # Errors
     /// Returns a [`Failure`] if a request fails for a reason other than its condition. A part of the lock may have been
@@ -348,7 +348,7 @@ impl Stores {
         item: &StoreKey,
         object: Option<&StoreKey>,
         claimed: &LeasedLock,
-        result: &mut DeleteResult,
+        requests: &mut TakeRequests,
     ) -> Result<Removed, Failure> {
         let taken = claimed.record.as_ref().and_then(|record| record.as_ref().ok()?.taken.as_ref());
         let (StoreKey::DynamoDb { table, key, .. }, Some(attributes), Some(info), Some(claim)) =
@@ -356,15 +356,18 @@ impl Stores {
         else {
             return Err(Failure::refusal(item.service(), "only an item with a claim can be deleted"));
         };
+        requests.stage = TakeStage::Object;
         if let Some(object) = object
             && self.remove_if_of(object, &info.id).await? == Removed::Refused
         {
             return Ok(Removed::Refused);
         }
         crash_point::reached("takeover: deleted the object");
+        requests.stage = TakeStage::Item;
         for _ in 0..ATTEMPTS {
             let key = ItemKey { table, path: key };
-            let deleted = noted(result, dynamodb::delete_claimed(&self.dynamodb, key, attributes)).await?;
+            let deleted =
+                noted(&mut requests.deleted, dynamodb::delete_claimed(&self.dynamodb, key, attributes)).await?;
             let now = self.read_lease_surely(item).await?;
             match after_claim(claim, claimed, now.lock.as_ref()) {
                 None => return Err(no_lock(item)),

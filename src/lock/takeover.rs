@@ -26,8 +26,8 @@ use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
     AfterFailure, AfterGaps, AttemptFailure, Circumstances, Constancy, DeleteResult, DeletedBy, Obstacle, Permission,
-    ReadTimes, StartWaitsFor, TakerStep, Unchanged, WatchStep, after_failure, after_gaps, deleted_by, is_exclusive,
-    is_start_due, permission, watch_step,
+    ReadTimes, StartWaitsFor, TakeRequests, TakeStage, TakerStep, Unchanged, WatchStep, after_failure, after_gaps,
+    deleted_by, is_exclusive, is_start_due, permission, watch_step,
 };
 use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
@@ -378,7 +378,7 @@ struct SentDeletes {
     lapsed: Lapsed,
     /// The lock as it was read before the first of them, or before the claim.
     lock: LeasedLock,
-    result: DeleteResult,
+    requests: TakeRequests,
 }
 
 /// What must not change beside the lock: everything that a request of the holder in flight would change.
@@ -497,7 +497,7 @@ impl<'a> Watch<'a> {
                     connect::forget_credentials(&self.location.backend);
                 }
                 let reason: fn(Failure) -> Reason = match &self.sent {
-                    Some(SentDeletes { result: DeleteResult::NotSent, .. }) => Reason::NotTaken,
+                    Some(sent) if sent.requests.deleted == DeleteResult::NotSent => Reason::NotTaken,
                     Some(_) => Reason::Unknown,
                     None => Reason::Failure,
                 };
@@ -703,14 +703,14 @@ impl<'a> Watch<'a> {
         if !is_gone {
             let is_claimed = now.and_then(record_of).is_some_and(|record| is_own(self.claim.as_ref(), record));
             if is_claimed || now == Some(&sent.lock) {
-                sent.result = sent.result.after_the_lock_was_seen();
+                sent.requests.deleted = sent.requests.deleted.after_the_lock_was_seen();
             } else {
                 self.sent = None;
             }
             return false;
         }
         let has_claim = self.claim.as_ref().zip(date).is_some_and(|(claim, date)| is_exclusive(claim, date));
-        let by = deleted_by(sent.result, has_claim);
+        let by = deleted_by(sent.requests.deleted, has_claim);
         if by != DeletedBy::Another {
             report(Progress::of_gone(by, &sent.lapsed));
             self.lapsed = None;
@@ -721,7 +721,7 @@ impl<'a> Watch<'a> {
 
     /// Reads the lock once more, if this taker has sent a delete whose result it does not know.
     async fn look_after_delete(&mut self, report: &mut impl FnMut(Progress<'_>)) -> AfterDelete {
-        if self.sent.as_ref().is_none_or(|sent| sent.result == DeleteResult::NotSent) {
+        if self.sent.as_ref().is_none_or(|sent| sent.requests.deleted == DeleteResult::NotSent) {
             return AfterDelete::Held;
         }
         match self.within(EXPLANATION_TIMEOUT, self.stores.read_lease_surely(&self.part)).await {
@@ -935,19 +935,19 @@ impl<'a> Watch<'a> {
         let sent = self.sent.get_or_insert_with(|| SentDeletes {
             lapsed: lapsed.clone(),
             lock: lock.clone(),
-            result: DeleteResult::NotSent,
+            requests: TakeRequests::default(),
         });
         if matches!(self.part, StoreKey::S3 { .. }) {
-            return take_object(self.stores, &self.part, lock, &mut sent.result).await;
+            return take_object(self.stores, &self.part, lock, &mut sent.requests.deleted).await;
         }
         let parts = ItemAndObject { item: &self.part, object: self.object.as_ref() };
         if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
             let end = lapsed.now.checked_add(MAX_REST_WAIT + TAKE_TIMEOUT).unwrap_or(lapsed.now);
-            return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.result).await;
+            return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.requests).await;
         }
         let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };
         self.claim = Some(claim.clone());
-        claim_and_delete(self.stores, parts, lock, &claim, &mut sent.result).await
+        claim_and_delete(self.stores, parts, lock, &claim, &mut sent.requests).await
     }
 }
 
@@ -964,18 +964,26 @@ struct ItemAndObject<'a> {
 /// it stops. `by` is as [`Claim::by`], and `now` is the service's time when `lock` was read.
 ///
 /// # Errors
-/// Returns a [`Failure`] if a request fails for a reason other than its condition. The lock may be claimed, or a part
-/// of it may be deleted, nevertheless.
+/// Returns a [`Failure`] if a request fails for a reason other than its condition, or if the requests take too long. The
+/// step in which that happened says whether the lock is claimed, and which part may be deleted.
 pub(crate) async fn release_item(
     stores: &Stores,
     item: &StoreKey,
     object: Option<&StoreKey>,
     lock: &LeasedLock,
     (by, now): (&str, Timestamp),
-) -> Result<Taken, Failure> {
+) -> Result<Taken, (Failure, TakeStage)> {
     let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random() };
-    let mut result = DeleteResult::NotSent;
-    claim_and_delete(stores, ItemAndObject { item, object }, lock, &claim, &mut result).await
+    let mut requests = TakeRequests::default();
+    let work = claim_and_delete(stores, ItemAndObject { item, object }, lock, &claim, &mut requests);
+    let taken = timeout(TAKE_TIMEOUT, Box::pin(work)).await;
+    let stage = requests.stage;
+    let part = match (stage, object) {
+        (TakeStage::Object, Some(object)) => object,
+        _ => item,
+    };
+    let silence = |_| Err(Failure::no_answer(part.service(), "the request timed out"));
+    taken.unwrap_or_else(silence).map_err(|failure| (failure, stage))
 }
 
 enum Next {
@@ -999,23 +1007,23 @@ fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// Claims the item `lock`, and deletes both parts of the lock. Notes in `result` what is known about the delete of the
-/// item.
+/// Claims the item `lock`, and deletes both parts of the lock. Notes in `requests` what is known about them.
 async fn claim_and_delete(
     stores: &Stores,
     parts: ItemAndObject<'_>,
     lock: &LeasedLock,
     claim: &Claim,
-    result: &mut DeleteResult,
+    requests: &mut TakeRequests,
 ) -> Result<Taken, Failure> {
     let item = parts.item;
+    requests.stage = TakeStage::Claim;
     crash_point::reached("takeover: before the claim");
     for _ in 0..ATTEMPTS {
         let (after, read) = stores.claim(item, lock, claim).await?;
         match (after.next(), &read.lock) {
             (TakerStep::Delete, Some(claimed)) => {
                 crash_point::reached("takeover: claimed");
-                return delete(stores, parts, claimed, true, result).await;
+                return delete(stores, parts, claimed, true, requests).await;
             }
             (TakerStep::Done, _) => return Ok(Taken::Gone(DeletedBy::Another)),
             (TakerStep::LookAgain, _) => return Ok(Taken::Changed),
@@ -1032,12 +1040,12 @@ async fn delete(
     ItemAndObject { item, object }: ItemAndObject<'_>,
     claimed: &LeasedLock,
     is_exclusive: bool,
-    result: &mut DeleteResult,
+    requests: &mut TakeRequests,
 ) -> Result<Taken, Failure> {
-    let removed = stores.delete_claimed(item, object, claimed, result).await?;
+    let removed = stores.delete_claimed(item, object, claimed, requests).await?;
     crash_point::reached("takeover: deleted");
     match removed {
-        Removed::Gone(_) | Removed::GoneBefore => Ok(Taken::Gone(deleted_by(*result, is_exclusive))),
+        Removed::Gone(_) | Removed::GoneBefore => Ok(Taken::Gone(deleted_by(requests.deleted, is_exclusive))),
         // Only another taker changes a claimed lock, and only after the claim has lapsed.
         Removed::Anothers => Ok(Taken::Changed),
         Removed::Refused => {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::aws::credentials::Purpose;
 use crate::lease::record::{Claim, Holder, Promise, Record, Renewal};
-use crate::lease::takeover::{AfterClaim, DeleteResult};
+use crate::lease::takeover::{AfterClaim, TakeRequests};
 use crate::lease::terms::Terms;
 use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
 use crate::lock::probe::IfMatch;
@@ -74,8 +74,8 @@ impl Fixture {
 
     fn delete_claimed(&self, claimed: &LeasedLock) -> Removed {
         let object = (self.env.lock == Lock::Both).then(|| self.object());
-        let mut result = DeleteResult::default();
-        self.runtime.block_on(self.stores.delete_claimed(&self.place, object.as_ref(), claimed, &mut result)).unwrap()
+        let mut requests = TakeRequests::default();
+        self.runtime.block_on(self.stores.delete_claimed(&self.place, object.as_ref(), claimed, &mut requests)).unwrap()
     }
 
     /// Returns the whole item, as the service sends it.

@@ -901,6 +901,51 @@ fn a_person_who_releases_it_claims_it(lock: Lock) {
 }
 for_each_lock!(a_person_who_releases_it_claims_it);
 
+/// The credentials permit the claim of the lock, and not the delete of one of its parts. The command says which part that
+/// is, that the holder stops, and whether the other part is gone.
+#[test]
+fn a_release_that_cannot_delete_what_it_has_claimed_says_what_follows() {
+    const CLAIMED: &str = "the lock is claimed now: its holder cannot renew the lease";
+    const HALF: &str = "the other part of the lock was deleted";
+    for (lock, is_item_denied, said, is_half_gone) in [
+        (Lock::DynamoDb, true, "lack dynamodb:DeleteItem on DynamoDB table ", false),
+        (Lock::Both, true, "lack dynamodb:DeleteItem on DynamoDB table ", true),
+        (Lock::Both, false, "lack s3:DeleteObject on S3 bucket ", false),
+    ] {
+        let mut env = leased(lock, "5m");
+        env.lock_with_lease(&record(10, 3600));
+        let _proxy = through(&mut env, move |request| {
+            let is_denied = deletes(request) && is_dynamodb(request, ".DeleteItem") == is_item_denied;
+            if is_denied { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+        });
+        let end = env.run(Subject::Tf, &["locks", "release", "--force", LEASED]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.err.contains(said) && end.err.contains(CLAIMED), "{said}: {}", env.dump(&end));
+        assert_eq!(end.err.contains(HALF), is_half_gone, "{}", env.dump(&end));
+        assert_eq!(env.locks().len(), if lock == Lock::Both && !is_half_gone { 2 } else { 1 }, "{}", env.dump(&end));
+    }
+}
+
+/// A person presses ^C when the lock is claimed and not yet deleted.
+#[test]
+fn a_request_to_stop_does_not_end_a_release_between_the_claim_and_the_delete() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut env = leased(Lock::DynamoDb, "5m");
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let proxy =
+            Proxy::start(cloud().port, |request| if deletes(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+        let run = env.start(Subject::Tf, &["locks", "release", "--yes", LEASED]);
+        proxy.wait_until_held();
+        run.send(signal);
+        proxy.let_go();
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
+        env.assert_unlocked();
+    }
+}
+
 /// The host of a dead run comes back after its lock was taken over, or it recovers the run before that.
 #[test]
 fn a_recovery_and_a_takeover_release_a_lock_once() {

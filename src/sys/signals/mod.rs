@@ -226,6 +226,25 @@ impl AsFd for Signals {
     }
 }
 
+/// While this exists, the process ignores a request to stop: SIGINT, SIGTERM and SIGHUP. One that arrives is discarded.
+/// For a few requests that must not end half-way.
+#[must_use]
+pub(crate) struct Uninterrupted([(Signal, disposition::Disposition); 3]);
+
+impl Uninterrupted {
+    pub(crate) fn begin() -> Self {
+        Self([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].map(|signal| (signal, disposition::set_ignored(signal))))
+    }
+}
+
+impl Drop for Uninterrupted {
+    fn drop(&mut self) {
+        for (signal, before) in &self.0 {
+            disposition::restore(*signal, before);
+        }
+    }
+}
+
 /// Sets `signal` to its default action, so that the signal can kill this process.
 pub(crate) fn default_action(signal: Signal) {
     disposition::set_default(signal);
