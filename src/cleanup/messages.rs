@@ -482,6 +482,12 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
         Progress::Took(lapsed) => {
             format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
         }
+        Progress::LeftObject(object) => format!(
+            "there is an object that tf could not look at: {}\npermission denied: s3:GetObject\nif it is a part of the \
+             released lock, it still refuses every run whose backend sets use_lockfile\nwith that permission, type: {}",
+            visible(&object.describe()),
+            command("list")
+        ),
         Progress::MayHaveTaken(lapsed) => format!(
             "the lock is gone: {}; {}\n{DELETE_UNANSWERED}, so another process may have deleted it",
             lock(&lapsed.info),

@@ -396,6 +396,8 @@ pub(crate) struct TakeRequests {
     pub(crate) stage: TakeStage,
     /// The result of the deletes of the item, or of an object alone.
     pub(crate) deleted: DeleteResult,
+    /// Whether there is an object that may be a part of the lock, and that these credentials may not read. It was left.
+    pub(crate) is_object_unread: bool,
 }
 
 /// Who has deleted a lock that a taker has tried to take, as far as the taker knows.

@@ -52,6 +52,43 @@ pub(crate) struct LeaseRead {
     pub(crate) date: Option<Timestamp>,
 }
 
+/// The object of a lock with an item, as a part to be deleted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ObjectPart<'a> {
+    /// The object was found, or locks with this backend have one. The item stays if the object cannot be read.
+    Known(&'a StoreKey),
+    /// Locks with this backend have no object. A run with another backend block may have put one, which would stay
+    /// without its record if only the item was deleted. But this backend needs no permission for objects, and the
+    /// bucket need not exist.
+    OfAnotherBackend(&'a StoreKey),
+}
+
+/// What to do with an object that may be a part of the lock of another backend ([`ObjectPart::OfAnotherBackend`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ObjectStep {
+    /// It is a part of the lock.
+    Delete,
+    /// There is none, or it is not a part of the lock.
+    Leave,
+    /// These credentials may not read it. S3 refuses the read of an object that does not exist too, so only a listing
+    /// shows whether there is one.
+    List,
+}
+
+/// Decides what to do with the object of another backend, for the delete of the lock `id`.
+///
+/// # Errors
+/// Returns the failure of the `read` if it does not show whether there is such an object.
+fn object_step(read: Result<Option<&StoredLock>, Failure>, id: &str) -> Result<ObjectStep, Failure> {
+    Ok(match read {
+        Ok(stored) if stored.and_then(StoredLock::info).is_some_and(|info| info.id == id) => ObjectStep::Delete,
+        Ok(_) => ObjectStep::Leave,
+        Err(failure) if failure.cause().excludes_locks() => ObjectStep::Leave,
+        Err(failure) if failure.denied().is_some() => ObjectStep::List,
+        Err(failure) => return Err(failure),
+    })
+}
+
 /// One part of a lock, for a person or a program that looks at it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct StoredPart {
@@ -346,7 +383,7 @@ impl Stores {
     pub(crate) async fn delete_claimed(
         &self,
         item: &StoreKey,
-        object: Option<&StoreKey>,
+        object: Option<ObjectPart<'_>>,
         claimed: &LeasedLock,
         requests: &mut TakeRequests,
     ) -> Result<Removed, Failure> {
@@ -357,9 +394,22 @@ impl Stores {
             return Err(Failure::refusal(item.service(), "only an item with a claim can be deleted"));
         };
         requests.stage = TakeStage::Object;
-        if let Some(object) = object
-            && self.remove_if_of(object, &info.id).await? == Removed::Refused
-        {
+        let is_refused = match object {
+            None => false,
+            Some(ObjectPart::Known(object)) => self.remove_if_of(object, &info.id).await? == Removed::Refused,
+            Some(ObjectPart::OfAnotherBackend(object)) => {
+                let read = self.read_lease(object).await;
+                match object_step(read.as_ref().map(stored_of).map_err(Clone::clone), &info.id)? {
+                    ObjectStep::Delete => self.remove_if_of(object, &info.id).await? == Removed::Refused,
+                    ObjectStep::Leave => false,
+                    ObjectStep::List => {
+                        requests.is_object_unread = self.is_listed(object).await;
+                        false
+                    }
+                }
+            }
+        };
+        if is_refused {
             return Ok(Removed::Refused);
         }
         crash_point::reached("takeover: deleted the object");
@@ -381,6 +431,12 @@ impl Stores {
         Ok(Removed::Refused)
     }
 
+    /// Whether a listing shows the object. False if it cannot be listed.
+    async fn is_listed(&self, object: &StoreKey) -> bool {
+        let StoreKey::S3 { bucket, key, .. } = object else { return false };
+        s3::is_listed(&self.s3, bucket, key).await.unwrap_or_default()
+    }
+
     /// Deletes the object if it is a part of the lock `id`. Returns [`Removed::Anothers`] if it is a part of another
     /// lock: for a moment, another run may have the object and not yet the item.
     async fn remove_if_of(&self, object: &StoreKey, id: &str) -> Result<Removed, Failure> {
@@ -397,6 +453,10 @@ impl Stores {
         }
         Ok(Removed::Refused)
     }
+}
+
+fn stored_of(read: &LeaseRead) -> Option<&StoredLock> {
+    Some(&read.lock.as_ref()?.stored)
 }
 
 /// How often a delete is tried while what was to be deleted is still there.
@@ -418,6 +478,34 @@ mod tests {
     use crate::lease::terms::Terms;
 
     const BEGIN: i64 = 1_790_000_000;
+
+    #[test]
+    fn an_object_of_another_backend_is_deleted_only_if_it_is_read_as_a_part_of_the_lock() {
+        use crate::aws::failure::ServiceAnswer;
+        let failed = |code, status| {
+            let answer = ServiceAnswer { code: Some(code), message: None, status: Some(status) };
+            Failure::of_answer("S3", "s3:GetObject", answer, "")
+        };
+        let object = |body: &str| {
+            let (length, etag) = (body.len() as u64, Some("1".to_owned()));
+            StoredLock::Object(s3::Object { body: body.to_owned(), member: Member::None, length, etag })
+        };
+        let (part, other, page) = (object(r#"{"ID":"a"}"#), object(r#"{"ID":"b"}"#), object("<html>"));
+        for (read, expected) in [
+            (Ok(None), Ok(ObjectStep::Leave)),
+            (Ok(Some(&part)), Ok(ObjectStep::Delete)),
+            (Ok(Some(&other)), Ok(ObjectStep::Leave)),
+            (Ok(Some(&page)), Ok(ObjectStep::Leave)),
+            (Err(failed("AccessDenied", 403)), Ok(ObjectStep::List)),
+            (Err(failed("NoSuchBucket", 404)), Ok(ObjectStep::Leave)),
+            // The object may be there.
+            (Err(failed("InternalError", 500)), Err(failed("InternalError", 500))),
+            (Err(failed("InvalidRequest", 400)), Err(failed("InvalidRequest", 400))),
+            (Err(Failure::no_answer("S3", "x")), Err(Failure::no_answer("S3", "x"))),
+        ] {
+            assert_eq!(object_step(read.clone(), "a"), expected, "{read:?}");
+        }
+    }
 
     /// Returns a record that was renewed `renewed` seconds after [`BEGIN`].
     fn record(lock: &str, (renewed, beat): (i64, u64), keeper: u64) -> Record {

@@ -272,6 +272,17 @@ pub(crate) fn keys(client: &Client, bucket: &str, prefix: &str) -> KeyPages {
     KeyPages { pages: client.list_objects_v2().bucket(bucket).prefix(prefix).into_paginator().send() }
 }
 
+/// Whether a listing of the bucket shows the object `key`.
+///
+/// # Errors
+/// Returns a [`Failure`] if the request fails.
+pub(crate) async fn is_listed(client: &Client, bucket: &str, key: &str) -> Result<bool, Failure> {
+    // Of all keys that begin with `key`, `key` itself is the first.
+    let page = client.list_objects_v2().bucket(bucket).prefix(key).max_keys(1).send().await;
+    let page = page.map_err(|error| failure("s3:ListBucket", &error))?;
+    Ok(page.contents().iter().any(|object| object.key() == Some(key)))
+}
+
 /// The pages of keys that [`keys`] lists.
 pub(crate) struct KeyPages {
     pages: aws_smithy_async::future::pagination_stream::PaginationStream<

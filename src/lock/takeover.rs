@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::deleted::noted;
-use super::leased::{LeaseRead, LeasedLock};
+use super::leased::{LeaseRead, LeasedLock, ObjectPart};
 use super::location::LockLocation;
 use super::release::{self, EXPLANATION_TIMEOUT, SERVICE_TIMEOUT, nothing_if_excluded};
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
@@ -140,6 +140,9 @@ pub(crate) enum Progress<'a> {
     WaitsFor(&'a Lapsed, &'a Claim),
     /// The lock was released.
     Took(&'a Lapsed),
+    /// The lock was released. There is an object in this place that may be a part of it, and that these credentials may
+    /// not read.
+    LeftObject(&'a StoreKey),
     /// The lock is gone. This taker has requested its deletion, and the response was lost, so somebody else may have
     /// deleted it.
     MayHaveTaken(&'a Lapsed),
@@ -255,7 +258,7 @@ pub(crate) async fn take_over(
             Attempt::Told => return watch.told_to_end(&mut report).await,
             Attempt::JudgeAgain => continue,
             Attempt::Gone(by) => {
-                report(Progress::of_gone(by, &lapsed));
+                watch.report_gone_by(by, &lapsed, &mut report);
                 (watch.lapsed, watch.sent) = (None, None);
                 if taker.until == Until::Decided {
                     return End::Over;
@@ -425,6 +428,10 @@ struct Watch<'a> {
     part: StoreKey,
     /// The object of a lock with two parts.
     object: Option<StoreKey>,
+    /// The place of an object that locks with this backend do not have ([`ObjectPart::OfAnotherBackend`]). `None` if
+    /// they have one. It is not compared: terraform deletes its object before the item, and the
+    /// item is compared.
+    other_object: Option<StoreKey>,
     begun: Instant,
     unchanged: Unchanged<(LeasedLock, Rest)>,
     /// How many times in a row the time between two reads was too long.
@@ -448,12 +455,14 @@ impl<'a> Watch<'a> {
     /// Returns `None` if the lock of `location` has no part.
     fn new(location: &'a LockLocation, stores: &'a Stores, taker: &'a Taker) -> Option<Self> {
         let mut parts = location.store_keys(stores).into_iter();
+        let other_object = (!location.lock_file).then(|| stores.object(&location.bucket, &location.lock_key()));
         Some(Self {
             location,
             stores,
             taker,
             part: parts.next()?,
             object: parts.next(),
+            other_object,
             begun: Instant::now(),
             unchanged: Unchanged::new(),
             gaps: 0,
@@ -711,8 +720,10 @@ impl<'a> Watch<'a> {
         }
         let has_claim = self.claim.as_ref().zip(date).is_some_and(|(claim, date)| is_exclusive(claim, date));
         let by = deleted_by(sent.requests.deleted, has_claim);
-        if by != DeletedBy::Another {
-            report(Progress::of_gone(by, &sent.lapsed));
+        if by != DeletedBy::Another
+            && let Some(SentDeletes { lapsed, .. }) = &self.sent
+        {
+            self.report_gone_by(by, lapsed, report);
             self.lapsed = None;
         }
         self.sent = None;
@@ -819,6 +830,15 @@ impl<'a> Watch<'a> {
     fn without_a_lock(&mut self, report: &mut impl FnMut(Progress<'_>)) -> Next {
         self.report_gone(report);
         self.leave()
+    }
+
+    /// Reports that the lock is gone, which this taker has tried to take.
+    fn report_gone_by(&self, by: DeletedBy, lapsed: &Lapsed, report: &mut impl FnMut(Progress<'_>)) {
+        report(Progress::of_gone(by, lapsed));
+        let is_object_unread = self.sent.as_ref().is_some_and(|sent| sent.requests.is_object_unread);
+        if let (DeletedBy::ThisTaker, true, Some(object)) = (by, is_object_unread, &self.other_object) {
+            report(Progress::LeftObject(object));
+        }
     }
 
     fn report_gone(&mut self, report: &mut impl FnMut(Progress<'_>)) {
@@ -940,7 +960,12 @@ impl<'a> Watch<'a> {
         if matches!(self.part, StoreKey::S3 { .. }) {
             return take_object(self.stores, &self.part, lock, &mut sent.requests.deleted).await;
         }
-        let parts = ItemAndObject { item: &self.part, object: self.object.as_ref() };
+        let object = match (&self.object, &self.other_object) {
+            (Some(object), _) => Some(ObjectPart::Known(object)),
+            (None, Some(object)) => Some(ObjectPart::OfAnotherBackend(object)),
+            (None, None) => None,
+        };
+        let parts = ItemAndObject { item: &self.part, object };
         if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
             let end = lapsed.now.checked_add(MAX_REST_WAIT + TAKE_TIMEOUT).unwrap_or(lapsed.now);
             return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.requests).await;
@@ -956,7 +981,7 @@ impl<'a> Watch<'a> {
 struct ItemAndObject<'a> {
     item: &'a StoreKey,
     /// `None` if the lock is an item alone.
-    object: Option<&'a StoreKey>,
+    object: Option<ObjectPart<'a>>,
 }
 
 /// Releases a lock with a lease at the request of a person: claims the item `lock`, and deletes it and the other part
@@ -975,7 +1000,8 @@ pub(crate) async fn release_item(
 ) -> Result<Taken, (Failure, TakeStage)> {
     let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random() };
     let mut requests = TakeRequests::default();
-    let work = claim_and_delete(stores, ItemAndObject { item, object }, lock, &claim, &mut requests);
+    let parts = ItemAndObject { item, object: object.map(ObjectPart::Known) };
+    let work = claim_and_delete(stores, parts, lock, &claim, &mut requests);
     let taken = timeout(TAKE_TIMEOUT, Box::pin(work)).await;
     let stage = requests.stage;
     let part = match (stage, object) {

@@ -9,7 +9,7 @@ use crate::aws::credentials::Purpose;
 use crate::lease::record::{Claim, Holder, Promise, Record, Renewal};
 use crate::lease::takeover::{AfterClaim, TakeRequests};
 use crate::lease::terms::Terms;
-use crate::lock::leased::{LeaseRead, LeasedLock, Renewed};
+use crate::lock::leased::{LeaseRead, LeasedLock, ObjectPart, Renewed};
 use crate::lock::probe::IfMatch;
 use crate::lock::stores::{Removed, StoreKey, Stores};
 use crate::support::cloud::cloud;
@@ -75,7 +75,14 @@ impl Fixture {
     fn delete_claimed(&self, claimed: &LeasedLock) -> Removed {
         let object = (self.env.lock == Lock::Both).then(|| self.object());
         let mut requests = TakeRequests::default();
-        self.runtime.block_on(self.stores.delete_claimed(&self.place, object.as_ref(), claimed, &mut requests)).unwrap()
+        self.runtime
+            .block_on(self.stores.delete_claimed(
+                &self.place,
+                object.as_ref().map(ObjectPart::Known),
+                claimed,
+                &mut requests,
+            ))
+            .unwrap()
     }
 
     /// Returns the whole item, as the service sends it.

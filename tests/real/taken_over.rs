@@ -672,6 +672,66 @@ fn a_state_that_keeps_changing_does_not_delay_the_start_of_terraform_for_ever() 
     assert!(end.err.contains(&format!("type: tf locks release {LEASED}")), "{}", env.dump(&end));
 }
 
+/// Creates the lock of a vanished host whose backend sets `use_lockfile` too, as a run finds it that has the table alone.
+/// The object has this ID.
+fn with_object(env: &TestEnv, id: &str) {
+    env.lock_with_lease(&record(LONG_AGO, 300));
+    let mut info: Value = serde_json::from_str(&lock_json(id, &env.path())).unwrap();
+    info["Who"] = "runner@fv-az1".into();
+    cloud().s3("PUT", &format!("{}.tflock", env.path()), info.to_string().as_bytes());
+}
+
+/// The record is in the item. If that was deleted alone, the object would refuse every run with `use_lockfile` for ever.
+#[test]
+fn a_run_without_use_lockfile_takes_both_parts_of_a_lock() {
+    const OTHER: &str = "44444444-2222-3333-4444-555555555555";
+    let env = leased(Lock::DynamoDb, "5m");
+    with_object(&env, LEASED);
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_taken(&env, &end);
+    // The object of another run, for example of one that waits for the item, stays.
+    with_object(&env, OTHER);
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!((end.code(), takeovers(&env)), (Some(0), 2), "{}", env.dump(&end));
+    assert_eq!(env.locks().iter().map(|lock| id_of(lock)).collect::<Vec<_>>(), [OTHER], "{}", env.dump(&end));
+}
+
+/// The credentials of a run without `use_lockfile` may have no permission for objects, and need none where there is no
+/// object.
+#[test]
+fn a_run_without_use_lockfile_needs_permissions_for_an_object_only_where_there_is_one() {
+    const UNREAD: &str = "there is an object that tf could not look at: ";
+    for (method, has_object) in [("GET ", false), ("GET ", true), ("DELETE ", false), ("DELETE ", true)] {
+        let mut env = leased(Lock::DynamoDb, "5m");
+        if has_object {
+            with_object(&env, LEASED);
+        } else {
+            env.lock_with_lease(&record(LONG_AGO, 300));
+        }
+        let _proxy = through(&mut env, move |request| {
+            let is_denied = request.is_ours() && request.start.starts_with(method) && request.start.contains(".tflock");
+            if is_denied && !request.start.contains("list-type=2") {
+                ProxyAction::Answer(request.denied())
+            } else {
+                ProxyAction::Pass
+            }
+        });
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.err.contains(UNREAD), method == "GET " && has_object, "{method}: {}", env.dump(&end));
+        match (method, has_object) {
+            (_, false) => assert_taken(&env, &end),
+            // It may be another run's.
+            ("GET ", true) => assert_eq!((end.code(), env.locks().len()), (Some(0), 1), "{}", env.dump(&end)),
+            // The item has the record, with which a run that has the permission can take both parts.
+            _ => {
+                assert_eq!((end.code(), env.locks().len()), (Some(1), 2), "{}", env.dump(&end));
+                let next = format!("with the permission s3:DeleteObject, type: tf locks release {LEASED}");
+                assert!(end.err.contains(&next), "{}", env.dump(&end));
+            }
+        }
+    }
+}
+
 /// The holder was not gone: it renews its lease while the lock is watched.
 fn a_holder_that_renews_in_between_keeps_its_lock(lock: Lock) {
     let env = leased(lock, "30s");
