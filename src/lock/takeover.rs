@@ -381,6 +381,8 @@ struct SentDeletes {
     lapsed: Lapsed,
     /// The lock as it was read before the first of them, or before the claim.
     lock: LeasedLock,
+    /// The claim that the lock had when they were sent. `None` if it is an object alone.
+    claim: Option<Claim>,
     requests: TakeRequests,
 }
 
@@ -436,8 +438,7 @@ struct Watch<'a> {
     unchanged: Unchanged<(LeasedLock, Rest)>,
     /// How many times in a row the time between two reads was too long.
     gaps: u32,
-    /// The claim of this taker. After a failed request, the lock may have it.
-    claim: Option<Claim>,
+    claims: OwnClaims,
     /// The deletes of the lock that is there, or may be. `None` if no attempt to take it was made.
     sent: Option<SentDeletes>,
     /// What was reported, and about which lock. `None` if nothing was reported about a lock that is still there.
@@ -466,7 +467,7 @@ impl<'a> Watch<'a> {
             begun: Instant::now(),
             unchanged: Unchanged::new(),
             gaps: 0,
-            claim: None,
+            claims: OwnClaims::default(),
             sent: None,
             lapsed: None,
             has_read: false,
@@ -575,7 +576,7 @@ impl<'a> Watch<'a> {
             .map_or(Err(NotBelieved::Malformed), |record| record.as_ref().map_err(|reason| *reason));
         let Ok(seen) = record else { return Ok(self.leave()) };
         let lapsed = Lapsed { info, record: seen.clone(), path: self.location.lock_path(), now };
-        if is_own(self.claim.as_ref(), seen) {
+        if self.claims.of(seen).is_some() {
             return Ok(Next::Decided(Decision::Take(Box::new((lock, lapsed)))));
         }
         if self.lapsed.as_ref().is_some_and(|(_, before)| before.info.id != lapsed.info.id) {
@@ -710,7 +711,7 @@ impl<'a> Watch<'a> {
             Some(None) => return false,
         };
         if !is_gone {
-            let is_claimed = now.and_then(record_of).is_some_and(|record| is_own(self.claim.as_ref(), record));
+            let is_claimed = now.and_then(record_of).is_some_and(|record| self.claims.of(record).is_some());
             if is_claimed || now == Some(&sent.lock) {
                 sent.requests.deleted = sent.requests.deleted.after_the_lock_was_seen();
             } else {
@@ -718,7 +719,7 @@ impl<'a> Watch<'a> {
             }
             return false;
         }
-        let has_claim = self.claim.as_ref().zip(date).is_some_and(|(claim, date)| is_exclusive(claim, date));
+        let has_claim = sent.claim.as_ref().zip(date).is_some_and(|(claim, date)| is_exclusive(claim, date));
         let by = deleted_by(sent.requests.deleted, has_claim);
         if by != DeletedBy::Another
             && let Some(SentDeletes { lapsed, .. }) = &self.sent
@@ -911,9 +912,14 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Returns the claim of this taker that `lock` has. `None` if it has none.
+    fn own_claim(&self, lock: &LeasedLock) -> Option<&Claim> {
+        self.claims.of(record_of(lock)?)
+    }
+
     /// Whether this taker has claimed `lock`.
     fn has_claimed(&self, lock: &LeasedLock) -> bool {
-        record_of(lock).is_some_and(|record| is_own(self.claim.as_ref(), record))
+        self.own_claim(lock).is_some()
     }
 
     /// Takes over `lock`. If terraform waits for it, this waits until terraform is between two attempts to get it. Ends
@@ -951,10 +957,11 @@ impl<'a> Watch<'a> {
 
     /// Claims and deletes `lock`.
     async fn take(&mut self, lock: &LeasedLock, lapsed: &Lapsed) -> Result<Taken, Failure> {
-        let is_claimed = self.has_claimed(lock);
+        let own = self.own_claim(lock).cloned();
         let sent = self.sent.get_or_insert_with(|| SentDeletes {
             lapsed: lapsed.clone(),
             lock: lock.clone(),
+            claim: None,
             requests: TakeRequests::default(),
         });
         if matches!(self.part, StoreKey::S3 { .. }) {
@@ -966,12 +973,14 @@ impl<'a> Watch<'a> {
             (None, None) => None,
         };
         let parts = ItemAndObject { item: &self.part, object };
-        if let Some(claim) = self.claim.as_ref().filter(|_| is_claimed) {
+        if let Some(claim) = own {
+            let claim = sent.claim.insert(claim);
             let end = lapsed.now.checked_add(MAX_REST_WAIT + TAKE_TIMEOUT).unwrap_or(lapsed.now);
             return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.requests).await;
         }
         let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };
-        self.claim = Some(claim.clone());
+        self.claims.add(claim.clone(), lapsed.now);
+        sent.claim = Some(claim.clone());
         claim_and_delete(self.stores, parts, lock, &claim, &mut sent.requests).await
     }
 }
@@ -1022,10 +1031,27 @@ fn record_of(lock: &LeasedLock) -> Option<&Record> {
     lock.record.as_ref()?.as_ref().ok()
 }
 
-/// Whether `record` has the claim `own` of this taker. Its [`Claim::by`] does not count: it is left out if lock and record
-/// would be longer than 1 KiB.
-fn is_own(own: Option<&Claim>, record: &Record) -> bool {
-    own.zip(record.taken.as_ref()).is_some_and(|(own, taken)| own.is_same(taken))
+/// The claims that a taker has sent, except those that have lapsed. A claim whose response is missing may be stored
+/// later, as long as the lock is as it was read: also when the taker has sent another one.
+///
+/// An earlier claim is not sent again in place of a new one, because it does not count long enough: the deletes that
+/// follow must end before it can lapse.
+#[derive(Debug, Default)]
+struct OwnClaims(Vec<Claim>);
+
+impl OwnClaims {
+    /// Takes note of `claim`, which is sent at the service's time `now`.
+    fn add(&mut self, claim: Claim, now: Timestamp) {
+        self.0.retain(|own| own.at().is_some_and(|at| !Terms::of_claim().has_lapsed(at, now)));
+        self.0.push(claim);
+    }
+
+    /// Returns the one that `record` has. Its [`Claim::by`] does not count: it is left out if lock and record would be
+    /// longer than 1 KiB.
+    fn of(&self, record: &Record) -> Option<&Claim> {
+        let taken = record.taken.as_ref()?;
+        self.0.iter().find(|own| own.is_same(taken))
+    }
 }
 
 /// Returns a random number for a claim.
@@ -1210,8 +1236,18 @@ mod tests {
             (Some(Claim { at: 1_790_000_401, ..own.clone() }), false),
             (None, false),
         ] {
-            assert_eq!(is_own(Some(&own), &with(taken.clone())), expected, "{taken:?}");
-            assert!(!is_own(None, &with(taken)));
+            let mut claims = OwnClaims::default();
+            assert_eq!(claims.of(&with(taken.clone())), None);
+            claims.add(own.clone(), Timestamp::from_second(own.at).unwrap());
+            assert_eq!(claims.of(&with(taken.clone())), expected.then_some(&own), "{taken:?}");
+            // The response to the first claim is missing, so the taker sends another one.
+            for (age, is_kept) in [(45, true), (70, true), (71, false)] {
+                let next = Claim { at: own.at + age, number: 10, ..own.clone() };
+                let mut claims = OwnClaims(claims.0.clone());
+                claims.add(next.clone(), Timestamp::from_second(next.at).unwrap());
+                assert_eq!(claims.of(&with(taken.clone())).is_some(), expected && is_kept, "{taken:?} {age}");
+                assert_eq!(claims.of(&with(Some(next.clone()))), Some(&next));
+            }
         }
     }
 }

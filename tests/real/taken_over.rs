@@ -732,6 +732,58 @@ fn a_run_without_use_lockfile_needs_permissions_for_an_object_only_where_there_i
     }
 }
 
+/// Returns the number of the claim in a request that [`claims`].
+fn claim_number(request: &Message) -> String {
+    let body: Value = serde_json::from_slice(&request.body).unwrap();
+    body["Item"]["tf"]["M"]["taken"]["M"]["number"]["N"].as_str().unwrap().to_owned()
+}
+
+/// There is no response to a claim, so the taker sends another one. Just before that arrives, the first one is stored.
+#[test]
+fn a_claim_that_is_stored_late_is_its_takers_own() {
+    for lock in [Lock::DynamoDb, Lock::Both] {
+        let mut env = leased(lock, "5m");
+        env.lock_with_lease(&record(LONG_AGO, 300));
+        let first = Mutex::new(None);
+        let (is_second_sent, is_first_stored) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (sent, stored) = (Arc::clone(&is_second_sent), Arc::clone(&is_first_stored));
+        let proxy = Proxy::start(cloud().port, move |request| {
+            if !claims(request) {
+                return ProxyAction::Pass;
+            }
+            let mut first = first.lock().unwrap();
+            match &*first {
+                None => {
+                    *first = Some(claim_number(request));
+                    ProxyAction::Hold
+                }
+                // The SDK sends it again.
+                Some(number) if *number == claim_number(request) => ProxyAction::Close,
+                Some(_) => {
+                    sent.store(true, Ordering::Relaxed);
+                    wait_for("the first claim", || stored.load(Ordering::Relaxed).then_some(()), String::new);
+                    ProxyAction::Pass
+                }
+            }
+        });
+        env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+        let run = env.start(Subject::Tf, &PLAN);
+        wait_for("the second claim", || is_second_sent.load(Ordering::Relaxed).then_some(()), || env.trace());
+        proxy.let_go();
+        let is_claimed = || {
+            let key =
+                json!({ "TableName": env.table, "Key": { "LockID": { "S": env.path() } }, "ConsistentRead": true });
+            let item = cloud().dynamodb("GetItem", &key);
+            item["Item"]["tf"]["M"]["taken"].is_object().then_some(())
+        };
+        wait_for("the claim in the item", is_claimed, || env.trace());
+        is_first_stored.store(true, Ordering::Relaxed);
+        let end = run.wait();
+        assert_taken(&env, &end);
+        assert!(!end.err.contains("waiting for that"), "{}", env.dump(&end));
+    }
+}
+
 /// The holder was not gone: it renews its lease while the lock is watched.
 fn a_holder_that_renews_in_between_keeps_its_lock(lock: Lock) {
     let env = leased(lock, "30s");
