@@ -39,13 +39,14 @@ enum Message {
     Over,
 }
 
+// The kinds of all packets: those of `Message` and `Answer`, and that to a spare fuse.
 const DEADLINE: u8 = 1;
-const FIRST_DEADLINE: u8 = 6;
 const KILL_PIPE: u8 = 2;
 const OVER: u8 = 3;
 const ARMED: u8 = 4;
 const CANNOT: u8 = 5;
 const STOP_PIPE: u8 = 6;
+const FIRST_DEADLINE: u8 = 7;
 
 impl Message {
     fn encode(self) -> Vec<u8> {

@@ -806,7 +806,8 @@ impl<'a> Watch<'a> {
                         effects = self.context.stop.decide(lost, self.context.run.begun.elapsed());
                         continue;
                     }
-                    if is_stopped {
+                    // The pid and the group of a terraform that has ended may belong to other processes by now.
+                    if is_stopped && !terraform.has_ended(self.context.tree) {
                         lease.continue_group();
                     }
                 }
