@@ -41,8 +41,11 @@ pub(crate) enum IfMatch {
 /// The ETag of an object that does not exist.
 const ANOTHERS: &str = "\"00000000000000000000000000000000\"";
 
-/// The body of the objects that these tests put.
-const TEST_BODY: &str = "tf locks doctor: this can be deleted";
+/// The body of the objects that these tests put. A person may find one that a killed test has left.
+const TEST_BODY: &str = "tf: a test of the service has left this; it can be deleted";
+
+/// The body of those that version 0.1 puts.
+const TEST_BODY_OF_0_1: &str = "tf locks doctor: this can be deleted";
 
 /// Returns an unused key for the test objects of the state with the key `state`: `STATE.RANDOM.tflock`, where RANDOM
 /// has the form of a lock ID. It ends like a lock's key, because a policy may permit only that.
@@ -56,7 +59,8 @@ pub(crate) fn test_key(state: &str) -> String {
 pub(crate) fn is_test_object(place: &StoreKey, stored: &StoredLock) -> bool {
     let (StoreKey::S3 { key, .. }, StoredLock::Object(_)) = (place, stored) else { return false };
     let name = key.strip_suffix(LOCK_FILE).and_then(|key| key.rsplit_once('.'));
-    name.is_some_and(|(state, id)| !state.is_empty() && is_lock_id(id)) && stored.text() == TEST_BODY
+    name.is_some_and(|(state, id)| !state.is_empty() && is_lock_id(id))
+        && [TEST_BODY, TEST_BODY_OF_0_1].contains(&stored.text())
 }
 
 /// Tests whether a delete of the item `path` is permitted. The delete has a condition that no lock fulfils.
@@ -269,6 +273,7 @@ mod tests {
         };
         let key = test_key("dir/k.tfstate");
         assert!(is_test_object(&at(&key), &object(TEST_BODY)), "{key}");
+        assert!(is_test_object(&at(&key), &object(TEST_BODY_OF_0_1)), "{key}");
         for body in ["", "{}", r#"{"ID":"a"}"#, "tf locks doctor: this can be deleted ", "<html>"] {
             assert!(!is_test_object(&at(&key), &object(body)), "{body}");
         }
