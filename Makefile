@@ -56,7 +56,7 @@ coverage: $(TOOLS)/coverage/.made ## print the share of each layer that the unit
 
 $(TOOLS)/coverage/.made:
 	rustup component add llvm-tools
-	cargo install --quiet --locked --root $(TOOLS)/coverage cargo-llvm-cov
+	cargo install --quiet --locked --root $(TOOLS)/coverage cargo-llvm-cov@0.9.1
 	touch $@
 
 .PHONY: model
