@@ -50,7 +50,8 @@ impl Waiter<'_> {
     /// a service manager, do not end the wait: `work` has a time limit anyway, and the release of the lock is more
     /// important.
     ///
-    /// # Errors Returns the reason as a text if a person has ended the wait, if no descriptor or thread is available
+    /// # Errors
+    /// Returns the reason as a text if a person has ended the wait, if no descriptor or thread is available
     /// for `work`, or if `work` panics.
     pub(crate) fn block_on<T>(&mut self, work: impl Future<Output = T>) -> Result<T, &'static str> {
         let finished = panics::caught(|| {
