@@ -25,6 +25,7 @@ use crate::holder::host::HostView;
 use crate::holder::next_step::ReportKind;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
+use crate::lease::observed::ObservedLease;
 use crate::lease::takeover::TakeStage;
 use crate::lock::leased::LeaseRead;
 use crate::lock::release_step::QUIET_WINDOW;
@@ -385,7 +386,7 @@ impl Release {
 
     /// Releases a lock with an item that has a lease record. It is claimed first, so that a holder that renews its lease
     /// in between keeps its lock, and so that a holder that is alive (`--force`) notices it and stops. Returns `None` if
-    /// the lock has no such item.
+    /// the lock has no such item, or if that cannot be seen ([`needs_no_claim`]).
     async fn claim(&self, reach: &Connection, lock: &FoundLock) -> Result<Option<Taken>, Trouble> {
         let item = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }));
         let object = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::S3 { .. }));
@@ -393,7 +394,10 @@ impl Release {
         let object = object.map(|(store_key, _)| store_key);
         let failed = |failure| Trouble::failed(failure, &visible(&item.describe()), &reach.stores);
         for _ in 0..CLAIM_ATTEMPTS {
-            let LeaseRead { lock: now, date } = reach.stores.read_lease(item).await.map_err(failed)?;
+            let LeaseRead { lock: now, date } = match reach.stores.read_lease(item).await {
+                Err(failure) if needs_no_claim(&failure, lock.lease.as_ref()) => return Ok(None),
+                read => read.map_err(failed)?,
+            };
             let (Some(now), Some(date)) = (now, date) else { return Ok(None) };
             if now.stored != *shown {
                 return Ok(Some(Taken::Changed));
@@ -442,6 +446,14 @@ impl Release {
     }
 }
 
+/// Whether a lock is deleted without a claim although the read of its record has failed. A policy may permit only the
+/// attributes that terraform itself reads. Then the lock was shown and judged as one without a lease
+/// ([`Stores::read_part`](crate::lock::stores::Stores::read_part)), and is deleted as one. If it was shown with a `lease`,
+/// it must be claimed.
+fn needs_no_claim(failure: &Failure, lease: Option<&ObservedLease>) -> bool {
+    failure.denied().is_some() && lease.is_none()
+}
+
 /// What follows if one part of a lock was deleted, and the delete of the other part has failed.
 const HALF: &str = "\nthe other part of the lock was deleted, but this part still refuses every run";
 
@@ -473,6 +485,9 @@ async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredL
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aws::failure::ServiceAnswer;
+    use crate::lease::observed::tests::lease;
+    use crate::lease::record::Promise;
 
     /// With [`crate::holder::witness`], `shown` and `now` are the verdicts after its first and its second answer.
     #[test]
@@ -490,6 +505,19 @@ mod tests {
                     assert_eq!(is_still_allowed(shown, now, consent), expected, "{shown:?} {now:?} {consent:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_lock_whose_record_may_not_be_read_is_deleted_without_a_claim_only_if_it_was_shown_without_a_lease() {
+        let answer = ServiceAnswer { code: Some("AccessDeniedException"), message: None, status: Some(400) };
+        let denied = Failure::of_answer("DynamoDB", "dynamodb:GetItem", answer, "");
+        let lease = lease("id", 40, None, Promise::Stop);
+        for (failure, expected) in
+            [(denied, true), (Failure::no_answer("DynamoDB", "x"), false), (Failure::refusal("DynamoDB", "x"), false)]
+        {
+            assert_eq!(needs_no_claim(&failure, None), expected, "{failure}");
+            assert!(!needs_no_claim(&failure, Some(&lease)), "{failure}");
         }
     }
 

@@ -87,6 +87,11 @@ fn a_policy_that_permits_only_the_attributes_of_terraform_is_enough() {
         assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
         assert!(asked.lock().unwrap().iter().any(|request| request.text().contains("#lease")));
         env.assert_unlocked();
+        // The command that `tf` names for another lock works too.
+        old_lock(&env);
+        let end = locks(&env, &["release", "--yes"]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        env.assert_unlocked();
     }
 }
 
