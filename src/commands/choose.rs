@@ -4,8 +4,10 @@ use super::connection::{Connection, Directory, ScanTarget, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock, Wanted, pair};
 use super::inventory;
 use super::staleness::Staleness;
-use crate::console::{option, visible, visible_whole};
+use crate::aws::failure::Failure;
+use crate::console::{self, option, visible, visible_whole};
 use crate::holder::host::HostView;
+use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey};
 use crate::terraform::lock_info::is_lock_id;
 
@@ -19,7 +21,8 @@ pub(super) enum Choice {
 
 /// Finds the lock that `which` names, and judges its holder, with the witness if there is one. In a directory, `which` is an ID, a path (`bucket/key`), a
 /// key or the name of a workspace; if it is `None`, there must be exactly one lock. In a table, `which` is a path, and
-/// in a bucket a path or a key.
+/// in a bucket a path or a key. For a table, the object of the same path is read too. For a bucket, the table is not
+/// known.
 ///
 /// If `no_lock` is set, only entries that are not locks match.
 ///
@@ -51,11 +54,11 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
                 visible(path)
             )));
         }
-        (ScanTarget::Table(table), Some(path)) => read(reach, reach.stores.item(table, path)).await?,
+        (ScanTarget::Table(table), Some(path)) => read_both(reach, table, path).await?,
         (ScanTarget::Bucket(bucket, _), Some(path)) => {
             let key = path.strip_prefix(&format!("{bucket}/")).unwrap_or(path);
             let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
-            read(reach, reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await?
+            judged(read(reach, &reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await?.into_iter().collect())
         }
         (ScanTarget::Table(_) | ScanTarget::Bucket(..), None) => {
             return Err(Trouble::Said(
@@ -102,16 +105,54 @@ fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
     Trouble::Said(format!("no lock is held for {state}{elsewhere}"))
 }
 
-async fn read(reach: &Connection, store_key: StoreKey) -> Result<Vec<ListedEntry>, Trouble> {
-    let what = store_key.describe();
-    let part = reach
-        .stores
-        .read_part(&store_key)
-        .await
-        .map_err(|failure| Trouble::failed(failure, &visible(&what), &reach.stores))?;
-    let mut entries = pair(Wanted::default(), part.into_iter().collect(), None);
-    Staleness::default().judge(&mut entries, &HostView::look());
+async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredPart>, Trouble> {
+    let failed = |failure| Trouble::failed(failure, &visible(&store_key.describe()), &reach.stores);
+    reach.stores.read_part(store_key).await.map_err(failed)
+}
+
+/// Reads the item with the path `path` in `table`, and the object of the same state: a lock may have both parts, and
+/// each of them alone refuses every run. The user has named the table alone, so the object need not be readable.
+async fn read_both(reach: &Connection, table: &str, path: &str) -> Result<Vec<ListedEntry>, Trouble> {
+    let item = read(reach, &reach.stores.item(table, path)).await?;
+    let object = match path.split_once('/') {
+        Some((bucket, key)) => reach.stores.read_part(&reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await,
+        None => Ok(None),
+    };
+    let object = object.unwrap_or_else(|failure| {
+        if let Some(note) = unseen_object(&failure).filter(|_| item.is_some()) {
+            console::say(&note);
+        }
+        None
+    });
+    let has_item = item.is_some();
+    let mut entries = judged(item.into_iter().chain(object).collect());
+    if has_item {
+        // The path selects the item. A lock of another run that has only the object is named with it
+        // ([`FoundLock::rival`]).
+        entries.retain(|entry| match entry {
+            ListedEntry::Lock(lock) => matches!(lock.place(), StoreKey::DynamoDb { .. }),
+            ListedEntry::UnreadableLock(_) => true,
+        });
+    }
     Ok(entries)
+}
+
+/// Returns what to say if the read of the object that a lock may have beside its item has failed. `None` if there can be
+/// no object.
+fn unseen_object(failure: &Failure) -> Option<String> {
+    if failure.cause().excludes_locks() {
+        None
+    } else if failure.denied().is_some() {
+        Some(inventory::UNSEEN.to_owned())
+    } else {
+        Some(format!("the .tflock object of this lock was not checked\n{failure}"))
+    }
+}
+
+fn judged(parts: Vec<StoredPart>) -> Vec<ListedEntry> {
+    let mut entries = pair(Wanted::default(), parts, None);
+    Staleness::default().judge(&mut entries, &HostView::look());
+    entries
 }
 
 /// Selects the entry that `which` names. `entries` is not empty if `which` is `None`. If `select` is true, `entries` are
@@ -191,6 +232,7 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aws::failure::ServiceAnswer;
     use crate::holder::evidence::{Judgement, Verdict};
     use crate::lock::dynamodb::InfoAttribute;
     use crate::lock::stores::StoredLock;
@@ -250,6 +292,18 @@ mod tests {
         ] {
             assert_eq!(chosen(locks(), Some(word), true), Ok((id.to_owned(), Vec::new())), "{word}");
         }
+    }
+
+    #[test]
+    fn an_object_beside_an_item_that_cannot_be_read_is_mentioned_unless_there_can_be_none() {
+        let failed = |code, status| {
+            let answer = ServiceAnswer { code: Some(code), message: None, status: Some(status) };
+            Failure::of_answer("S3", "s3:GetObject", answer, "")
+        };
+        assert_eq!(unseen_object(&failed("NoSuchBucket", 404)), None);
+        assert_eq!(unseen_object(&failed("AccessDenied", 403)).as_deref(), Some(inventory::UNSEEN));
+        let said = unseen_object(&failed("PermanentRedirect", 301)).unwrap();
+        assert_eq!(said, "the .tflock object of this lock was not checked\nS3: PermanentRedirect");
     }
 
     #[test]

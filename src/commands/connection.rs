@@ -175,6 +175,11 @@ impl LocationArgs {
         self.table.is_some() || self.bucket.is_some()
     }
 
+    /// Returns the same options with this table in place of the bucket.
+    pub(super) fn in_a_table(&self, table: &str) -> Self {
+        Self { table: Some(table.to_owned()), bucket: None, prefix: None, ..self.clone() }
+    }
+
     /// Returns a `tf locks` command line for the user to type. It contains `words` and the options in `self`, except
     /// `--prefix`. If TF_WORKSPACE names a workspace other than `default`, and no table or bucket is named, the command
     /// line sets TF_WORKSPACE too.

@@ -193,14 +193,25 @@ impl Release {
                     Ok(Finding::Failed)
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {
+                    // In a table, a path selects a lock.
+                    let name = if self.place.is_outside() { lock.path() } else { rival.clone() };
                     console::say(&format!(
                         "every run is still refused, because the other part of this lock is another lock, ID {}\nfor \
                          details, type: {} {}",
                         visible(rival),
                         self.place.command("show"),
-                        console::argument(rival)
+                        console::argument(&name)
                     ));
                     Ok(Finding::Failed)
+                }
+                (Ok(Finding::Nothing), None) if self.place.bucket.is_some() => {
+                    console::say(&format!(
+                        "tf has looked at the object alone: if the backend names a DynamoDB table too, every run may still \
+                         be refused by the item there\nto release that, replace TABLE with its name and type: {} {}",
+                        self.place.in_a_table("TABLE").command("release"),
+                        console::argument(&lock.path())
+                    ));
+                    Ok(Finding::Nothing)
                 }
                 (released, _) => released,
             }

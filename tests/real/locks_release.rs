@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::survived::{assert_nothing_left, killed_whole};
 use crate::support::cloud::{cloud, tool};
 use crate::support::process::{Run, terraform_below};
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::{WAITS, id_of, lock_json, who};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -188,6 +189,76 @@ fn a_lock_is_released_outside_of_any_directory() {
     ]);
     let end = Run::start(command).wait();
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// Runs `tf locks release --yes` for the lock of `env`, outside of any directory.
+fn release_outside(env: &TestEnv, place: [&str; 2]) -> Ended {
+    let mut command = env.command(env.bin().join("tf"));
+    command.current_dir("/").args(["locks", "release", &env.path(), "--yes", "--region", "us-east-1"]).args(place);
+    Run::start(command).wait()
+}
+
+/// The object alone refuses every run, and the item alone too.
+#[test]
+fn a_release_from_a_table_releases_the_object_too_and_one_from_a_bucket_says_that_there_may_be_an_item() {
+    let env = TestEnv::new(Lock::Both, "true");
+    old_lock(&env);
+    let end = release_outside(&env, ["--table", &env.table]);
+    assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+    env.assert_unlocked();
+    old_lock(&env);
+    let end = release_outside(&env, ["--bucket", &env.bucket]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let next = format!("type: tf locks release --table TABLE --region us-east-1 {}", env.path());
+    assert!(end.err.contains("if the backend names a DynamoDB table too") && end.err.contains(&next), "{}", end.err);
+    assert_eq!(env.locks().len(), 1, "{:?}", env.locks());
+    let end = release_outside(&env, ["--table", &env.table]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// The other part is another lock, or is not a lock. It is not released, and every run is still refused.
+#[test]
+fn a_release_from_a_table_fails_if_the_object_still_refuses_every_run() {
+    let env = TestEnv::new(Lock::Both, "true");
+    let other = lock_json("44444444-3333-4444-5555-666666666666", &env.path());
+    for (object, said) in [
+        (other.as_str(), "every run is still refused, because the other part of this lock is another lock"),
+        ("<html>", "every run is refused by something that is not a lock"),
+    ] {
+        old_lock(&env);
+        cloud().s3("PUT", &format!("{}.tflock", env.path()), object.as_bytes());
+        let end = release_outside(&env, ["--table", &env.table]);
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert!(end.out.contains("released the lock") && end.err.contains(said), "{}", env.dump(&end));
+        assert_eq!(env.locks(), [object], "{}", env.dump(&end));
+        // The command that it names works.
+        let (_, next) = end.err.rsplit_once("type: tf locks ").unwrap();
+        let mut command = env.command(env.bin().join("tf"));
+        command.current_dir("/").arg("locks").args(next.split_whitespace());
+        if object == "<html>" {
+            command.arg("--yes");
+        }
+        let end = Run::start(command).wait();
+        assert_eq!(end.code(), Some(0), "{next}: {}", env.dump(&end));
+        assert_eq!(env.locks().is_empty(), object == "<html>", "{next}: {}", env.dump(&end));
+    }
+}
+
+/// The credentials permit the table alone.
+#[test]
+fn a_release_from_a_table_does_not_need_to_read_the_object() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let proxy = Proxy::start(cloud().port, |request| {
+        let is_object = request.is_ours() && request.start.contains(".tflock");
+        if is_object { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    old_lock(&env);
+    let end = release_outside(&env, ["--table", &env.table]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("the .tflock objects were not checked"), "{}", env.dump(&end));
     env.assert_unlocked();
 }
 
