@@ -446,7 +446,9 @@ fn sight(found: &FoundRun) -> Sight {
 fn facts(found: &FoundRun, journal: &Journal) -> Facts {
     match found {
         FoundRun::Foreign(_, Some(record)) => {
-            Facts { may_hold: record.log.may_hold(), is_held: journal.is_held(&record.run), ..Facts::default() }
+            // If that is not known, the run is reported as one that nobody holds, and a person decides.
+            let is_held = journal.is_held(&record.run).unwrap_or(false);
+            Facts { may_hold: record.log.may_hold(), is_held, ..Facts::default() }
         }
         FoundRun::Doubtful(record, _) | FoundRun::Recovering(record) => {
             Facts { may_hold: may_hold(record), ..Facts::default() }
@@ -577,7 +579,7 @@ pub(crate) fn forget(what: &str) -> Forgotten {
                     return Forgotten::Alive(record.tf);
                 }
                 FoundRun::Foreign(_, Some(record)) if is_meant(&record) => {
-                    if journal.is_held(&name) {
+                    if journal.is_held(&name).unwrap_or(true) {
                         return Forgotten::Alive(record.tf);
                     }
                     journal.drop_record(&name);

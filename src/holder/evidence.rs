@@ -125,6 +125,8 @@ pub(crate) struct Seen {
     pub(crate) sees_all: bool,
     /// Whether a test has declared that no other host has the name of this host.
     pub(crate) is_plain: bool,
+    /// Whether the journal has a run that may be running and whose record cannot be read. That run may hold the lock.
+    pub(crate) has_unread_run: bool,
     /// The running processes that may be a terraform, or that a terraform may have started.
     pub(crate) terraforms: Vec<PossibleHolder>,
     /// When this machine was started. `None` if that is not known.
@@ -173,7 +175,15 @@ pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
             decided
         }
         (None, _) => {
-            let likelihood = by_likelihood(lock, seen, &mut note);
+            let mut likelihood = by_likelihood(lock, seen, &mut note);
+            if seen.has_unread_run {
+                note(
+                    "the journal of this host has a run that may be running and whose record cannot be read".into(),
+                    "nothing",
+                );
+                let reason = "a run on this host, whose record cannot be read, may hold the lock".into();
+                likelihood = Likelihood { verdict: Verdict::Unknown, reason, may_run_here: true };
+            }
             is_settled |= likelihood.may_run_here;
             by_lease(lease, likelihood, &mut note)
         }
@@ -668,17 +678,18 @@ mod tests {
         for (name, lease) in leases() {
             for claim in claims().chain([Some(Claim::Foreign { why: "its processes run", may_run_here: true })]) {
                 for who in ["anna@vm", "bert@vm", "anna@other", "anna@localhost", "nobody", ""] {
-                    for bits in 0..4_u8 {
+                    for bits in 0..8_u8 {
+                        let has_unread_run = bits & 4 != 0;
                         let terraforms = if bits & 1 != 0 { vec![old.clone()] } else { Vec::new() };
                         let sees_all = bits & 2 != 0;
-                        let without = Seen { claim: claim.clone(), sees_all, terraforms, ..seen() };
+                        let without = Seen { claim: claim.clone(), sees_all, terraforms, has_unread_run, ..seen() };
                         let with = Seen { lease: Some(lease.clone()), ..without.clone() };
                         let (without, with) = (judge(&lock(who, MADE), &without), judge(&lock(who, MADE), &with));
                         let journal =
                             matches!(claim, Some(Claim::Living { .. } | Claim::Dead { .. } | Claim::Late { .. }));
                         let may_run_here = match claim {
                             Some(Claim::Foreign { may_run_here, .. }) => may_run_here,
-                            _ => bits == 3 && who.ends_with("@vm"),
+                            _ => has_unread_run || (bits & 3 == 3 && who.ends_with("@vm")),
                         };
                         let expected = match name {
                             _ if journal => without.verdict,

@@ -6,6 +6,7 @@
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
+use std::io;
 
 use jiff::Timestamp;
 use nix::unistd::Pid;
@@ -28,11 +29,64 @@ enum RunState {
     Living,
     Recovering,
     Dead,
-    Foreign(&'static str),
+    /// As [`Claim::Foreign`].
+    Foreign {
+        why: &'static str,
+        may_run_here: bool,
+    },
+}
+
+impl RunState {
+    /// As [`Claim::runs_here`].
+    fn runs_here(self) -> bool {
+        match self {
+            Self::Living | Self::Recovering | Self::Foreign { may_run_here: true, .. } => true,
+            Self::Dead | Self::Foreign { may_run_here: false, .. } => false,
+        }
+    }
 }
 
 /// The reason for not judging a run whose remaining processes may belong to another run.
 const DOUBTFUL: &str = "processes that may belong to that run are still running";
+
+/// The reason for not judging a run whose processes cannot be seen from here, if its lock file is held. The kernel shows
+/// the locks on a file to every container that sees the file.
+const HELD: &str = "its processes cannot be seen from here, and one of them holds the lock file of the run";
+
+/// The reason for not judging a run if not even its lock file shows whether it is running.
+const NOT_SEEN: &str = "it is not known whether a process of that run is running: its lock file cannot be examined";
+
+/// What the journal shows about one run.
+enum RecordedRun {
+    /// The run was judged, and has this record.
+    Read(RunState, Box<JournalRecord>),
+    /// The record cannot be read, and a process holds the run's lock file, or may hold it. Each lock of this host can be
+    /// a lock of that run.
+    Unread,
+    /// The run has ended, or no process holds its lock file and it has no valid record.
+    Nothing,
+}
+
+/// Returns what `found` shows about a run. `is_held` is as [`Journal::is_held`], which is only called for a run that was
+/// not judged.
+fn recorded_run(found: FoundRun, is_held: impl Fn() -> io::Result<bool>) -> RecordedRun {
+    let (state, record) = match found {
+        FoundRun::Living(record) => (RunState::Living, record),
+        FoundRun::Recovering(record) => (RunState::Recovering, record),
+        // The `JournalEntry` is dropped at once, which releases the owner lock: this process only reads the journal, and
+        // does not finish the run.
+        FoundRun::Dead(record, ..) => (RunState::Dead, record),
+        FoundRun::Doubtful(record, _) => (RunState::Foreign { why: DOUBTFUL, may_run_here: true }, record),
+        FoundRun::Foreign(why, Some(record)) => match is_held() {
+            Ok(false) => (RunState::Foreign { why, may_run_here: false }, record),
+            Ok(true) => (RunState::Foreign { why: HELD, may_run_here: true }, record),
+            Err(_) => (RunState::Foreign { why: NOT_SEEN, may_run_here: true }, record),
+        },
+        FoundRun::Foreign(_, None) | FoundRun::Broken(_) if is_held().unwrap_or(true) => return RecordedRun::Unread,
+        FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => return RecordedRun::Nothing,
+    };
+    RecordedRun::Read(state, record)
+}
 
 /// The facts that this host showed at one moment.
 pub(crate) struct HostView {
@@ -50,25 +104,27 @@ pub(crate) struct HostView {
 impl HostView {
     /// Reads the journals, the pending requests and the boot time. The processes are listed later, if at all.
     pub(crate) fn look() -> Self {
-        let mut recorded = HashMap::new();
+        let mut recorded: HashMap<String, (RunState, Box<JournalRecord>)> = HashMap::new();
+        let mut has_unread_run = false;
         let mut late = HashMap::new();
         for directory in StateDirectory::existing() {
             let pending = PendingRequests::of(&directory).read(Timestamp::now());
             late.extend(pending.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
             let Some(journal) = Journal::there(&directory) else { continue };
-            for name in journal.names() {
-                let (state, record) = match journal.look(&name) {
-                    FoundRun::Living(record) => (RunState::Living, record),
-                    FoundRun::Recovering(record) => (RunState::Recovering, record),
-                    // The `JournalEntry` is dropped at once, which releases the owner lock: this process only reads the
-                    // journal, and does not finish the run.
-                    FoundRun::Dead(record, ..) => (RunState::Dead, record),
-                    FoundRun::Foreign(why, Some(record)) => (RunState::Foreign(why), record),
-                    FoundRun::Doubtful(record, _) => (RunState::Foreign(DOUBTFUL), record),
-                    FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => continue,
-                };
-                for lock in record.log.unreleased() {
-                    recorded.insert(lock.id.clone(), (state, record.clone()));
+            let names = journal.list();
+            has_unread_run |= names.is_err();
+            for name in names.unwrap_or_default() {
+                match recorded_run(journal.look(&name), || journal.is_held(&name)) {
+                    RecordedRun::Read(state, record) => {
+                        for lock in record.log.unreleased() {
+                            // If a dead run has recorded the lock of a living one, the living one counts.
+                            if !recorded.get(&lock.id).is_some_and(|(other, _)| other.runs_here()) {
+                                recorded.insert(lock.id.clone(), (state, record.clone()));
+                            }
+                        }
+                    }
+                    RecordedRun::Unread => has_unread_run = true,
+                    RecordedRun::Nothing => {}
                 }
             }
         }
@@ -78,6 +134,7 @@ impl HostView {
             who: lock_info::who(),
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
             is_plain: plain_host::is_plain(),
+            has_unread_run,
             terraforms: Vec::new(),
             boot_time: process::boot_time(),
         };
@@ -104,9 +161,10 @@ impl HostView {
     }
 
     /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host, or
-    /// that a process of this host is finishing the run. Its lock then stays, whatever its lease says.
+    /// that a process of this host is finishing the run. Its lock then stays, whatever its lease says. If the journal has
+    /// a run whose record cannot be read and that may be running, this is true for every lock that no other record has.
     pub(crate) fn runs_here(&self, lock: &LockInfo) -> bool {
-        self.claim(lock).is_some_and(|claim| claim.runs_here())
+        self.claim(lock).map_or(self.seen.has_unread_run, |claim| claim.runs_here())
     }
 
     /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
@@ -139,7 +197,7 @@ impl HostView {
                     terraform: record.terraform,
                     command: format!("{} {}", record.program, record.command),
                 },
-                RunState::Foreign(why) => Claim::Foreign { why, may_run_here: *why == DOUBTFUL },
+                RunState::Foreign { why, may_run_here } => Claim::Foreign { why, may_run_here: *may_run_here },
                 RunState::Recovering | RunState::Dead => {
                     let of_run = record.proof();
                     let recorded = record.log.unreleased().find(|recorded| recorded.id == lock.id)?;
@@ -240,7 +298,10 @@ mod tests {
         for (state, [agreeing, disagreeing]) in [
             (RunState::Dead, [dead(false, None), dead(false, who)]),
             (RunState::Recovering, [dead(true, None), dead(true, who)]),
-            (RunState::Foreign("why"), [(); 2].map(|()| Claim::Foreign { why: "why", may_run_here: false })),
+            (
+                RunState::Foreign { why: "why", may_run_here: false },
+                [(); 2].map(|()| Claim::Foreign { why: "why", may_run_here: false }),
+            ),
             (
                 RunState::Living,
                 [0, 1].map(|_| Claim::Living {
@@ -285,7 +346,8 @@ mod tests {
             (RunState::Living, None),
             (RunState::Recovering, Some(RUN)),
             (RunState::Dead, Some(RUN)),
-            (RunState::Foreign("x"), None),
+            (RunState::Foreign { why: "x", may_run_here: true }, None),
+            (RunState::Foreign { why: "x", may_run_here: false }, None),
         ] {
             assert_eq!(view(Some(state), None).dead_run(ID), expected);
             assert_eq!(view(Some(state), None).dead_run("other"), None);
@@ -296,17 +358,50 @@ mod tests {
     fn a_run_is_running_here_if_the_journal_has_a_process_that_is_or_may_be_its_own_or_finishes_it() {
         for (state, expected) in [
             (Some(RunState::Living), true),
-            (Some(RunState::Foreign(DOUBTFUL)), true),
-            (Some(RunState::Foreign("it ran on another machine")), false),
+            (Some(RunState::Foreign { why: "x", may_run_here: true }), true),
+            (Some(RunState::Foreign { why: "x", may_run_here: false }), false),
             (Some(RunState::Recovering), true),
             (Some(RunState::Dead), false),
             (None, false),
         ] {
             for late in [None, Some(true), Some(false)] {
-                let view = view(state, late);
+                let mut view = view(state, late);
+                let other = stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm");
                 assert_eq!(view.runs_here(&stored(ID, "root@vm")), expected);
-                assert!(!view.runs_here(&stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm")));
+                assert!(!view.runs_here(&other));
+                // A record that cannot be read may have each lock that no other record has.
+                view.seen.has_unread_run = true;
+                assert_eq!(
+                    view.runs_here(&stored(ID, "root@vm")),
+                    expected || (state.is_none() && late.is_none()),
+                    "{late:?}"
+                );
+                assert!(view.runs_here(&other));
             }
+        }
+    }
+
+    #[test]
+    fn a_run_that_cannot_be_judged_may_be_running_unless_the_kernel_shows_that_nobody_holds_its_lock_file() {
+        type Held = fn() -> io::Result<bool>;
+        let held: [(Held, bool); 3] =
+            [(|| Ok(false), false), (|| Ok(true), true), (|| Err(io::Error::from_raw_os_error(libc::EMFILE)), true)];
+        for (is_held, may_run_here) in held {
+            let RecordedRun::Read(state, _) = recorded_run(FoundRun::Foreign("x", Some(Box::new(record()))), is_held)
+            else {
+                panic!()
+            };
+            assert_eq!(state.runs_here(), may_run_here);
+            assert!(matches!(state, RunState::Foreign { why, .. } if (why == "x") != may_run_here));
+            for found in [FoundRun::Foreign("x", None), FoundRun::Broken("x".into())] {
+                assert_eq!(matches!(recorded_run(found, is_held), RecordedRun::Unread), may_run_here);
+            }
+            for found in [FoundRun::Living(Box::new(record())), FoundRun::Recovering(Box::new(record()))] {
+                assert!(matches!(recorded_run(found, is_held), RecordedRun::Read(state, _) if state.runs_here()));
+            }
+            let doubtful = FoundRun::Doubtful(Box::new(record()), Vec::new());
+            assert!(matches!(recorded_run(doubtful, is_held), RecordedRun::Read(state, _) if state.runs_here()));
+            assert!(matches!(recorded_run(FoundRun::Gone, is_held), RecordedRun::Nothing));
         }
     }
 

@@ -212,6 +212,11 @@ impl JournalRecord {
         Reached::of(&self.run, &self.access, &self.surroundings)
     }
 
+    /// Whether the record contains the lock `id` as not released.
+    fn has_unreleased(&self, id: &str) -> bool {
+        self.log.unreleased().any(|lock| lock.id == id)
+    }
+
     /// Marks the run as over, and stores the unfinished work `left`. The facts about the run's processes do not change.
     pub(crate) fn leave(&mut self, left: Unfinished) {
         let named = left.locks.into_iter().map(LoggedLock::Named);
@@ -323,12 +328,21 @@ impl Journal {
         Ok((JournalEntry { path, lock_file }, inherited))
     }
 
+    /// As [`Journal::list`], for a caller that does not finish or report the runs of a journal that it cannot read.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.list().unwrap_or_default()
+    }
+
     /// Returns the names of the runs in the journal. Deletes directories whose creation was not completed within 1 h,
     /// and directories whose deletion was not completed.
-    pub(crate) fn names(&self) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(&self.runs) else { return Vec::new() };
+    ///
+    /// # Errors
+    /// Fails if the journal cannot be read, for example because no descriptor is free. Which runs are in it is then not
+    /// known.
+    pub(crate) fn list(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for entry in entries.flatten() {
+        for entry in fs::read_dir(&self.runs)? {
+            let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if is_run_id(&name) {
                 names.push(name);
@@ -341,7 +355,7 @@ impl Journal {
                 clear_away(&entry.path(), run);
             }
         }
-        names
+        Ok(names)
     }
 
     /// Whether the journal has a run `name`.
@@ -367,7 +381,7 @@ impl Journal {
             Err(_) if is_gone() => return FoundRun::Gone,
             Err(error) => {
                 trace!("record of {name}: {error}");
-                let held = self.is_held(name);
+                let held = self.is_held(name).unwrap_or(true);
                 // If a process holds the run's lock file, that process will replace or delete the record. So the record
                 // does not count as broken.
                 return if held {
@@ -437,12 +451,19 @@ impl Journal {
     }
 
     /// Whether the run's lock file is locked, by a process of the run in any container or by the run's owner. False if
-    /// the lock file cannot be opened.
-    pub(crate) fn is_held(&self, name: &str) -> bool {
-        let lock = open_lock(&self.runs.join(name).join("lock"));
-        lock.is_ok_and(|lock| {
-            [TREE_LOCK, OWNER_LOCK].iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap_or(true))
-        })
+    /// there is no lock file, or if what is in its place was not put there by `tf` of this user, which locks no such file.
+    ///
+    /// # Errors
+    /// Fails if this cannot be found out: the lock file cannot be opened, for example because no descriptor is free, or
+    /// the file system does not say which bytes are locked.
+    pub(crate) fn is_held(&self, name: &str) -> io::Result<bool> {
+        // A lock can be seen through a file that is open only for reading, so this works in a read-only state directory.
+        let lock = match open_private(OpenOptions::new().read(true), &self.runs.join(name).join("lock")) {
+            Ok(lock) => lock,
+            Err(error) if is_of_content(&error) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        Ok(lock_file::is_locked(&lock, TREE_LOCK)? || lock_file::is_locked(&lock, OWNER_LOCK)?)
     }
 
     /// Deletes the record of a run. The caller uses this if it cannot be determined here whether the run is alive.
@@ -480,12 +501,11 @@ impl Journal {
 
     /// Whether a run other than `own` may still hold the lock `id`. True if the record of such a run contains the lock
     /// as not released, and a process of that run is alive or may be alive ([`FoundRun::Living`],
-    /// [`FoundRun::Doubtful`]).
+    /// [`FoundRun::Doubtful`], or [`FoundRun::Foreign`] with a lock file that a process holds).
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
         self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
-            FoundRun::Living(record) | FoundRun::Doubtful(record, _) => {
-                record.log.named().any(|lock| lock.id == id && !lock.progress.is_gone())
-            }
+            FoundRun::Living(record) | FoundRun::Doubtful(record, _) => record.has_unreleased(id),
+            FoundRun::Foreign(_, Some(record)) => record.has_unreleased(id) && self.is_held(name).unwrap_or(true),
             _ => false,
         })
     }
@@ -596,6 +616,17 @@ fn create(path: &Path) -> io::Result<File> {
 /// (fcntl_locking(2)).
 fn open_lock(path: &Path) -> io::Result<File> {
     open_private(OpenOptions::new().read(true).write(true), path)
+}
+
+/// Whether `error`, from an attempt to open or read a file of a run, says something about the file: it does not exist,
+/// is not a file that `tf` has written, or has no valid content. Every other error comes from the host, for example
+/// because no descriptor or no memory is free, or because the disk fails. Such an error proves nothing about the run.
+fn is_of_content(error: &io::Error) -> bool {
+    // A symbolic link (O_NOFOLLOW), a directory, and a socket (open(2)).
+    let is_another_kind = matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EISDIR | libc::ENXIO));
+    // The last two are also the errors of serde_json about a text, and of `open_private` about a file.
+    let kinds = [io::ErrorKind::NotFound, io::ErrorKind::InvalidData, io::ErrorKind::UnexpectedEof];
+    is_another_kind || kinds.contains(&error.kind())
 }
 
 /// Whether `name` has the form `PID-RANDOM` that [`run_id`] creates.

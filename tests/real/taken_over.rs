@@ -1,6 +1,7 @@
 //! The lock of a host that is gone: its lease has lapsed, and the next run takes it over.
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -1172,6 +1173,47 @@ fn a_lock_whose_run_is_being_finished_on_this_host_is_not_taken() {
         scope.spawn(|| finished(Lock::DynamoDb, &PLAN, 1));
         scope.spawn(|| finished(Lock::File, &waiting, 0));
         scope.spawn(|| finished(Lock::Both, &waiting, 0));
+    });
+}
+
+/// The journal is in a volume of two containers. The processes in the other container cannot be seen from here, but one
+/// of them holds a byte of the run's lock file: terraform or a child (byte 0), or its guardian (byte 1). The lock also
+/// stays if the record cannot be read.
+#[test]
+fn a_lock_whose_run_may_be_running_in_another_container_is_not_taken() {
+    type Change = fn(&Path);
+    let is_elsewhere: Change = |path| {
+        let mut record: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into();
+        fs::write(path, record.to_string()).unwrap();
+    };
+    let is_torn: Change = |path| fs::write(path, "{").unwrap();
+    let stays = |lock: Lock, byte: i64, change: Change, why: &str| {
+        let mut env = killed_whole(lock);
+        env.set("TFW_LEASE", "5m");
+        let info = env.locks().first().unwrap().clone();
+        let mut lapsed = record(LONG_AGO, 300);
+        lapsed["lock"] = id_of(&info).into();
+        env.put_lease(&info, &lapsed);
+        let [path] = records(&env).try_into().unwrap();
+        change(&path);
+        let held = fs::OpenOptions::new().write(true).open(path.with_file_name("lock")).unwrap();
+        lock_byte(&held, byte);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        assert!(end.err.contains(why) && !end.err.contains("run it again"), "{}", env.dump(&end));
+        drop(held);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock: "), "{}", env.dump(&end));
+        env.assert_unlocked();
+    };
+    let elsewhere = "its processes cannot be seen from here, and one of them holds the lock file of the run";
+    let unread = "a run on this host, whose record cannot be read, may hold the lock";
+    std::thread::scope(|scope| {
+        scope.spawn(|| stays(Lock::DynamoDb, 0, is_elsewhere, elsewhere));
+        scope.spawn(|| stays(Lock::File, 1, is_elsewhere, elsewhere));
+        scope.spawn(|| stays(Lock::Both, 1, is_torn, unread));
     });
 }
 
