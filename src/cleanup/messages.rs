@@ -843,6 +843,16 @@ pub(crate) fn broken(path: &std::path::Path) -> String {
     )
 }
 
+/// Reports that the record at `path` cannot be read because of `error`, which says nothing about the run.
+pub(crate) fn unread(path: &std::path::Path, error: &str) -> String {
+    format!(
+        "could not read the record of an earlier run: {}\n{}\nthat run may have left a state lock; once the record can be \
+         read, type: {RECOVER}",
+        visible(&path.display().to_string()),
+        visible(error)
+    )
+}
+
 /// Reports that a record is invalid and was moved to `path`.
 pub(crate) fn set_aside(path: &std::path::Path) -> String {
     format!(

@@ -34,7 +34,7 @@ use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -55,7 +55,7 @@ use crate::journal::history::By;
 use crate::journal::host::Standpoint;
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, READ_ONLY, Unfinished};
+use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, LOCK_NOT_OPENED, READ_ONLY, Unfinished};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
@@ -114,13 +114,28 @@ pub(crate) struct Tried {
     pub(crate) lacks_credentials: bool,
 }
 
+/// The most dead runs that one `tf` finishes in the background. A process keeps a descriptor for each of them. Later `tf`
+/// finish the others.
+const FAR_LIMIT: usize = 16;
+
+/// A run in the journal.
+struct Entry<'a> {
+    state: &'a StateDirectory,
+    journal: Journal,
+    name: String,
+}
+
 /// What is to be done before terraform starts.
 #[derive(Default)]
 struct DueWork<'a> {
-    /// The dead runs that are finished before terraform starts.
-    near: Vec<Dead>,
+    /// The dead runs that are finished before terraform starts. There can be any number of them, and each
+    /// [`JournalEntry`] needs a descriptor. So each run is looked at again when it is its turn.
+    near: Vec<Entry<'a>>,
     /// The dead runs that are finished in the background.
     far: Vec<Dead>,
+    /// A run that no process holds, and whose record cannot be read because of an error of this host, with that error.
+    /// `None` if there is no such run.
+    unread: Option<(PathBuf, String)>,
     /// The pending requests for a lock at a location of the new run.
     late: Vec<(&'a StateDirectory, PendingRequest)>,
     /// The other pending requests of runs with the same data directory.
@@ -143,40 +158,39 @@ impl<'a> DueWork<'a> {
             }
             let Some(journal) = Journal::there(state) else { continue };
             for name in journal.names() {
-                work.add_run(state, &journal, &name, here, signals);
+                work.add_run(Entry { state, journal: journal.clone(), name }, here, signals);
             }
         }
         work
     }
 
-    /// Adds the run `name`, if it is dead and due. Moves an invalid record away.
-    fn add_run(
-        &mut self,
-        state: &StateDirectory,
-        journal: &Journal,
-        name: &str,
-        here: &CandidateBackends,
-        signals: &mut Signals,
-    ) {
-        let limits = WaitLimits { recovering: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT };
-        match look(journal, name, |record| is_of(record, here), limits, signals) {
+    /// Adds the run `found`, if it is dead and due. Moves an invalid record away.
+    fn add_run(&mut self, found: Entry<'a>, here: &CandidateBackends, signals: &mut Signals) {
+        let Entry { journal, name, .. } = &found;
+        match look(journal, name, |record| is_of(record, here), WaitLimits::BEFORE_TERRAFORM, signals) {
             FoundRun::Dead(record, entry, standpoint) => {
                 let turn = recovery_plan::turn(DeadRun {
                     is_near: is_of(&record, here),
                     was_tried: record.over,
                     is_recent: entry.was_written_within(RETRY_INTERVAL),
                 });
-                let pending_requests = PendingRequests::of(state).of_run(&record);
-                let dead = Dead { record, entry, standpoint, journal: journal.clone(), pending_requests, reason: None };
                 match turn {
-                    Turn::BeforeTerraform => self.near.push(dead),
-                    Turn::InBackground => self.far.push(dead),
-                    Turn::Later => {}
+                    Turn::BeforeTerraform => self.near.push(found),
+                    Turn::InBackground if self.far.len() < FAR_LIMIT => {
+                        self.far.push(found.dead(record, entry, standpoint));
+                    }
+                    Turn::InBackground | Turn::Later => {}
                 }
             }
             FoundRun::Broken(_) => {
                 if let Some(path) = journal.set_aside(name) {
                     console::say(&messages::set_aside(&path));
+                }
+            }
+            FoundRun::Unread { path, error } => {
+                // A run that may be alive is not reported.
+                if matches!(journal.is_held(name), Ok(false)) {
+                    self.unread.get_or_insert((path, error));
                 }
             }
             FoundRun::Foreign(why, _) => trace!("run {name} is left alone: {why}"),
@@ -186,16 +200,27 @@ impl<'a> DueWork<'a> {
     }
 }
 
+impl Entry<'_> {
+    /// Returns this run, which was found dead.
+    fn dead(self, record: Box<JournalRecord>, entry: JournalEntry, standpoint: Standpoint) -> Dead {
+        let pending_requests = PendingRequests::of(self.state).of_run(&record);
+        Dead { record, entry, standpoint, journal: self.journal, pending_requests, reason: None }
+    }
+}
+
 /// Finishes dead runs before terraform starts. `here` are the candidate backends of the new run. This process must have
 /// only one thread, because it forks.
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
-    let DueWork { near, far, late, others_late } = DueWork::find(states, here, signals);
+    let DueWork { near, far, unread, late, others_late } = DueWork::find(states, here, signals);
+    if let Some((path, error)) = unread {
+        console::say(&messages::unread(&path, &error));
+    }
     if !far.is_empty() {
         finish_without_waiting(far);
     }
     let mut asked = None;
     check_pending_requests(&late, &others_late, here, signals, &mut asked);
-    let tried = finish_near(near, signals, &mut asked);
+    let tried = finish_near(near, here, signals, &mut asked);
     Before { asked, tried }
 }
 
@@ -236,12 +261,25 @@ fn check_pending_requests(
 
 /// Finishes the dead runs `near`, until a signal asks `tf` to stop. Stores that signal in `asked`. Returns the runs that
 /// could not be finished.
-fn finish_near(near: Vec<Dead>, signals: &mut Signals, asked: &mut Option<Signal>) -> Vec<Tried> {
+fn finish_near(
+    near: Vec<Entry<'_>>,
+    here: &CandidateBackends,
+    signals: &mut Signals,
+    asked: &mut Option<Signal>,
+) -> Vec<Tried> {
     let mut tried = Vec::new();
-    for dead in near {
+    for found in near {
         if asked.is_some() {
             break;
         }
+        // Another process may be finishing the run by now.
+        let is_near = |record: &JournalRecord| is_of(record, here);
+        let FoundRun::Dead(record, entry, standpoint) =
+            look(&found.journal, &found.name, is_near, WaitLimits::BEFORE_TERRAFORM, signals)
+        else {
+            continue;
+        };
+        let dead = found.dead(record, entry, standpoint);
         let (name, journal) = (dead.record.run.clone(), dead.journal.clone());
         let keep = vec![dead.entry.lock_file().as_raw_fd()];
         let left = in_a_process(
@@ -308,7 +346,14 @@ pub(crate) fn everything(request: Request<'_>, say: fn(&str), signals: &mut Sign
     let until = Instant::now() + if dry_run { Duration::ZERO } else { OTHER_RECOVERY_TIMEOUT };
     for state in StateDirectory::existing() {
         let Some(journal) = Journal::there(&state) else { continue };
-        for name in journal.names().into_iter().filter(|name| only.is_none_or(|only| only == name)) {
+        let names = match journal.list() {
+            Ok(names) => names,
+            Err(error) => {
+                everything.recover(&state, &journal, journal.unlisted(&error), signals);
+                continue;
+            }
+        };
+        for name in names.into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             let rest = until.saturating_duration_since(Instant::now());
             let limits = WaitLimits { recovering: rest, ending: rest };
             let found = look(&journal, &name, |_| true, limits, signals);
@@ -399,7 +444,10 @@ impl Everything<'_> {
     fn report(&self, found: &FoundRun, journal: &Journal) {
         match found {
             FoundRun::Broken(path) => console::say(&messages::broken(path)),
-            FoundRun::Foreign(READ_ONLY, Some(record)) => (self.say)(&messages::cannot_be_finished(record, READ_ONLY)),
+            FoundRun::Unread { path, error } => console::say(&messages::unread(path, error)),
+            FoundRun::Foreign(why @ (READ_ONLY | LOCK_NOT_OPENED), Some(record)) => {
+                (self.say)(&messages::cannot_be_finished(record, why));
+            }
             FoundRun::Foreign(why, Some(record)) => (self.say)(&messages::cannot_be_judged(record, why)),
             FoundRun::Doubtful(record, processes) => (self.say)(&messages::may_be_alive(record, processes)),
             FoundRun::Living(record) => {
@@ -437,6 +485,7 @@ fn sight(found: &FoundRun) -> Sight {
         FoundRun::Foreign(..) => Sight::Foreign,
         FoundRun::Doubtful(..) => Sight::Doubtful,
         FoundRun::Broken(_) => Sight::Broken,
+        FoundRun::Unread { .. } => Sight::Unread,
         FoundRun::Gone => Sight::Gone,
     }
 }
@@ -456,6 +505,10 @@ fn facts(found: &FoundRun, journal: &Journal) -> Facts {
         FoundRun::Living(record) => {
             let is_about_to_end = ending(record, journal).is_some();
             Facts { may_hold: is_about_to_end && may_hold(record), is_about_to_end, ..Facts::default() }
+        }
+        FoundRun::Unread { path, .. } => {
+            let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            Facts { is_held: journal.is_held(name).unwrap_or(false), ..Facts::default() }
         }
         FoundRun::Dead(..) | FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => Facts::default(),
     }
@@ -685,6 +738,9 @@ struct WaitLimits {
 }
 
 impl WaitLimits {
+    /// The limits of a `tf` that is about to start terraform.
+    const BEFORE_TERRAFORM: Self = Self { recovering: OTHER_RECOVERY_TIMEOUT, ending: ORPHAN_EXIT_TIMEOUT };
+
     /// Returns the limit for a run that is about to end. If the run has no owner, no process stops its terraform, which
     /// may continue for a long time. If the processes of the run are already exiting, a short wait is enough.
     fn for_ending(self, has_owner: bool) -> Duration {

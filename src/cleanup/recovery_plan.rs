@@ -16,8 +16,10 @@ pub(crate) enum Sight {
     Foreign,
     /// Processes that may belong to the run are alive.
     Doubtful,
-    /// The run's record is missing or invalid.
+    /// The run's record or lock file is missing or invalid.
     Broken,
+    /// The run cannot be read because of an error of this host.
+    Unread,
     /// The run is no longer in the journal.
     Gone,
 }
@@ -71,6 +73,8 @@ pub(crate) fn treatment(sight: Sight, facts: Facts, mode: Mode) -> Treatment {
         (Sight::ReadOnly | Sight::Doubtful, _) | (Sight::Recovering, Mode::Finish) => report_if(may_hold),
         // If the run's lock file is held, the run is alive on another machine or in another container.
         (Sight::Foreign, _) => report_if(may_hold && !is_held),
+        // The record is not moved: nothing is known to be wrong with it.
+        (Sight::Unread, _) => report_if(!is_held),
         // The recovery has waited for the run, which has not ended and may hold its lock for a long time. It is
         // reported, so that the exit code shows that a lock is left.
         (Sight::Living, Mode::Finish) => report_if(may_hold && is_about_to_end),
@@ -117,7 +121,7 @@ pub(crate) fn turn(run: DeadRun) -> Turn {
 mod tests {
     use super::*;
 
-    const SIGHTS: [Sight; 8] = [
+    const SIGHTS: [Sight; 9] = [
         Sight::Living,
         Sight::Recovering,
         Sight::Dead,
@@ -125,6 +129,7 @@ mod tests {
         Sight::Foreign,
         Sight::Doubtful,
         Sight::Broken,
+        Sight::Unread,
         Sight::Gone,
     ];
 
@@ -159,19 +164,27 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_holds_nothing_is_not_reported_unless_its_record_is_broken() {
+    fn a_run_that_holds_nothing_is_not_reported_unless_its_record_cannot_be_read() {
         for_all(|sight, facts, mode, treatment| {
             if !facts.may_hold && treatment == Treatment::Report {
-                assert_eq!((sight, mode), (Sight::Broken, Mode::DryRun));
+                assert!(sight == Sight::Unread || (sight, mode) == (Sight::Broken, Mode::DryRun), "{sight:?}");
             }
+        });
+    }
+
+    #[test]
+    fn only_a_record_that_is_known_to_be_broken_is_moved() {
+        for_all(|sight, facts, mode, treatment| {
+            let expected = sight == Sight::Broken && mode == Mode::Finish;
+            assert_eq!(treatment == Treatment::SetAside, expected, "{sight:?} {facts:?} {mode:?}");
         });
     }
 
     #[test]
     fn a_run_that_works_is_left_alone() {
         for_all(|sight, facts, mode, treatment| {
-            let works =
-                (sight == Sight::Living && !facts.is_about_to_end) || (sight == Sight::Foreign && facts.is_held);
+            let works = (sight == Sight::Living && !facts.is_about_to_end)
+                || (matches!(sight, Sight::Foreign | Sight::Unread) && facts.is_held);
             assert!(!works || treatment == Treatment::LeaveAlone, "{sight:?} {facts:?} {mode:?}");
         });
     }

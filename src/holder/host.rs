@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, judge};
 use crate::journal::pending_requests::PendingRequests;
-use crate::journal::runs::{FoundRun, Journal, JournalRecord};
+use crate::journal::runs::{FoundRun, Journal, JournalRecord, UNLISTED};
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::observed::ObservedLease;
 use crate::lock::proof::{self, Run};
@@ -77,13 +77,20 @@ fn recorded_run(found: FoundRun, is_held: impl Fn() -> io::Result<bool>) -> Reco
         // does not finish the run.
         FoundRun::Dead(record, ..) => (RunState::Dead, record),
         FoundRun::Doubtful(record, _) => (RunState::Foreign { why: DOUBTFUL, may_run_here: true }, record),
+        FoundRun::Foreign(why, Some(record)) if UNLISTED.contains(&why) => {
+            (RunState::Foreign { why, may_run_here: true }, record)
+        }
         FoundRun::Foreign(why, Some(record)) => match is_held() {
             Ok(false) => (RunState::Foreign { why, may_run_here: false }, record),
             Ok(true) => (RunState::Foreign { why: HELD, may_run_here: true }, record),
             Err(_) => (RunState::Foreign { why: NOT_SEEN, may_run_here: true }, record),
         },
-        FoundRun::Foreign(_, None) | FoundRun::Broken(_) if is_held().unwrap_or(true) => return RecordedRun::Unread,
-        FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Gone => return RecordedRun::Nothing,
+        FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Unread { .. } if is_held().unwrap_or(true) => {
+            return RecordedRun::Unread;
+        }
+        FoundRun::Foreign(_, None) | FoundRun::Broken(_) | FoundRun::Unread { .. } | FoundRun::Gone => {
+            return RecordedRun::Nothing;
+        }
     };
     RecordedRun::Read(state, record)
 }
@@ -393,7 +400,8 @@ mod tests {
             };
             assert_eq!(state.runs_here(), may_run_here);
             assert!(matches!(state, RunState::Foreign { why, .. } if (why == "x") != may_run_here));
-            for found in [FoundRun::Foreign("x", None), FoundRun::Broken("x".into())] {
+            let unread = FoundRun::Unread { path: "x".into(), error: "y".into() };
+            for found in [FoundRun::Foreign("x", None), FoundRun::Broken("x".into()), unread] {
                 assert_eq!(matches!(recorded_run(found, is_held), RecordedRun::Unread), may_run_here);
             }
             for found in [FoundRun::Living(Box::new(record())), FoundRun::Recovering(Box::new(record()))] {
@@ -401,6 +409,10 @@ mod tests {
             }
             let doubtful = FoundRun::Doubtful(Box::new(record()), Vec::new());
             assert!(matches!(recorded_run(doubtful, is_held), RecordedRun::Read(state, _) if state.runs_here()));
+            for why in UNLISTED {
+                let found = recorded_run(FoundRun::Foreign(why, Some(Box::new(record()))), is_held);
+                assert!(matches!(found, RecordedRun::Read(state, _) if state.runs_here()));
+            }
             assert!(matches!(recorded_run(FoundRun::Gone, is_held), RecordedRun::Nothing));
         }
     }

@@ -42,6 +42,10 @@ impl Living {
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
+        // A list without this process is not complete, for example because no descriptor was free for it.
+        if !pids.contains(&own) {
+            living.unknown.push(Process::unseen_in(Pid::from_raw(0)));
+        }
         // /proc may also hide members of terraform's group. This matters only if no other process of the run was found.
         if let Some(group) = identity.group.map(Pid::from_raw)
             && living.is_empty()

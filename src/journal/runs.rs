@@ -64,8 +64,15 @@ const MAX_SET_ASIDE: usize = 16;
 /// How long a record is kept if `tf` on this host cannot determine whether the run is alive.
 const RECORD_RETENTION_WINDOW: Duration = Duration::from_hours(30 * 24);
 
-/// The reason for not finishing a run whose lock file cannot be opened for writing.
+/// The reason for not finishing a dead run whose lock file cannot be opened for writing.
 pub(crate) const READ_ONLY: &str = "the record of the run cannot be locked, because the state directory is read-only";
+
+/// The reason for not judging a run whose lock file cannot be opened, although nothing is wrong with the file. For
+/// example, no descriptor is free.
+pub(crate) const LOCK_NOT_OPENED: &str = "the lock file of the run cannot be opened";
+
+/// The reasons for not judging a run of this boot, if the processes of this host cannot be listed.
+pub(crate) const UNLISTED: [&str; 2] = ["/proc here does not list this process", "the processes cannot be listed here"];
 
 /// The work that is left after a run has ended.
 #[derive(Debug, Default)]
@@ -262,9 +269,11 @@ pub(crate) enum FoundRun {
     /// No process of the run is known to be alive, but these processes may belong to the run. As long as these
     /// processes are running, the run must not be finished.
     Doubtful(Box<JournalRecord>, Vec<Process>),
-    /// Either the directory at this path has no valid record, and no process is known to hold its lock file. Or its
-    /// lock file cannot be opened, for another reason than a missing write permission.
+    /// The directory at this path has no valid record or no lock file, and no process holds its lock file.
     Broken(PathBuf),
+    /// The run in the directory `path` cannot be read because of an error of this host, such as a lack of descriptors.
+    /// That proves nothing about the run, which may be alive, or about its record.
+    Unread { path: PathBuf, error: String },
     /// The run is not in the journal, or was deleted from it in the meantime.
     Gone,
 }
@@ -358,6 +367,12 @@ impl Journal {
         Ok(names)
     }
 
+    /// Returns the state of the runs of a journal that cannot be listed because of `error`: no more is known about them
+    /// than about one run that cannot be read.
+    pub(crate) fn unlisted(&self, error: &io::Error) -> FoundRun {
+        FoundRun::Unread { path: self.runs.clone(), error: error.to_string() }
+    }
+
     /// Whether the journal has a run `name`.
     pub(crate) fn has(&self, name: &str) -> bool {
         fs::symlink_metadata(self.runs.join(name)).is_ok()
@@ -369,25 +384,33 @@ impl Journal {
     /// [`RECORD_RETENTION_WINDOW`].
     pub(crate) fn look(&self, name: &str) -> FoundRun {
         let path = self.runs.join(name);
-        let Ok(place) = fs::symlink_metadata(&path) else { return FoundRun::Gone };
+        let unread = |error: &io::Error| {
+            trace!("{name} cannot be read: {error}");
+            FoundRun::Unread { path: path.clone(), error: error.to_string() }
+        };
+        let place = match fs::symlink_metadata(&path) {
+            Ok(place) => place,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return FoundRun::Gone,
+            Err(error) => return unread(&error),
+        };
         if !is_private(&path) {
             return FoundRun::Foreign("the record of that run is not private to this user", None);
         }
         // The run may be deleted at any moment. Its directory is moved away first, so an error of any kind may come
         // from that: a file that was opened just before has no name any more, and does not count as private.
-        let is_gone = || !path.exists();
+        let is_gone = || fs::symlink_metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
         let record = match read(&path, name) {
             Ok(record) => record,
             Err(_) if is_gone() => return FoundRun::Gone,
+            Err(error) if !is_of_content(&error) => return unread(&error),
             Err(error) => {
                 trace!("record of {name}: {error}");
-                let held = self.is_held(name).unwrap_or(true);
                 // If a process holds the run's lock file, that process will replace or delete the record. So the record
                 // does not count as broken.
-                return if held {
-                    FoundRun::Foreign("the record of that run cannot be read", None)
-                } else {
-                    FoundRun::Broken(path)
+                return match self.is_held(name) {
+                    Ok(true) => FoundRun::Foreign("the record of that run cannot be read", None),
+                    Ok(false) => FoundRun::Broken(path),
+                    Err(error) => unread(&error),
                 };
             }
         };
@@ -395,30 +418,38 @@ impl Journal {
         if standpoint == Standpoint::ThisBoot {
             standpoint = match process::list() {
                 ProcessList::Available => standpoint,
-                ProcessList::Unavailable => Standpoint::Foreign("/proc here does not list this process"),
-                ProcessList::Unsupported => Standpoint::Foreign("the processes cannot be listed here"),
+                ProcessList::Unavailable => Standpoint::Foreign(UNLISTED[0]),
+                ProcessList::Unsupported => Standpoint::Foreign(UNLISTED[1]),
             };
         }
         if let Standpoint::Foreign(why) = standpoint {
-            if is_older(&path, RECORD_RETENTION_WINDOW) {
+            if is_older(&path, RECORD_RETENTION_WINDOW) && matches!(self.is_held(name), Ok(false)) {
                 remove(&path);
             }
             return FoundRun::Foreign(why, Some(Box::new(record)));
         }
-        let lock_file = match open_lock(&path.join("lock")) {
-            Ok(lock_file) => lock_file,
-            Err(_) if is_gone() => return FoundRun::Gone,
+        let opened = match open_lock(&path.join("lock")) {
             // The bytes of a file can be locked only if it is open for writing, so the run cannot be finished from
-            // here.
+            // here. But it can be seen whether they are locked.
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied) =>
             {
-                return FoundRun::Foreign(READ_ONLY, Some(Box::new(record)));
+                open_private(OpenOptions::new().read(true), &path.join("lock")).map(|lock_file| (lock_file, false))
             }
-            Err(_) => return FoundRun::Broken(path),
+            opened => opened.map(|lock_file| (lock_file, true)),
+        };
+        let (lock_file, is_writable) = match opened {
+            Ok(opened) => opened,
+            Err(_) if is_gone() => return FoundRun::Gone,
+            Err(error) if is_of_content(&error) => return FoundRun::Broken(path),
+            Err(_) => return FoundRun::Foreign(LOCK_NOT_OPENED, Some(Box::new(record))),
         };
         let record = Box::new(record);
-        let is_owner = lock_file::try_lock(&lock_file, OWNER_LOCK).unwrap_or(false);
+        let is_owner = if is_writable {
+            lock_file::try_lock(&lock_file, OWNER_LOCK).unwrap_or(false)
+        } else {
+            !lock_file::is_locked(&lock_file, OWNER_LOCK).unwrap_or(true)
+        };
         // After a restart, the lock file and the processes of this host show nothing about the run.
         let is_this_boot = standpoint == Standpoint::ThisBoot;
         let tree_is_locked = is_this_boot && lock_file::is_locked(&lock_file, TREE_LOCK).unwrap_or(true);
@@ -433,6 +464,7 @@ impl Journal {
             RunState::Living => return FoundRun::Living(record),
             RunState::Recovering => return FoundRun::Recovering(record),
             RunState::Doubtful => return FoundRun::Doubtful(record, living.unknown),
+            RunState::Dead if !is_writable => return FoundRun::Foreign(READ_ONLY, Some(record)),
             RunState::Dead => {}
         }
         // The previous owner may have deleted the directory or replaced the record since this process read the record.
@@ -446,6 +478,7 @@ impl Journal {
                 drop(lock_file);
                 self.look(name)
             }
+            Err(error) if same && !is_of_content(&error) => unread(&error),
             _ => FoundRun::Gone,
         }
     }
@@ -510,7 +543,7 @@ impl Journal {
         })
     }
 
-    /// Moves an invalid record to `set-aside/`, where a person can inspect it. Returns the new path of the record.
+    /// Moves an invalid record ([`FoundRun::Broken`]) to `set-aside/`, where a person can inspect it. Returns the new path of the record.
     /// `None` if the record cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
@@ -718,9 +751,14 @@ mod tests {
     /// fork(2) and exec(2), such a child holds every lock of this process.
     fn wait_until_free(journal: &Journal, bytes: &[u8]) {
         let lock = open_lock(&journal.runs.join(RUN).join("lock")).unwrap();
+        wait_until(|| bytes.iter().all(|byte| !lock_file::is_locked(&lock, *byte).unwrap()));
+    }
+
+    #[track_caller]
+    fn wait_until(is_so: impl Fn() -> bool) {
         let begun = std::time::Instant::now();
-        while bytes.iter().any(|byte| lock_file::is_locked(&lock, *byte).unwrap()) {
-            assert!(begun.elapsed() < Duration::from_secs(20), "{bytes:?} are held");
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "bytes are held");
             crate::sys::poll::wait(&[], Some(Duration::from_millis(1)));
         }
     }
@@ -794,6 +832,89 @@ mod tests {
         let other = "4000000-fedcba9876543210";
         fs::rename(&path, path.with_file_name(other)).unwrap();
         assert!(matches!(journal.look(other), FoundRun::Broken(_)));
+    }
+
+    #[test]
+    fn only_an_error_about_a_file_says_that_the_file_is_broken() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("file");
+        let read_json = |text: &str| -> io::Error { serde_json::from_str::<JournalRecord>(text).unwrap_err().into() };
+        let about_file = [
+            open_lock(&path).unwrap_err(),
+            open_lock(root.path()).unwrap_err(),
+            open_private(OpenOptions::new().read(true), root.path()).unwrap_err(),
+            read_json(""),
+            read_json("{"),
+            read_json("null"),
+            read_json("x"),
+        ];
+        for error in about_file {
+            assert!(is_of_content(&error), "{error:?}");
+        }
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        assert!(is_of_content(&open_lock(&path).unwrap_err()));
+        for of_host in [
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::EIO,
+            libc::EACCES,
+            libc::EPERM,
+            libc::ENOMEM,
+            libc::EROFS,
+            libc::ENOSPC,
+            libc::ESTALE,
+            libc::EINTR,
+            libc::ETIMEDOUT,
+            libc::ENOTCONN,
+            libc::ENOLCK,
+        ] {
+            let error = io::Error::from_raw_os_error(of_host);
+            assert!(!is_of_content(&error), "{error:?}");
+        }
+    }
+
+    /// A record whose file cannot be read, a lock file that cannot be read, and neither. Root reads every file.
+    #[test]
+    fn a_run_whose_files_cannot_be_read_is_neither_broken_nor_free() {
+        use std::os::unix::fs::PermissionsExt;
+        if nix::unistd::geteuid().is_root() {
+            return;
+        }
+        for (files, is_record_read) in
+            [(&["record.json"][..], false), (&["lock"], true), (&["record.json", "lock"], false)]
+        {
+            let (_root, journal) = journal();
+            let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
+            for file in files {
+                fs::set_permissions(entry.path.join(file), fs::Permissions::from_mode(0o000)).unwrap();
+            }
+            drop((entry, tree_lock));
+            match journal.look(RUN) {
+                FoundRun::Unread { .. } => assert!(!is_record_read),
+                FoundRun::Foreign(LOCK_NOT_OPENED, Some(_)) => assert!(is_record_read),
+                found => panic!("{files:?}: {found:?}"),
+            }
+            assert_eq!(journal.is_held(RUN).is_err(), files.contains(&"lock"), "{files:?}");
+        }
+    }
+
+    /// The state directory is read-only, or the lock file alone.
+    #[test]
+    fn a_run_whose_lock_file_cannot_be_written_is_seen_but_not_finished() {
+        use std::os::unix::fs::PermissionsExt;
+        if nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (_root, journal) = journal();
+        let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
+        fs::set_permissions(entry.path.join("lock"), fs::Permissions::from_mode(0o400)).unwrap();
+        assert!(matches!(journal.look(RUN), FoundRun::Living(_)) && journal.is_held(RUN).unwrap());
+        drop(tree_lock);
+        wait_until(|| matches!(journal.look(RUN), FoundRun::Recovering(_)));
+        assert!(journal.is_held(RUN).unwrap());
+        drop(entry);
+        wait_until(|| matches!(journal.look(RUN), FoundRun::Foreign(READ_ONLY, Some(_))));
+        assert!(!journal.is_held(RUN).unwrap());
     }
 
     #[test]

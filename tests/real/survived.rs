@@ -825,6 +825,68 @@ fn a_torn_or_hostile_record_is_set_aside_and_said_once() {
     }
 }
 
+/// An error of the host proves nothing about a record: here, each read of the file fails with EIO.
+#[test]
+fn a_record_that_the_host_cannot_read_stays_where_it_is() {
+    if !is_root_on_linux() {
+        // Only root can mount.
+        return;
+    }
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let unreadable = |command: &str| {
+        let [path] = records(&env).try_into().unwrap();
+        let mut unshare = env.command("unshare");
+        unshare.args(["-m", "sh", "-c", &format!("mount --bind /proc/$$/mem \"$0\"; exec {command}")]).arg(&path);
+        let end = Run::start(unshare).wait();
+        assert!(path.exists() && !journal(&env).join("set-aside").exists(), "{}", env.dump(&end));
+        env.assert_locked();
+        end
+    };
+    let living = start_recorded(&env);
+    let said = "could not read the record of an earlier run: ";
+    for command in ["tf plan -no-color", "tf locks recover"] {
+        let end = unreadable(command);
+        assert!(!end.err.contains(said), "{}", env.dump(&end));
+    }
+    kill_all(&env);
+    drop(living);
+    for (command, code) in [("tf plan -no-color", 1), ("tf locks recover --dry-run", 2), ("tf locks recover", 2)] {
+        let end = unreadable(command);
+        assert_eq!(end.code(), Some(code), "{}", env.dump(&end));
+        assert!(end.err.contains(said) && end.err.contains("Input/output error"), "{}", env.dump(&end));
+    }
+    assert_next_gives_back(&env);
+}
+
+#[test]
+fn with_few_descriptors_each_dead_run_of_the_directory_is_finished_before_terraform() {
+    let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let living = start_recorded(&env);
+    let [path] = records(&env).try_into().unwrap();
+    let mut dead: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    dead["log"]["locks"] = serde_json::json!([]);
+    dead["tree"] = serde_json::json!({});
+    dead["terraform"] = Value::Null;
+    let runs = path.ancestors().nth(2).unwrap();
+    for number in 0..60 {
+        let name = format!("4000000-{number:016x}");
+        dead["run"] = name.as_str().into();
+        let directory = runs.join(name);
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(directory.join("lock"), "").unwrap();
+        fs::write(directory.join("record.json"), dead.to_string()).unwrap();
+    }
+    env.stand_in("says", "#!/bin/sh\necho said\n");
+    let mut command = env.command("sh");
+    command.args(["-c", "ulimit -n 40; exec tf apply"]);
+    let end = Run::start(command).wait();
+    assert_eq!((end.code(), end.out.as_str()), (Some(0), "said\n"), "{}", env.dump(&end));
+    assert_eq!(records(&env), [path], "{}", env.dump(&end));
+    env.unblock();
+    assert_eq!(living.wait().code(), Some(0));
+}
+
 #[test]
 fn a_changed_record_takes_no_lock_that_its_run_did_not_take() {
     // The ID of a running bare terraform at the same location, with the same user and host.
