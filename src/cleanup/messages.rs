@@ -80,6 +80,11 @@ pub(crate) fn lease_continued() -> &'static str {
     "the lease was renewed, and terraform goes on"
 }
 
+/// Reports that a run goes on that was stopped because of a lease, although its terraform had released the lock before.
+pub(crate) fn released_while_stopped() -> &'static str {
+    "terraform had released the lock, and the run goes on"
+}
+
 /// Answers the ^C number `keys` while terraform is stopped because of its lease.
 pub(crate) fn key_while_stopped(keys: u8) -> String {
     match INTERRUPTS_TO_END.saturating_sub(keys) {

@@ -72,6 +72,50 @@ pub(crate) fn late_write(lost: Lost) -> LateWrite {
     }
 }
 
+/// What is known when a read shows that the lock is lost, and the log shows that terraform has begun to release it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LostInUnlock {
+    /// Whether the log shows the end of an unlock. Terraform logs it since 1.10.
+    pub(crate) is_end_logged: bool,
+    /// Whether the terraform with the lock has exited, so that it sends nothing more.
+    pub(crate) has_exited: bool,
+    /// Whether it is stopped, for its lease or by somebody.
+    pub(crate) is_stopped: bool,
+    /// How many reads in a row have shown the loss, with this one.
+    pub(crate) reads: u32,
+}
+
+/// What follows from a [`LostInUnlock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UnlockStep {
+    /// The unlock is over, and the lease with it. Whatever runs on needs no lock.
+    Over,
+    /// The lock must be read once more.
+    ReadAgain,
+    /// The unlock may not be over, so the fence stays.
+    Fenced,
+}
+
+/// The reads in a row that show the end of an unlock. A single response proves nothing: a proxy may have sent it.
+const READS_TO_END_UNLOCK: u32 = 2;
+
+/// Decides whether an unlock is over, although the log does not show its end.
+///
+/// Terraform 1.6 to 1.9 logs only that it begins to release its lock, so the lock itself must show the rest. As long as
+/// it is there, the request may be on its way. That request has no condition, so it must not arrive when another run has
+/// the lock. A terraform that is stopped may send it when it goes on, so what a read shows before that says nothing.
+///
+/// A terraform since 1.10 that is running would have logged the end. So if its lock is lost and it has not logged that,
+/// its request may still be on its way.
+pub(crate) fn unlock_step(seen: LostInUnlock) -> UnlockStep {
+    let may_send = !seen.has_exited && (seen.is_end_logged || seen.is_stopped);
+    match seen.reads {
+        _ if may_send => UnlockStep::Fenced,
+        READS_TO_END_UNLOCK.. => UnlockStep::Over,
+        _ => UnlockStep::ReadAgain,
+    }
+}
+
 /// Why the kernel has stopped terraform for its lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StopCause {
@@ -229,6 +273,19 @@ mod tests {
         let never = Lost { is_stopped_in_time: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
         for is_stopped_in_time in [false, true] {
             assert_eq!(late_write(Lost { is_stopped_in_time, ..never }), LateWrite::No);
+        }
+    }
+
+    #[test]
+    fn an_unlock_without_an_end_in_the_log_is_over_after_two_reads_unless_terraform_may_still_send_its_request() {
+        for bits in 0..8_u8 {
+            let bit = |place: u8| bits & (1 << place) != 0;
+            for (reads, at_most) in [(1, UnlockStep::ReadAgain), (2, UnlockStep::Over), (3, UnlockStep::Over)] {
+                let seen = LostInUnlock { is_end_logged: bit(0), has_exited: bit(1), is_stopped: bit(2), reads };
+                let is_silent = bit(1) || !(bit(0) || bit(2));
+                let expected = if is_silent { at_most } else { UnlockStep::Fenced };
+                assert_eq!(unlock_step(seen), expected, "{seen:?}");
+            }
         }
     }
 

@@ -555,6 +555,13 @@ impl Supervision<'_> {
                         self.foreground.take_from_stopped();
                     }
                 }
+                LeaseEffect::ContinueWithoutLock => {
+                    self.foreground.give_back_to_stopped();
+                    if self.lease.as_mut().is_some_and(|lease| lease.go_on_without_lock()) {
+                        self.run_record.late_stop.continued();
+                        console::say(messages::released_while_stopped());
+                    }
+                }
                 LeaseEffect::Interrupt(trouble) => {
                     console::say(&messages::lease_interrupts(&trouble));
                     if !self.is_being_asked() {

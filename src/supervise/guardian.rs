@@ -53,7 +53,7 @@ use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::lock::reached::Reached;
 use crate::supervise::keeper::Orders;
 use crate::supervise::pipes::Pipes;
-use crate::supervise::run_lease::{LockPhase, RunLease, STOP_AGAIN_INTERVAL};
+use crate::supervise::run_lease::{LockPhase, RunLease, STOP_AGAIN_INTERVAL, TfState};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
@@ -598,7 +598,7 @@ impl<'a> Watch<'a> {
         if let (false, Some(orders), Some(_)) = (self.has_lease, &self.orders, &self.terraform) {
             trace!("guardian: tf is suspended, and the guardian renews the lease, too");
             self.has_lease = true;
-            lease.take_over(Some(orders.clone()), self.context.tree);
+            lease.take_over(TfState::Suspended, Some(orders.clone()), self.context.tree);
         }
         // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the loss yet.
         let recorder = &mut *self.context.recorder;
@@ -866,7 +866,7 @@ impl<'a> Watch<'a> {
     /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease lasts.
     fn take_over_lease(&mut self) {
         let Some(lease) = &mut self.context.lease else { return };
-        lease.take_over(self.orders.take(), self.context.tree);
+        lease.take_over(TfState::Dead, self.orders.take(), self.context.tree);
     }
 
     /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.

@@ -25,8 +25,8 @@ use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
-    EndReason, FenceStep, LateWrite, Look, Loss, Lost, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun, Trouble,
-    are_requests_aborted, is_reason_due, late_write, next_step,
+    EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun,
+    Trouble, UnlockStep, are_requests_aborted, is_reason_due, late_write, next_step, unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Holder, Promise};
@@ -42,6 +42,7 @@ use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::version::LogDetail;
 use crate::time::saturating_add;
 use crate::trace::trace;
 
@@ -62,6 +63,9 @@ pub(crate) enum LeaseEffect {
     CannotRenew(String),
     /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
     Continue,
+    /// The lock was released, so what is stopped can go on without it. The supervisor gives it the terminal that it had, and
+    /// then calls [`RunLease::go_on_without_lock`].
+    ContinueWithoutLock,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
     Interrupt(Trouble),
     /// This host is about to end. This comes once.
@@ -80,8 +84,10 @@ pub(crate) enum LeaseEffect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LockPhase {
     Held,
-    /// It has begun its unlock.
-    Unlocking,
+    /// It has begun its unlock. `is_end_logged`: the log would show the end of it.
+    Unlocking {
+        is_end_logged: bool,
+    },
     /// It has finished its unlock.
     Gone,
 }
@@ -92,9 +98,18 @@ impl LockPhase {
         match log.unreleased().find(|lock| lock.id == id) {
             None => Self::Gone,
             Some(lock) if lock.progress.is_before_unlock() => Self::Held,
-            Some(_) => Self::Unlocking,
+            Some(_) => Self::Unlocking { is_end_logged: log.log_detail() == Some(LogDetail::Full) },
         }
     }
+}
+
+/// Why the guardian has a keeper of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TfState {
+    /// `tf` is suspended, and does the rest when it goes on.
+    Suspended,
+    /// `tf` is dead.
+    Dead,
 }
 
 /// A terraform that the kernel has stopped.
@@ -134,11 +149,15 @@ pub(crate) struct RunLease {
     group: Option<Pid>,
     /// `None` until the log shows a lock that is held.
     orders: Option<Orders>,
-    /// The terraform that holds the lock.
+    /// The terraform that holds the lock, or the shim that has started it.
     terraform: Option<ProcessHandle>,
+    /// Whether the terraform with the lock has exited, and `terraform` is its shim.
+    is_shim_watched: bool,
     /// The leader of `group`, which is a child of `tf`. It is terraform, or a shim that has started it.
     leader: Option<ProcessHandle>,
     keepers: Keepers,
+    /// Why the guardian has a keeper. It says nothing in `tf`.
+    tf: TfState,
     stopped: Option<Stopped>,
     /// When `tf` got the last SIGCONT, on the clock of [`boot_clock::now`]. `None` if it got none.
     continued: Option<Duration>,
@@ -156,6 +175,8 @@ pub(crate) struct RunLease {
     is_stopped_in_time: bool,
     /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
     is_lost_in_unlock: bool,
+    /// How many reads in a row have shown that the lock is lost, since terraform has begun its unlock.
+    reads_in_unlock: u32,
     /// Why the last request of the keeper has failed. `None` if it has not failed.
     reason: Option<String>,
     /// The ID of the lock that has the lease, or had it. `None` if no lock had one.
@@ -186,8 +207,10 @@ impl RunLease {
             group: None,
             orders: None,
             terraform: None,
+            is_shim_watched: false,
             leader: None,
             keepers: Keepers::new(terms),
+            tf: TfState::Suspended,
             stopped: None,
             continued: None,
             fuse_silences: 0,
@@ -196,6 +219,7 @@ impl RunLease {
             loss: None,
             is_stopped_in_time: false,
             is_lost_in_unlock: false,
+            reads_in_unlock: 0,
             reason: None,
             reported: None,
             leased: None,
@@ -401,10 +425,12 @@ impl RunLease {
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead or suspended. Only the guardian calls this.
-    pub(crate) fn take_over(&mut self, orders: Option<Orders>, tree: &Tree) {
+    pub(crate) fn take_over(&mut self, tf: TfState, orders: Option<Orders>, tree: &Tree) {
+        self.tf = tf;
         // A pid alone could be that of a later process.
         let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
         let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
+        self.is_shim_watched = logs.is_none();
         let terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
         self.terraform = terraform.or_else(|| self.leader.as_ref()?.try_clone().ok());
         self.orders = orders;
@@ -421,7 +447,7 @@ impl RunLease {
     /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
     pub(crate) fn hand_back(&mut self) {
         self.keepers.let_go();
-        (self.orders, self.terraform, self.loss) = (None, None, None);
+        (self.orders, self.terraform, self.loss, self.reads_in_unlock) = (None, None, None, 0);
     }
 
     /// Whether another run is known to hold the lock, or to have claimed it. `phase` as in [`RunLease::step`].
@@ -450,6 +476,12 @@ impl RunLease {
                         }
                         // What follows terraform in its group, such as a wrapper, needs no lock.
                         Some(LockPhase::Gone) => self.let_go(),
+                        // While `tf` is suspended, it decides that itself when it goes on.
+                        Some(LockPhase::Unlocking { is_end_logged })
+                            if self.tf == TfState::Dead && self.is_unlock_over(is_end_logged) =>
+                        {
+                            self.let_go();
+                        }
                         _ => {}
                     }
                     self.loss = Some(loss);
@@ -521,7 +553,7 @@ impl RunLease {
         };
         if orders.terraform != group.as_raw() && terraform.has_exited() && !leader.has_exited() {
             trace!("the terraform with the lock has ended, and its shim goes on");
-            self.terraform = leader.try_clone().ok();
+            (self.terraform, self.is_shim_watched) = (leader.try_clone().ok(), true);
             orders.terraform = group.as_raw();
             orders.start = Process::look_up(group).map_or(0, |shim| shim.start);
             self.has_new_orders = true;
@@ -613,6 +645,51 @@ impl RunLease {
         self.reason.as_deref()
     }
 
+    /// Ends the lease of a lock that terraform has released. If what runs on is stopped, the caller must continue it.
+    fn released(&mut self) -> Option<LeaseEffect> {
+        if self.stopped.is_some() {
+            return Some(LeaseEffect::ContinueWithoutLock);
+        }
+        self.let_go();
+        None
+    }
+
+    /// Continues what is stopped after [`LeaseEffect::ContinueWithoutLock`]. Returns false if nothing is.
+    pub(crate) fn go_on_without_lock(&mut self) -> bool {
+        let is_stopped = self.stopped.is_some();
+        if is_stopped {
+            self.is_stopped_in_time = false;
+            self.let_go();
+        }
+        is_stopped
+    }
+
+    /// Whether the terraform with the lock has exited.
+    fn has_holder_exited(&self) -> bool {
+        self.is_shim_watched || self.terraform.as_ref().is_some_and(ProcessHandle::has_exited)
+    }
+
+    /// Counts a read that shows the loss of a lock that terraform has begun to release, and returns whether the unlock is
+    /// over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
+    fn is_unlock_over(&mut self, is_end_logged: bool) -> bool {
+        self.reads_in_unlock = self.reads_in_unlock.saturating_add(1);
+        let holder = self.orders.as_ref().and_then(|orders| Process::look_up(Pid::from_raw(orders.terraform)));
+        let step = unlock_step(LostInUnlock {
+            is_end_logged,
+            has_exited: self.has_holder_exited(),
+            // It is stopped by ^Z, too.
+            is_stopped: self.is_stopped() || holder.is_some_and(|holder| matches!(holder.state, 'T' | 't')),
+            reads: self.reads_in_unlock,
+        });
+        match step {
+            UnlockStep::ReadAgain => self.keepers.hurry(),
+            // What was read so far says nothing.
+            UnlockStep::Fenced => self.reads_in_unlock = 0,
+            UnlockStep::Over => {}
+        }
+        step == UnlockStep::Over
+    }
+
     /// Notes what the keeper reports.
     fn heard(&mut self, report: Report, phase: &mut impl FnMut(&str) -> LockPhase) -> Option<LeaseEffect> {
         trace!("the keeper: {report:?}");
@@ -622,14 +699,16 @@ impl RunLease {
             // Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock, the
             // log shows that by now. Then the lock of another run may be there as well.
             match phase(&orders.lock) {
-                LockPhase::Gone => {
-                    self.let_go();
-                    return None;
+                LockPhase::Gone => return self.released(),
+                LockPhase::Unlocking { is_end_logged } if self.is_unlock_over(is_end_logged) => {
+                    trace!("the unlock is over, although the log does not show its end");
+                    return self.released();
                 }
                 // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
-                // another run has taken meanwhile. So only one that is not stopped goes on.
-                LockPhase::Unlocking if self.stopped.is_none() => return None,
-                LockPhase::Unlocking => {
+                // another run has taken meanwhile. So it goes on only if it is not stopped, or has exited and the lock is
+                // only read again.
+                LockPhase::Unlocking { .. } if self.stopped.is_none() || self.has_holder_exited() => return None,
+                LockPhase::Unlocking { .. } => {
                     let is_gone = |loss: &Loss| *loss == Loss::Gone;
                     self.is_lost_in_unlock = match &report {
                         Report::Lost(loss) => is_gone(loss),
@@ -642,7 +721,7 @@ impl RunLease {
         }
         match report {
             Report::Renewed { fence, sent, fuse } => {
-                self.reason = None;
+                (self.reason, self.reads_in_unlock) = (None, 0);
                 if fuse.is_some() {
                     self.fuse_silences = 0;
                 }
@@ -667,6 +746,9 @@ impl RunLease {
             Report::Looked { look, loss, reason } => {
                 crash_point::reached("lease: knows the look");
                 self.reason = (look == Look::Unknown).then_some(reason);
+                if look == Look::Ours {
+                    self.reads_in_unlock = 0;
+                }
                 if let Some(stopped) = &mut self.stopped {
                     stopped.look = look;
                 }
@@ -1046,8 +1128,9 @@ mod tests {
     fn only_a_lock_that_is_gone_after_a_stop_within_the_unlock_may_have_been_released_by_terraform_itself() {
         let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
         for (phase, loss, expected) in [
-            (LockPhase::Unlocking, Loss::Gone, true),
-            (LockPhase::Unlocking, another, false),
+            (LockPhase::Unlocking { is_end_logged: true }, Loss::Gone, true),
+            (LockPhase::Unlocking { is_end_logged: false }, Loss::Gone, true),
+            (LockPhase::Unlocking { is_end_logged: false }, another, false),
             (LockPhase::Held, Loss::Gone, false),
         ] {
             let mut lease = lease_of_a_stopped_run();
@@ -1056,6 +1139,69 @@ mod tests {
             assert_eq!(lease.is_lost_in_unlock(), expected, "{phase:?} {loss:?}");
             assert_eq!(lease.loss(), Some(&loss));
         }
+    }
+
+    /// Returns whether the lease of the run that `prepare` changes is over after each of the reports.
+    fn over_after(reports: &[Report], phase: LockPhase, prepare: impl Fn(&mut RunLease)) -> Vec<bool> {
+        let mut lease = lease_of_a_stopped_run();
+        // No process has this pid.
+        lease.orders.as_mut().unwrap().terraform = i32::MAX;
+        prepare(&mut lease);
+        let mut over = Vec::new();
+        for report in reports {
+            let effect = lease.heard(report.clone(), &mut |_| phase);
+            assert!(effect.is_none() || effect == Some(LeaseEffect::ContinueWithoutLock), "{effect:?}");
+            if effect.is_some() {
+                assert!(lease.go_on_without_lock() && !lease.go_on_without_lock());
+            }
+            assert_eq!(lease.loss(), None);
+            over.push(lease.is_over);
+        }
+        over
+    }
+
+    #[test]
+    fn two_reads_in_a_row_without_the_lock_end_an_unlock_whose_end_is_not_logged() {
+        let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
+        let (gone, another) = (Report::Lost(Loss::Gone), Report::Lost(another));
+        let renewed = Report::Renewed { fence: Promise::Stop, sent: boot_clock::now(), fuse: None };
+        let (unlogged, logged) =
+            (LockPhase::Unlocking { is_end_logged: false }, LockPhase::Unlocking { is_end_logged: true });
+        let runs = |lease: &mut RunLease| lease.stopped = None;
+        let lost = [gone.clone(), another.clone()];
+        assert_eq!(over_after(&lost, unlogged, runs), [false, true]);
+        let found_again = [gone.clone(), renewed, another, gone.clone()];
+        assert_eq!(over_after(&found_again, unlogged, runs), [false, false, false, true]);
+        // A terraform that runs would have logged the end.
+        assert_eq!(over_after(&lost, logged, runs), [false, false]);
+        // It has exited, and its shim goes on.
+        let has_exited = |lease: &mut RunLease| (lease.stopped, lease.is_shim_watched) = (None, true);
+        assert_eq!(over_after(&lost, logged, has_exited), [false, true]);
+        // It is stopped, but not for its lease.
+        #[expect(clippy::disallowed_methods, reason = "this is no terraform")]
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+        while Process::look_up(pid).is_none_or(|child| child.state != 'T') {}
+        let suspended = |lease: &mut RunLease| {
+            lease.stopped = None;
+            lease.orders.as_mut().unwrap().terraform = pid.as_raw();
+        };
+        assert_eq!(over_after(&lost, unlogged, suspended), [false, false]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_follows_an_exited_terraform_is_not_killed_for_the_lock_that_was_released() {
+        let looked = |loss: &Loss| Report::Looked { look: Look::Lost, loss: Some(loss.clone()), reason: String::new() };
+        let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
+        let has_exited = |lease: &mut RunLease| lease.is_shim_watched = true;
+        for is_end_logged in [false, true] {
+            let looks = [looked(&Loss::Gone), looked(&another)];
+            assert_eq!(over_after(&looks, LockPhase::Unlocking { is_end_logged }, has_exited), [false, true]);
+        }
+        assert_eq!(over_after(&[looked(&another)], LockPhase::Gone, |_| ()), [true]);
     }
 
     #[test]

@@ -20,4 +20,5 @@
 mod support;
 
 mod backends;
+mod leases;
 mod versions;

@@ -39,7 +39,7 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 /// Returns a directory that this program has initialized.
-fn test_env(name: &str, lock: Lock, provisioner: &str) -> TestEnv {
+pub fn test_env(name: &str, lock: Lock, provisioner: &str) -> TestEnv {
     let mut env = TestEnv::empty(lock);
     env.set("TFW_TERRAFORM", program(name));
     env.write_main("", provisioner);
