@@ -47,6 +47,8 @@ pub(crate) enum LateWrite {
 pub(crate) struct Lost {
     /// Whether the deadline of the lease had stopped terraform when the loss was found.
     pub(crate) is_stopped_in_time: bool,
+    /// Whether it was lost before that deadline, as far as the loss itself shows.
+    pub(crate) is_lost_before_deadline: bool,
     /// Whether terraform has exited by itself, although it was to be killed.
     pub(crate) has_exited: bool,
     /// When the last confirmed renewal was sent, or when the lease began. `None` if no lease has begun.
@@ -60,15 +62,25 @@ pub(crate) struct Lost {
 /// Decides whether terraform may have written its state after it had lost its lock.
 ///
 /// When the last renewal was sent, the lock was the run's. If somebody took or deleted it while terraform worked, every
-/// later write may have come too late. If it was lost because the lease lapsed, terraform had it until the deadline.
+/// later write may have come too late. If it was lost because the lease lapsed, terraform had it until the deadline. A
+/// lock that another run has taken before that deadline was not lost because the lease lapsed.
 pub(crate) fn late_write(lost: Lost) -> LateWrite {
-    let until = if lost.is_stopped_in_time { lost.deadline } else { lost.renewed };
-    let is_late = until.zip(lost.written).is_some_and(|(until, written)| written > until);
-    match (is_late, lost.is_stopped_in_time) {
-        (true, false) => LateWrite::BeforeTheLossWasFound,
-        (true, true) => LateWrite::AfterTheDeadline,
-        (false, true) if lost.has_exited => LateWrite::AfterTheDeadline,
-        (false, _) => LateWrite::No,
+    let is_after = |at: Option<Timestamp>| at.zip(lost.written).is_some_and(|(at, written)| written > at);
+    if lost.is_stopped_in_time && (lost.has_exited || is_after(lost.deadline)) {
+        return LateWrite::AfterTheDeadline;
+    }
+    let may_be_lost_at_work = !lost.is_stopped_in_time || lost.is_lost_before_deadline;
+    if may_be_lost_at_work && is_after(lost.renewed) { LateWrite::BeforeTheLossWasFound } else { LateWrite::No }
+}
+
+/// Whether a lock was lost before `deadline`, the deadline of its lease. The times in `loss` are those of another host or
+/// of the service. A clock that is late can only make this true.
+pub(crate) fn is_lost_before(loss: &Loss, deadline: Timestamp) -> bool {
+    match loss {
+        Loss::Another { created, .. } => created.parse::<Timestamp>().is_ok_and(|created| created < deadline),
+        Loss::Claimed(claim) => claim.at().is_some_and(|at| at < deadline),
+        // Nothing shows since when it is gone.
+        Loss::Gone => false,
     }
 }
 
@@ -123,6 +135,14 @@ pub(crate) enum StopCause {
     Deadline,
     /// The fuse was killed before the deadline.
     FuseKilled,
+}
+
+/// Decides why terraform was stopped, when it is noticed at `now` that its fuse is gone. `deadline` is the last one that the
+/// keeper has reported. Both are on the clock of `sys::boot_clock`, which a person cannot set. `is_killed_by_us`: this
+/// process has killed the fuse, so that the lock is looked at.
+pub(crate) fn stop_cause(is_killed_by_us: bool, now: Duration, deadline: Option<Duration>) -> StopCause {
+    let is_over = deadline.is_some_and(|deadline| now >= deadline);
+    if is_over && !is_killed_by_us { StopCause::Deadline } else { StopCause::FuseKilled }
 }
 
 /// Why terraform is asked to stop.
@@ -267,12 +287,63 @@ mod tests {
             (true, true, at(0), LateWrite::AfterTheDeadline),
             (true, false, None, LateWrite::No),
         ] {
-            let lost = Lost { is_stopped_in_time, has_exited, renewed: at(0), deadline: at(240), written };
+            let lost = Lost {
+                is_stopped_in_time,
+                is_lost_before_deadline: false,
+                has_exited,
+                renewed: at(0),
+                deadline: at(240),
+                written,
+            };
+            assert_eq!(late_write(lost), expected, "{lost:?}");
+            // Such a loss cannot come from the end of the lease.
+            let lost = Lost { is_lost_before_deadline: true, ..lost };
+            let is_admitted = is_stopped_in_time && written == at(240);
+            let expected = if is_admitted { LateWrite::BeforeTheLossWasFound } else { expected };
             assert_eq!(late_write(lost), expected, "{lost:?}");
         }
-        let never = Lost { is_stopped_in_time: true, has_exited: false, renewed: None, deadline: None, written: at(0) };
+        let never = Lost {
+            is_stopped_in_time: true,
+            is_lost_before_deadline: true,
+            has_exited: false,
+            renewed: None,
+            deadline: None,
+            written: at(0),
+        };
         for is_stopped_in_time in [false, true] {
             assert_eq!(late_write(Lost { is_stopped_in_time, ..never }), LateWrite::No);
+        }
+    }
+
+    #[test]
+    fn a_lock_that_another_run_has_taken_before_the_deadline_was_lost_before_it() {
+        let at = |second: i64| Timestamp::from_second(1_790_000_000 + second).unwrap();
+        let another = |created: String| Loss::Another { who: "a@b".to_owned(), created };
+        let claimed = |second: i64| Loss::Claimed(Claim { by: "a@b".to_owned(), at: 1_790_000_000 + second, number: 1 });
+        for (loss, expected) in [
+            (another(at(239).to_string()), true),
+            (another(at(240).to_string()), false),
+            (another("2026-13-99".to_owned()), false),
+            (another(String::new()), false),
+            (claimed(239), true),
+            (claimed(240), false),
+            (Loss::Gone, false),
+        ] {
+            assert_eq!(is_lost_before(&loss, at(240)), expected, "{loss:?}");
+        }
+    }
+
+    #[test]
+    fn a_fuse_that_ends_before_its_deadline_or_that_tf_has_killed_was_killed() {
+        let [early, deadline] = [239, 240].map(Duration::from_secs);
+        for (is_killed_by_us, now, deadline, expected) in [
+            (false, early, Some(deadline), StopCause::FuseKilled),
+            (false, deadline, Some(deadline), StopCause::Deadline),
+            (false, deadline, None, StopCause::FuseKilled),
+            (true, early, Some(deadline), StopCause::FuseKilled),
+            (true, deadline, Some(deadline), StopCause::FuseKilled),
+        ] {
+            assert_eq!(stop_cause(is_killed_by_us, now, deadline), expected, "{is_killed_by_us} {now:?} {deadline:?}");
         }
     }
 

@@ -26,7 +26,8 @@ use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
     EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun,
-    Trouble, UnlockStep, are_requests_aborted, is_reason_due, late_write, next_step, unlock_step,
+    Trouble, UnlockStep, are_requests_aborted, is_lost_before, is_reason_due, late_write, next_step, stop_cause,
+    unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Holder, Promise};
@@ -103,6 +104,21 @@ impl LockPhase {
     }
 }
 
+/// A deadline of the fuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Deadline {
+    /// On the clock of [`boot_clock::now`].
+    at: Duration,
+    /// The same on the host's clock, as it was when the deadline was reported. Terraform's log has times of that clock.
+    wall: Timestamp,
+}
+
+impl Deadline {
+    fn at(at: Duration) -> Self {
+        Self { at, wall: wall_time(at) }
+    }
+}
+
 /// Why the guardian has a keeper of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TfState {
@@ -168,10 +184,12 @@ pub(crate) struct RunLease {
     renewed: Option<Timestamp>,
     /// The last deadline of the fuse that is known. The first renewal may be stored, and its fuse may have a deadline,
     /// although none was reported. `None` if no lease has begun.
-    deadline: Option<Timestamp>,
+    deadline: Option<Deadline>,
+    /// Whether this process has killed the fuse, and terraform was not continued since.
+    has_killed_fuse: bool,
     /// How the lock was lost.
     loss: Option<Loss>,
-    /// Whether the deadline of the lease has stopped terraform, and the loss of the lock was not known before that.
+    /// Whether the deadline of the lease has stopped terraform, and no keeper has reported the loss of the lock before that.
     is_stopped_in_time: bool,
     /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
     is_lost_in_unlock: bool,
@@ -216,6 +234,7 @@ impl RunLease {
             fuse_silences: 0,
             renewed: None,
             deadline: None,
+            has_killed_fuse: false,
             loss: None,
             is_stopped_in_time: false,
             is_lost_in_unlock: false,
@@ -313,8 +332,11 @@ impl RunLease {
     /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write it, as
     /// its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
-        let (renewed, deadline) = (self.renewed, self.deadline);
-        late_write(Lost { is_stopped_in_time: self.is_stopped_in_time, has_exited, renewed, deadline, written })
+        let (renewed, deadline) = (self.renewed, self.deadline.map(|deadline| deadline.wall));
+        let is_before = |(loss, deadline)| is_lost_before(loss, deadline);
+        let is_lost_before_deadline = self.loss.as_ref().zip(deadline).is_some_and(is_before);
+        let is_stopped_in_time = self.is_stopped_in_time;
+        late_write(Lost { is_stopped_in_time, is_lost_before_deadline, has_exited, renewed, deadline, written })
     }
 
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
@@ -379,9 +401,8 @@ impl RunLease {
         }
         crash_point::reached("lease: armed the fence");
         self.leased = Some(lock.id.clone());
-        let now = Timestamp::now();
-        let working_time = SignedDuration::try_from(self.terms.working_time()).unwrap_or(SignedDuration::MAX);
-        (self.renewed, self.deadline) = (Some(now), Some(saturating_add(now, working_time)));
+        let deadline = Deadline::at(boot_clock::now() + self.terms.working_time());
+        (self.renewed, self.deadline) = (Some(Timestamp::now()), Some(deadline));
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places: locations.iter().map(LockLocation::to_json).collect(),
@@ -585,25 +606,9 @@ impl RunLease {
         if self.is_over || self.orders.is_none() {
             return effects;
         }
-        if self.stopped.is_none() && self.fence.as_ref().is_some_and(Fence::is_blown) {
-            trace!("the fuse is gone, and terraform is stopped");
-            crash_point::reached("lease: knows of the stop");
-            self.stopped = Some(Stopped {
-                time: RunningTime::since(boot_clock::now()),
-                is_rearmed: false,
-                can_rearm: true,
-                is_renewed: false,
-                interrupts: 0,
-                look: Look::Unknown,
-                is_cut: false,
-            });
-            self.reported = None;
-            let is_at_deadline = self.deadline.is_some_and(|deadline| Timestamp::now() >= deadline);
-            let cause = if is_at_deadline { StopCause::Deadline } else { StopCause::FuseKilled };
-            self.is_stopped_in_time = is_at_deadline && self.loss.is_none();
-            effects.push(LeaseEffect::Stopped(cause));
-            self.keepers.hurry();
-        }
+        // What a keeper has reported before the end of the fuse was noticed is heard before that is judged: `tf` may have
+        // been stopped for hours, and then what it knows of the lease is as old.
+        let is_new_stop = self.stopped.is_none() && self.is_blown();
         if let Some(stopped) = &mut self.stopped
             && stopped.is_rearmed
             && self.fence.as_ref().is_some_and(Fence::is_blown)
@@ -613,9 +618,17 @@ impl RunLease {
         }
         while let Some(news) = self.keepers.hear() {
             match news {
-                News::Report(report) => effects.extend(self.heard(report, &mut phase)),
+                News::Report(report) => {
+                    if is_new_stop && self.stopped.is_none() && !comes_before_a_stop(&report) {
+                        self.note_stop(&mut effects);
+                    }
+                    effects.extend(self.heard(report, &mut phase));
+                }
                 News::Failing(how) => effects.push(LeaseEffect::KeepersFail(how)),
             }
+        }
+        if is_new_stop && self.stopped.is_none() && !self.is_over {
+            self.note_stop(&mut effects);
         }
         if self.keepers.is_restart_due() {
             crash_point::reached("lease: replaces the keeper");
@@ -626,6 +639,30 @@ impl RunLease {
         effects.extend(self.step_while_stopped(has_person));
         effects.extend(self.reason_to_report().map(LeaseEffect::CannotRenew));
         effects
+    }
+
+    /// Notes that the fuse is gone and the kernel has stopped terraform. `effects` are those of the reports from before that.
+    fn note_stop(&mut self, effects: &mut Vec<LeaseEffect>) {
+        trace!("the fuse is gone, and terraform is stopped");
+        crash_point::reached("lease: knows of the stop");
+        // Then terraform does not go on, and what has stopped it does not matter.
+        let is_to_be_killed = effects.iter().any(|effect| matches!(effect, LeaseEffect::Kill(_)));
+        self.stopped = Some(Stopped {
+            time: RunningTime::since(boot_clock::now()),
+            is_rearmed: false,
+            can_rearm: true,
+            is_renewed: false,
+            interrupts: 0,
+            look: if is_to_be_killed { Look::Lost } else { Look::Unknown },
+            is_cut: false,
+        });
+        self.reported = None;
+        let cause = stop_cause(self.has_killed_fuse, boot_clock::now(), self.deadline.map(|deadline| deadline.at));
+        self.is_stopped_in_time = cause == StopCause::Deadline && self.loss.is_none();
+        if !is_to_be_killed {
+            effects.push(LeaseEffect::Stopped(cause));
+        }
+        self.keepers.hurry();
     }
 
     /// Returns the reason why a stopped terraform cannot go on, if it must be reported now.
@@ -736,7 +773,7 @@ impl RunLease {
                     }
                 }
                 let deadline = fuse.map(|(_, deadline)| deadline);
-                (self.renewed, self.deadline) = (Some(wall_time(sent)), deadline.map(wall_time).or(self.deadline));
+                (self.renewed, self.deadline) = (Some(wall_time(sent)), deadline.map(Deadline::at).or(self.deadline));
                 if fence == Promise::None && self.fence.is_some() && self.stopped.is_none() {
                     // The host's clock has stood still. From now on nobody takes the lock without being asked.
                     self.take_down();
@@ -800,7 +837,7 @@ impl RunLease {
         }
         trace!("the fuse does not answer, and is replaced");
         self.fuse_silences = 0;
-        if self.fence.as_ref().is_none_or(Fence::kill_fuse) {
+        if self.fence.is_none() || self.kill_fuse() {
             return None;
         }
         if let Some(stopped) = &mut self.stopped {
@@ -814,15 +851,23 @@ impl RunLease {
     /// Kills the fuse, so that terraform stays stopped until the keeper has looked at the lock, which may be lost. If that is
     /// not possible (there is no fence, or the fuse is not a child of this process), the keeper renews at once, and that
     /// shows the loss.
-    pub(crate) fn stop_for_look(&self) {
+    pub(crate) fn stop_for_look(&mut self) {
         if self.orders.is_none() || self.is_over {
             return;
         }
-        if self.fence.as_ref().is_some_and(Fence::kill_fuse) {
+        if self.kill_fuse() {
             trace!("terraform stays stopped until the lock was looked at");
         } else {
             self.keepers.hurry();
         }
+    }
+
+    /// Kills the fuse, if there is one, and notes that it was this process. Returns false if it cannot be killed.
+    fn kill_fuse(&mut self) -> bool {
+        let was_blown = self.is_blown();
+        let is_killed = self.fence.as_ref().is_some_and(Fence::kill_fuse);
+        self.has_killed_fuse |= is_killed && !was_blown;
+        is_killed
     }
 
     /// Breaks off what the stopped terraform had sent, if it must not arrive any more.
@@ -909,7 +954,7 @@ impl RunLease {
     /// Continues terraform after [`LeaseEffect::Continue`]. Returns false if it stays stopped.
     pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
         let Some(stopped) = self.stopped.take() else { return false };
-        self.is_stopped_in_time = false;
+        (self.is_stopped_in_time, self.has_killed_fuse) = (false, false);
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 crash_point::reached("lease: may continue");
@@ -1044,6 +1089,21 @@ impl RunLease {
     }
 }
 
+/// Whether a report says the same of a terraform whose fuse is gone by now as of one that had its fuse. Every other report
+/// is about what happens without a fuse, or must not change a run that is stopped before its lock was looked at.
+fn comes_before_a_stop(report: &Report) -> bool {
+    match report {
+        Report::Renewed { fence, .. } => *fence == Promise::Stop,
+        Report::Looked { .. } | Report::NoLease(_) | Report::FuseSilent => false,
+        Report::Failed(_)
+        | Report::Lost(_)
+        | Report::Refused(_)
+        | Report::MayHaveRecord
+        | Report::Notice(_)
+        | Report::Alive => true,
+    }
+}
+
 /// Returns the wall-clock time of `at`, a time of [`boot_clock::now`].
 fn wall_time(at: Duration) -> Timestamp {
     let signed = |duration| SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
@@ -1098,7 +1158,8 @@ mod tests {
         let mut lease = lease_of_a_stopped_run();
         let now = Timestamp::now();
         let ago = now - SignedDuration::from_hours(1);
-        (lease.renewed, lease.deadline, lease.is_stopped_in_time) = (Some(ago), Some(ago), true);
+        let over = Deadline { at: Duration::ZERO, wall: ago };
+        (lease.renewed, lease.deadline, lease.is_stopped_in_time) = (Some(ago), Some(over), true);
         assert_eq!(lease.late_write(Some(now), false), LateWrite::AfterTheDeadline);
         let sent = boot_clock::now();
         let renewed = |fuse| Report::Renewed { fence: Promise::None, sent, fuse };
@@ -1115,12 +1176,31 @@ mod tests {
         for is_stopped_in_time in [false, true] {
             let mut lease = lease_of_a_stopped_run();
             let now = Timestamp::now();
-            (lease.renewed, lease.deadline) = (Some(now), Some(now + SignedDuration::from_secs(48)));
+            let deadline = Deadline::at(boot_clock::now() + Duration::from_secs(48));
+            (lease.renewed, lease.deadline) = (Some(now), Some(deadline));
             lease.is_stopped_in_time = is_stopped_in_time;
             let another = Loss::Another { who: "a@b".to_owned(), created: String::new() };
             lease.heard(Report::Lost(another), &mut |_| LockPhase::Held);
             let expected = if is_stopped_in_time { LateWrite::No } else { LateWrite::BeforeTheLossWasFound };
             assert_eq!(lease.late_write(Some(now + SignedDuration::from_secs(1)), false), expected);
+        }
+    }
+
+    #[test]
+    fn what_a_keeper_reports_of_a_run_with_a_fuse_is_heard_before_the_stop_and_the_rest_after_it() {
+        let renewed = |fence| Report::Renewed { fence, sent: Duration::ZERO, fuse: None };
+        let looked = Report::Looked { look: Look::Ours, loss: None, reason: String::new() };
+        for (report, expected) in [
+            (Report::Lost(Loss::Gone), true),
+            (renewed(Promise::Stop), true),
+            (Report::Failed(String::new()), true),
+            // Each of these could take the fence down, or is of a run without a fuse.
+            (renewed(Promise::None), false),
+            (Report::NoLease(String::new()), false),
+            (Report::FuseSilent, false),
+            (looked, false),
+        ] {
+            assert_eq!(comes_before_a_stop(&report), expected, "{report:?}");
         }
     }
 

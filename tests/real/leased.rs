@@ -1076,6 +1076,35 @@ fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
     }
 }
 
+/// `tf` was stopped meanwhile, so it hears of the loss when the deadline is long over. But the loss was found before it.
+#[test]
+fn a_run_that_wrote_while_tf_was_stopped_and_its_lock_another_runs_says_so() {
+    let (mut env, go) = about_to_write(Lock::DynamoDb);
+    // Terraform writes the digest after the state. Without a response, it does not go on to its unlock.
+    let proxy = through(&mut env, |request| {
+        let puts_digest = is_dynamodb(request, ".PutItem") && request.text().contains("-md5");
+        if puts_digest && !request.is_ours() { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = start(&env);
+    let terraform = terraform_below(run.pid());
+    run.send(Signal::SIGSTOP);
+    wait_until_stopped(&env, run.pid());
+    let other = succeed(&env);
+    env.wait_for_trace("keeper: Lost");
+    let _open = lets_go(&go);
+    proxy.wait_until_held();
+    assert_ne!(env.state().as_deref(), Some(SUCCESSOR));
+    wait_until_stopped(&env, terraform);
+    run.send(Signal::SIGCONT);
+    let end = run.wait();
+    assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+    assert!(end.err.contains(MAY_HAVE_WRITTEN), "{}", env.dump(&end));
+    assert!(!end.err.contains("was not renewed in time"), "{}", env.dump(&end));
+    assert_eq!(env.locks(), [other]);
+    proxy.let_go();
+    wait_until_all_is_gone(&env);
+}
+
 fn a_suspended_run_keeps_its_lease(lock: Lock) {
     let env = leased(lock, "3s");
     let (mut terminal, terraform) = suspended_at_a_terminal(&env);
