@@ -19,6 +19,7 @@ mod lease;
 mod lock;
 mod notice;
 mod panics;
+mod random;
 mod runtime;
 mod settings;
 mod supervise;

@@ -21,7 +21,6 @@ use crate::terraform::lock_info::LockInfo;
 use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -41,6 +40,7 @@ use crate::journal::run_state::{RunState, RunTraces};
 use crate::journal::state_directory::{Durability, StateDirectory, is_older, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
+use crate::random;
 use crate::sys::file_id::FileId;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
@@ -724,8 +724,7 @@ pub(crate) struct Replaced {
 
 /// Returns a name that no other run has: `PID-RANDOM`, with 16 random hexadecimal digits.
 pub(crate) fn run_id() -> String {
-    let random = RandomState::new().build_hasher().finish();
-    format!("{}-{random:016x}", std::process::id())
+    format!("{}-{:016x}", std::process::id(), random::number())
 }
 
 #[cfg(test)]

@@ -319,7 +319,8 @@ mod tests {
     fn a_lock_that_another_run_has_taken_before_the_deadline_was_lost_before_it() {
         let at = |second: i64| Timestamp::from_second(1_790_000_000 + second).unwrap();
         let another = |created: String| Loss::Another { who: "a@b".to_owned(), created };
-        let claimed = |second: i64| Loss::Claimed(Claim { by: "a@b".to_owned(), at: 1_790_000_000 + second, number: 1 });
+        let claimed =
+            |second: i64| Loss::Claimed(Claim { by: "a@b".to_owned(), at: 1_790_000_000 + second, number: 1 });
         for (loss, expected) in [
             (another(at(239).to_string()), true),
             (another(at(240).to_string()), false),

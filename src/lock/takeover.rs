@@ -5,8 +5,6 @@
 //! that lapses like a lease, and the next taker goes on from there.
 
 use std::cell::RefCell;
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
@@ -33,6 +31,7 @@ use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
 use crate::lock::probe::IfMatch;
 use crate::lock::{dynamodb, s3};
+use crate::random;
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::LockInfo;
 use crate::trace::trace;
@@ -978,7 +977,7 @@ impl<'a> Watch<'a> {
             let end = lapsed.now.checked_add(MAX_REST_WAIT + TAKE_TIMEOUT).unwrap_or(lapsed.now);
             return delete(self.stores, parts, lock, is_exclusive(claim, end), &mut sent.requests).await;
         }
-        let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random() };
+        let claim = Claim { by: self.taker.by.clone(), at: lapsed.now.as_second(), number: random::number() };
         self.claims.add(claim.clone(), lapsed.now);
         sent.claim = Some(claim.clone());
         claim_and_delete(self.stores, parts, lock, &claim, &mut sent.requests).await
@@ -1007,7 +1006,7 @@ pub(crate) async fn release_item(
     lock: &LeasedLock,
     (by, now): (&str, Timestamp),
 ) -> Result<Taken, (Failure, TakeStage)> {
-    let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random() };
+    let claim = Claim { by: by.to_owned(), at: now.as_second(), number: random::number() };
     let mut requests = TakeRequests::default();
     let parts = ItemAndObject { item, object: object.map(ObjectPart::Known) };
     let work = claim_and_delete(stores, parts, lock, &claim, &mut requests);
@@ -1052,11 +1051,6 @@ impl OwnClaims {
         let taken = record.taken.as_ref()?;
         self.0.iter().find(|own| own.is_same(taken))
     }
-}
-
-/// Returns a random number for a claim.
-fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
 }
 
 /// Claims the item `lock`, and deletes both parts of the lock. Notes in `requests` what is known about them.

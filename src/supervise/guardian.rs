@@ -200,7 +200,8 @@ impl Guardian {
             Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
             Ok(1) if said == [STOPS_NO_MORE] => Heard::StopsNoMore,
             Ok(1) if said == [LOCK_IS_LOST] => Heard::LockIsLost,
-            Ok(1) => Heard::CannotWrite,
+            Ok(1) if said == [CANNOT_WRITE] => Heard::CannotWrite,
+            Ok(1) => Heard::Nothing,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
             _ => Heard::Gone,
         }

@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::random;
+
 /// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are the names of the Go fields.
 /// The format has no other specification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,9 +138,7 @@ pub(crate) fn is_lock_id(text: &str) -> bool {
 
 /// Generates a random ID in the form of terraform's lock IDs.
 pub(crate) fn new_id() -> String {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    let random = || RandomState::new().build_hasher().finish();
-    let (high, low) = (random(), random());
+    let (high, low) = (random::number(), random::number());
     format!(
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
         high >> 32,

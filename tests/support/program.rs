@@ -19,6 +19,7 @@ macro_rules! modules_of_the_program {
             lock "../src/lock/mod.rs"
             notice "../src/notice/mod.rs"
             panics "../src/panics.rs"
+            random "../src/random.rs"
             runtime "../src/runtime.rs"
             settings "../src/settings.rs"
             supervise "../src/supervise/mod.rs"

@@ -30,6 +30,7 @@ use crate::lock::probe::IfMatch;
 use crate::lock::reached::{self, NothingFound};
 use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::stores::{StoreKey, Stores};
+use crate::random;
 use crate::supervise::fuse;
 use crate::sys::boot_clock;
 use crate::sys::process::{self, Process, ProcessList};
@@ -118,7 +119,7 @@ impl Renewals {
             orders,
             terms,
             fence,
-            number: random(),
+            number: random::number(),
             connection: None,
             has_connected: false,
             unmentioned: None,
@@ -213,7 +214,7 @@ impl Renewals {
             }
         };
         self.is_seen = look == Look::Ours;
-        Step { report: Some(Report::Looked { look, loss, reason }), pause: jittered(LOOK_INTERVAL, random()) }
+        Step { report: Some(Report::Looked { look, loss, reason }), pause: jittered(LOOK_INTERVAL, random::number()) }
     }
 
     async fn next_request(&mut self, before: BeforeRenewal) -> Result<Step, (Answer, String)> {
@@ -324,7 +325,7 @@ impl Renewals {
         self.lock = seen.lock;
         let mut step = self.confirmed(sent, last, next.deadline, has_fuse).await;
         if !has_fuse {
-            step.pause = jittered(LOOK_INTERVAL, random());
+            step.pause = jittered(LOOK_INTERVAL, random::number());
         }
         if !std::mem::replace(&mut self.is_mentioned, true) {
             // The report goes first.
@@ -361,7 +362,7 @@ impl Renewals {
     }
 
     fn until_next_renewal(&self) -> Duration {
-        jittered(self.terms.renewal_interval(), random())
+        jittered(self.terms.renewal_interval(), random::number())
     }
 
     /// Whether the record of another keeper, which `seen` has, confirms a renewal of this one, with the record `sent`.
@@ -433,7 +434,7 @@ impl Renewals {
             Answer::Busy => Setback::Busy,
             _ => Setback::Failed,
         };
-        keeper::retry_pause(self.terms, self.failures, setback, random())
+        keeper::retry_pause(self.terms, self.failures, setback, random::number())
     }
 
     /// Reads the lock. Returns how it was lost. `None` if it is the run's.
@@ -671,13 +672,6 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure
 fn jittered(interval: Duration, random: u64) -> Duration {
     let permille = u32::try_from(900 + random % 201).unwrap_or(1000);
     interval * permille / 1000
-}
-
-/// Returns a random number.
-fn random() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // Each `RandomState` has new random keys.
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
 #[cfg(test)]
