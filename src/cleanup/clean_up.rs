@@ -358,10 +358,11 @@ impl Cleaned {
         self.remembered.contains(&result.lock.id)
     }
 
-    /// Returns the IDs of the locks that were kept on purpose.
+    /// Returns the IDs of the locks that were kept on purpose, and of those that may be locks of the run.
     fn kept_on_purpose(&self) -> Vec<String> {
-        let is_kept = |result: &&ReleaseResult| matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if because.is_on_purpose());
-        self.results.iter().filter(is_kept).map(|result| result.lock.id.clone()).collect()
+        let is_kept = |result: &&ReleaseResult| result.outcome.as_ref().is_some_and(Outcome::is_kept_on_purpose);
+        let kept = self.results.iter().filter(is_kept).map(|result| result.lock.id.clone());
+        kept.chain(self.locks.suspects.iter().map(|(info, _)| info.id.clone())).collect()
     }
 
     /// Returns the work that is left for the next `tf`. `log` is the log of the run.

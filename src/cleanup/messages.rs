@@ -522,7 +522,8 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                 }
                 Reason::Obstacle(Obstacle::Claimed | Obstacle::ClaimLapsedEarly) => unfinished_claim(lapsed),
                 Reason::Obstacle(Obstacle::RunsHere) => {
-                    "tf does not release it, because a process on this host is or may be working for that run"
+                    "tf does not release it, because a process on this host is or may be working for that run, or because \
+                     tf on this host keeps that lock on purpose"
                         .to_owned()
                 }
                 Reason::Obstacle(_) => {

@@ -9,6 +9,7 @@
 //! but the process that starts terraform must never have more than one thread. And a person who does not want to wait
 //! can kill the forked process.
 
+use crate::cleanup::clean_up::CleanUpResult;
 use crate::cleanup::clean_up::EndedRun;
 use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::NonS3Cleanup;
@@ -53,13 +54,14 @@ use crate::cleanup::working_directory;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::host::Standpoint;
+use crate::journal::kept_locks::KeptLocks;
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, LOCK_NOT_OPENED, READ_ONLY, Unfinished};
 use crate::journal::state_directory::StateDirectory;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
-use crate::settings::{self, UnreadableSetting};
+use crate::settings;
 use crate::sys::poll;
 use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
@@ -567,6 +569,12 @@ fn report_of_check(pending: &PendingRequest, record: &JournalRecord, visited: Op
 /// stored only for as long as it may land. If `visited` is `None`, no check was made, and nothing is recorded.
 fn note_check(state: &StateDirectory, pending: &PendingRequest, visited: Option<&Outcome>) {
     let Some(outcome) = visited else { return };
+    let kept_locks = KeptLocks::of(state);
+    if outcome.is_kept_on_purpose() {
+        kept_locks.add(&pending.lock.id);
+    } else {
+        kept_locks.remove(&pending.lock.id);
+    }
     let pending_requests = PendingRequests::of(state);
     if is_answered(outcome) {
         pending_requests.was_seen(pending);
@@ -935,8 +943,17 @@ fn clean_up_after(
         pending_requests: Some(pending_requests),
         non_s3: non_s3.then(|| non_s3_cleanup(record, &candidates, program.as_ref())).flatten(),
     };
-    let mut reporter = RecoveryReporter { record, audience, now, messages: Vec::new(), left: Left::Nothing };
-    let unfinished = clean_up(&run, &mut reporter, &mut Waiter::Unattended).unfinished;
+    let mut reporter =
+        RecoveryReporter { record, audience, now, messages: Vec::new(), left: Left::Nothing, suspect: None };
+    let CleanUpResult { unfinished, kept_on_purpose } = clean_up(&run, &mut reporter, &mut Waiter::Unattended);
+    // Before a message says that a lock was not released: a taker of this host must not release it afterwards.
+    let kept_locks = journal.kept_locks();
+    for lock in record.log.named().filter(|lock| !kept_on_purpose.contains(&lock.id)) {
+        kept_locks.remove(&lock.id);
+    }
+    for id in kept_on_purpose.iter().chain(&reporter.suspect) {
+        kept_locks.add(id);
+    }
     let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
         messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));
@@ -968,6 +985,8 @@ struct RecoveryReporter<'a> {
     now: Timestamp,
     messages: Vec<String>,
     left: Left,
+    /// The ID of the lock that a run without a log may have left. `None` if there is none.
+    suspect: Option<String>,
 }
 
 impl Reporter for RecoveryReporter<'_> {
@@ -1024,7 +1043,11 @@ impl Reporter for RecoveryReporter<'_> {
         let Some(location) = run.candidates.selected() else { return false };
         let directory = self.record.working_directory();
         let (message, is_unread) = match waiter.block_on(release::suspect(&location, &run.release_context.run, true)) {
-            Ok(Ok(Some(info))) => (messages::unlogged(run.ending, Some(&info), Some(&directory)), false),
+            Ok(Ok(Some(info))) => {
+                let message = messages::unlogged(run.ending, Some(&info), Some(&directory));
+                self.suspect = Some(info.id);
+                (message, false)
+            }
             Ok(Err(failure)) => (messages::suspect_not_looked_for(run.ending, &failure.to_string()), true),
             Ok(Ok(None)) | Err(_) => return false,
         };
@@ -1056,14 +1079,7 @@ impl Reporter for RecoveryReporter<'_> {
 /// Whether to report the locks of a dead run without releasing them. This is the case if `TFW_RELEASE` is `never` for
 /// this recovery. It is also the case if it was `never` for the run, and is not `auto` for this recovery.
 fn is_never(record: &JournalRecord) -> bool {
-    only_reports(settings::release(|name| std::env::var_os(name)), record.named_only)
-}
-
-/// Does the same as [`is_never`]. `setting` is `TFW_RELEASE` for this recovery, and `named_only` is whether it was `never`
-/// for the run. With an invalid value, no run and no `tf locks recover` starts a recovery. If one comes here nevertheless,
-/// it only reports.
-fn only_reports(setting: Result<Option<bool>, UnreadableSetting>, named_only: bool) -> bool {
-    setting.map_or(true, |releases| releases.map_or(named_only, |releases| !releases))
+    settings::only_reports(settings::release(|name| std::env::var_os(name)), record.named_only)
 }
 
 /// Returns what a recovery has left if it did not release a lock because of `because`.
@@ -1341,8 +1357,8 @@ mod tests {
             (Some("Never"), true, true),
         ] {
             let read = || settings::release(|_| setting.map(Into::into));
-            assert_eq!(only_reports(read(), false), of_release_run, "{setting:?}");
-            assert_eq!(only_reports(read(), true), of_report_run, "{setting:?}");
+            assert_eq!(settings::only_reports(read(), false), of_release_run, "{setting:?}");
+            assert_eq!(settings::only_reports(read(), true), of_report_run, "{setting:?}");
         }
     }
 

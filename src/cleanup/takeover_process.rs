@@ -249,7 +249,7 @@ pub(crate) fn run() -> u8 {
     let until = if is_awaited { Until::Told } else { Until::Decided };
     let (tell_rest, rests) = tokio::sync::watch::channel(false);
     let refused = refused.map(|Refused { id, left, is_final }| RefusedLock::new(id, left, is_final));
-    let taker = Taker { by: by(), terms, until, rests, runs_here, refused };
+    let taker = Taker { by: by(), terms, until, rests, runs_here: stays, refused };
     let hear = move |byte| {
         // Nobody listens any more when the work is over.
         let _ = tell_rest.send(byte == RESTS);
@@ -274,12 +274,12 @@ pub(crate) fn run() -> u8 {
     }
 }
 
-/// Whether a process of the run that holds `lock` is or may be running on this host, or a process of this host is
-/// finishing the run. A process that only looks at the journal has the lock of a dead run for a moment, as one that
+/// Whether a process of the run that holds `lock` is or may be running on this host, a process of this host is finishing
+/// the run, or this host keeps the lock on purpose. A process that only looks at the journal has the lock of a dead run for a moment, as one that
 /// finishes the run has. So this looks twice.
-fn runs_here(lock: &LockInfo) -> bool {
+fn stays(lock: &LockInfo) -> bool {
     const TIME_OF_A_LOOK: Duration = Duration::from_millis(100);
-    let looks = || HostView::look().runs_here(lock);
+    let looks = || HostView::look().stays(lock);
     looks() && {
         poll::wait(&[], Some(TIME_OF_A_LOOK));
         looks()

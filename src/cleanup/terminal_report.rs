@@ -282,7 +282,7 @@ impl TerminalReporter<'_> {
             let dead = dead.filter(|run| !self.tried.iter().any(|tried| tried == run));
             let takes_over = self.wants_lease && self.after.context.release;
             let lapses_after = lease.as_ref().and_then(|lease| lease.lapses_after(self.after.context.begun.elapsed()));
-            let is_released_after = lapses_after.filter(|_| takes_over && !host.runs_here(&info));
+            let is_released_after = lapses_after.filter(|_| takes_over && !host.stays(&info));
             let refusal = Refusal { info: &info, lease: lease.as_ref(), judgement: &judgement, is_released_after };
             console::say(&messages::refused(&refusal, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };

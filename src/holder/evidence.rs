@@ -101,6 +101,12 @@ impl Claim {
             Self::Living { .. } | Self::Foreign { may_run_here: true, .. } | Self::Dead { recovering: true, .. }
         )
     }
+
+    /// Whether a dead run recorded the ID of the lock, but the lock is not proven to be the one that the run took. The
+    /// cleanup after that run does not release such a lock.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        matches!(self, Self::Dead { disagrees: Some(_), .. } | Self::Late { disagrees: Some(_), .. })
+    }
 }
 
 /// A process that may be the holder.

@@ -5,18 +5,20 @@
 //! the facts would not contain that process.
 
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 
 use jiff::Timestamp;
 use nix::unistd::Pid;
 
 use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, judge};
+use crate::journal::kept_locks::KeptLocks;
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{FoundRun, Journal, JournalRecord, UNLISTED};
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::observed::ObservedLease;
 use crate::lock::proof::{self, Run};
+use crate::settings;
 use crate::sys::plain_host;
 use crate::sys::process::{self, Process};
 use crate::terraform::binary::MIN_TERRAFORM_BYTES;
@@ -101,6 +103,9 @@ pub(crate) struct HostView {
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
     /// The pending requests. The key is the ID of the requested lock.
     late: HashMap<String, (Run, RecordedLock)>,
+    /// The IDs of the locks of dead runs that `tf` on this host keeps on purpose ([`KeptLocks`], or because `TFW_RELEASE`
+    /// was `never` for the run and is not set now).
+    kept: HashSet<String>,
     /// What is the same for all locks, without the processes.
     seen: Seen,
     /// The running processes that may be a terraform. They are listed for the first lock whose verdict depends on them,
@@ -112,18 +117,32 @@ impl HostView {
     /// Reads the journals, the pending requests and the boot time. The processes are listed later, if at all.
     pub(crate) fn look() -> Self {
         let mut recorded: HashMap<String, (RunState, Box<JournalRecord>)> = HashMap::new();
+        let mut kept = HashSet::new();
         let mut has_unread_run = false;
         let mut late = HashMap::new();
         for directory in StateDirectory::existing() {
             let pending = PendingRequests::of(&directory).read(Timestamp::now());
             late.extend(pending.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
+            match KeptLocks::of(&directory).ids() {
+                Ok(ids) => kept.extend(ids),
+                // Each lock may be one of these.
+                Err(_) => has_unread_run = true,
+            }
             let Some(journal) = Journal::there(&directory) else { continue };
             let names = journal.list();
             has_unread_run |= names.is_err();
             for name in names.unwrap_or_default() {
                 match recorded_run(journal.look(&name), || journal.is_held(&name)) {
                     RecordedRun::Read(state, record) => {
+                        let is_kept = matches!(state, RunState::Dead)
+                            && settings::only_reports(
+                                settings::release(|name| std::env::var_os(name)),
+                                record.named_only,
+                            );
                         for lock in record.log.unreleased() {
+                            if is_kept {
+                                kept.insert(lock.id.clone());
+                            }
                             // If a dead run has recorded the lock of a living one, the living one counts.
                             if !recorded.get(&lock.id).is_some_and(|(other, _)| other.runs_here()) {
                                 recorded.insert(lock.id.clone(), (state, record.clone()));
@@ -145,7 +164,7 @@ impl HostView {
             terraforms: Vec::new(),
             boot_time: process::boot_time(),
         };
-        Self { recorded, late, seen, terraforms: OnceCell::new() }
+        Self { recorded, late, kept, seen, terraforms: OnceCell::new() }
     }
 
     /// Leaves out the process `tf` and its descendants. A run that waits for a lock does not hold it.
@@ -170,8 +189,17 @@ impl HostView {
     /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host, or
     /// that a process of this host is finishing the run. Its lock then stays, whatever its lease says. If the journal has
     /// a run whose record cannot be read and that may be running, this is true for every lock that no other record has.
-    pub(crate) fn runs_here(&self, lock: &LockInfo) -> bool {
+    fn runs_here(&self, lock: &LockInfo) -> bool {
         self.claim(lock).map_or(self.seen.has_unread_run, |claim| claim.runs_here())
+    }
+
+    /// Returns whether no run on this host may take over `lock`, whatever its lease says: because a process of its run is
+    /// or may be running here ([`Self::runs_here`]), or because `tf` on this host keeps the lock of that dead run on
+    /// purpose. This host has said that it does not release such a lock, or will say so.
+    pub(crate) fn stays(&self, lock: &LockInfo) -> bool {
+        self.runs_here(lock)
+            || self.kept.contains(&lock.id)
+            || self.claim(lock).is_some_and(|claim| claim.is_in_doubt())
     }
 
     /// Returns the ID of the dead run in the journal that recorded the lock `id` and did not release it. `None` if
@@ -292,6 +320,7 @@ mod tests {
         HostView {
             recorded: recorded.into_iter().collect(),
             late: late.into_iter().collect(),
+            kept: HashSet::new(),
             seen: Seen::default(),
             terraforms: OnceCell::new(),
         }
@@ -414,6 +443,25 @@ mod tests {
                 assert!(matches!(found, RecordedRun::Read(state, _) if state.runs_here()));
             }
             assert!(matches!(recorded_run(FoundRun::Gone, is_held), RecordedRun::Nothing));
+        }
+    }
+
+    #[test]
+    fn a_lock_that_this_host_keeps_on_purpose_stays_here() {
+        for (state, runs_here) in [(Some(RunState::Living), true), (Some(RunState::Dead), false), (None, false)] {
+            for late in [None, Some(true), Some(false)] {
+                for is_kept in [false, true] {
+                    let mut view = view(state, late);
+                    if is_kept {
+                        view.kept.insert(ID.to_owned());
+                    }
+                    assert_eq!(view.stays(&stored(ID, "root@vm")), runs_here || is_kept, "{late:?}");
+                    // The lock does not agree with what was recorded.
+                    let is_recorded = state.is_some() || late.is_some();
+                    assert_eq!(view.stays(&stored(ID, "root@other")), is_recorded || is_kept, "{late:?}");
+                    assert!(!view.stays(&stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm")));
+                }
+            }
         }
     }
 

@@ -1,9 +1,10 @@
-//! The files that `tf` stores: the records of runs, their pending requests, terraform's log, the known programs, and
-//! the history of releases.
+//! The files that `tf` stores: the records of runs, their pending requests, the locks that stay on purpose, terraform's log,
+//! the known programs, and the history of releases.
 
 pub(crate) mod event_command;
 pub(crate) mod history;
 pub(crate) mod host;
+pub(crate) mod kept_locks;
 pub(crate) mod known_programs;
 pub(crate) mod membership;
 pub(crate) mod pending_requests;

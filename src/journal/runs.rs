@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
 use crate::crash_point;
 use crate::journal::host::{HostIdentity, Standpoint};
+use crate::journal::kept_locks::KeptLocks;
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::run_mark::Living;
@@ -297,6 +298,11 @@ impl Journal {
     pub(crate) fn there(directory: &StateDirectory) -> Option<Self> {
         let runs = directory.join("runs");
         is_private(&runs).then(|| Self { runs, host: OnceCell::new() })
+    }
+
+    /// Returns the locks that were kept on purpose in the state directory of this journal.
+    pub(crate) fn kept_locks(&self) -> KeptLocks {
+        KeptLocks::at(self.runs.with_file_name("kept"))
     }
 
     /// Returns the identity of this host.

@@ -79,6 +79,11 @@ impl Because {
 }
 
 impl Outcome {
+    /// Whether the lock was kept on purpose ([`Because::is_on_purpose`]).
+    pub(crate) fn is_kept_on_purpose(&self) -> bool {
+        matches!(self, Self::Kept { because, .. } if because.is_on_purpose())
+    }
+
     /// Returns the outcome "not released, because of `reason`; a later attempt has the same result"
     /// ([`Because::Doubt`]).
     pub(crate) fn kept(reason: impl Into<String>) -> Self {

@@ -929,8 +929,11 @@ impl<'a> Watch<'a> {
             };
         }
         let left = after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
-        if let Some(lease) = lease {
-            lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), &mut Waiter::Unattended);
+        if let Some(lease) = lease
+            && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), &mut Waiter::Unattended)
+            && let Some(journal) = run.journal()
+        {
+            left.kept_on_purpose.iter().for_each(|id| journal.kept_locks().add(id));
         }
         left.unfinished
     }

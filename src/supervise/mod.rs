@@ -408,6 +408,10 @@ impl<'a> Prepared<'a> {
             if let Some(lease) = &mut self.lease
                 && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), waiter)
             {
+                // A later run on this host knows better than the lease.
+                if let Some(journal) = self.context.journal() {
+                    left.kept_on_purpose.iter().for_each(|id| journal.kept_locks().add(id));
+                }
                 console::say(messages::LEASE_STANDS);
             }
             left.unfinished

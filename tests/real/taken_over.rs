@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through, through_changing};
 use super::locks_recover::recover;
-use super::survived::{assert_nothing_left, killed_whole, records, start_recorded};
+use super::survived::{assert_nothing_left, edit, forget_recorder, kill_whole, killed_whole, records, start_recorded};
 use super::two_hosts::races;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
@@ -20,7 +20,7 @@ use crate::support::process::Run;
 use crate::support::processes::{home, marked};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::lock_byte;
-use crate::support::test_env::{WAITS, id_of, lock_json};
+use crate::support::test_env::{UNSET, WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const PLAN: [&str; 2] = ["plan", "-no-color"];
@@ -1214,6 +1214,68 @@ fn a_lock_whose_run_may_be_running_in_another_container_is_not_taken() {
         scope.spawn(|| stays(Lock::DynamoDb, 0, is_elsewhere, elsewhere));
         scope.spawn(|| stays(Lock::File, 1, is_elsewhere, elsewhere));
         scope.spawn(|| stays(Lock::Both, 1, is_torn, unread));
+    });
+}
+
+/// Everything of a run was killed at once, and its lease has lapsed. This host says why it does not release the lock. So
+/// it does not take the lock over either. Another host, which cannot know that, takes it.
+#[test]
+fn a_lock_that_this_host_has_said_not_to_release_is_not_taken_by_this_host() {
+    let lapsed_run = |lock: Lock, release: &str| {
+        let mut env = TestEnv::new(lock, WAITS);
+        env.set("TFW_RELEASE", release);
+        kill_whole(&env);
+        env.set("TFW_RELEASE", UNSET).set("TFW_LEASE", "5m");
+        let info = env.locks().first().unwrap().clone();
+        let mut lapsed = record(LONG_AGO, 300);
+        lapsed["lock"] = id_of(&info).into();
+        env.put_lease(&info, &lapsed);
+        env
+    };
+    let stays = |env: &TestEnv, arguments: &[&str], why: &str| {
+        let end = env.run(Subject::Tf, arguments);
+        assert_not_taken(env, &end);
+        let said = end.err.matches("which was not released").count();
+        assert_eq!(
+            (said, end.err.contains("run it again")),
+            (usize::from(!why.is_empty()), false),
+            "{}",
+            env.dump(&end)
+        );
+        assert!(end.err.contains(why), "{}", env.dump(&end));
+    };
+    let waiting = ["plan", "-no-color", "-lock-timeout=6s"];
+    let never = |lock| {
+        let mut env = lapsed_run(lock, "never");
+        stays(&env, &PLAN, "TFW_RELEASE is set to never");
+        stays(&env, &waiting, "TFW_RELEASE is set to never");
+        env.set("TFW_RELEASE", "auto");
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock that an earlier run left"), "{}", env.dump(&end));
+        assert_nothing_left(&env);
+    };
+    let in_doubt = |lock| {
+        let mut env = lapsed_run(lock, UNSET);
+        forget_recorder(&env);
+        edit(&env, |record| record["log"]["locks"][0]["operation"] = "another".into());
+        stays(&env, &PLAN, "the lock's Operation is not the one in the log");
+        // That was said once.
+        for release in [UNSET, "auto"] {
+            env.set("TFW_RELEASE", release);
+            stays(&env, &waiting, "");
+        }
+        let other_home = env.directory.parent().unwrap().join("other-home");
+        env.set("TFW_RELEASE", UNSET).set("HOME", other_home);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock: "), "{}", env.dump(&end));
+        env.assert_unlocked();
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| never(Lock::DynamoDb));
+        scope.spawn(|| never(Lock::File));
+        scope.spawn(|| in_doubt(Lock::Both));
     });
 }
 
