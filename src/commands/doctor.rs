@@ -22,6 +22,7 @@ use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, Cloud, FenceReason, Grade};
 use crate::lease::notice::NoticeSetting;
+use crate::lease::obstacle::Obstacle;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::s3::ObjectKey;
@@ -32,6 +33,7 @@ use crate::notice::service::Service;
 use crate::settings::{LeaseSettings, Settings};
 use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
+use crate::sys::process::ProcessHandle;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
@@ -290,6 +292,13 @@ fn lease(findings: &mut Findings, settings: LeaseSettings, shares_terminal: bool
     let Some(terms) = settings.terms else { return };
     let grade = grade::grade(&HostFacts::read(), shares_terminal, settings.clock);
     let length = length_of_time(terms.length());
+    // The keeper of a lease must see when terraform ends.
+    if let Err(error) = ProcessHandle::open(nix::unistd::getpid()) {
+        let obstacle = Obstacle::Unwatchable(error.to_string());
+        let text = format!("{length}, but a run has no lease: {obstacle}");
+        findings.note("lease", &text, Next::Do("use Linux 5.3 or later, and a sandbox that allows pidfd_open"));
+        return;
+    }
     match grade {
         Grade::Stop(reason) => findings.tell(
             Health::Ok,

@@ -7,6 +7,7 @@ pub(crate) mod info_field;
 pub(crate) mod keeper;
 pub(crate) mod notice;
 pub(crate) mod observed;
+pub(crate) mod obstacle;
 pub(crate) mod record;
 pub(crate) mod running_time;
 pub(crate) mod takeover;

@@ -26,7 +26,7 @@ use crate::lease::notice::{Notice, NoticeSight, NoticeStep, notice_step};
 use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
-use crate::supervise::run_lease::{LeaseEffect, LockPhase, RunLease};
+use crate::supervise::run_lease::{Followed, LeaseEffect, LockPhase, RunLease};
 use crate::supervise::run_record::{GuardianNews, RunRecord};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent, THIRD_KEY_WINDOW};
@@ -507,10 +507,10 @@ impl Supervision<'_> {
         let Some(lease) = &mut self.lease else { return };
         // The lock may be in a backend that only the plan names.
         let candidates = || self.context.candidates.clone().with_plan(&self.context.planned_backends);
-        if lease.follow(self.recorder.log(), candidates, self.tree)
-            && let Some(orders) = lease.orders()
-        {
-            self.run_record.tell_lease(Some(orders), self.recorder);
+        match lease.follow(self.recorder.log(), candidates, self.tree) {
+            Followed::Nothing => {}
+            Followed::Begun => self.run_record.tell_lease(lease.orders(), self.recorder),
+            Followed::NoLease(reason) => console::say(&messages::no_lease(&reason)),
         }
         if let Some(lock) = lease.lock_without_lease(self.recorder.log()) {
             console::say(&messages::lock_without_lease(&lock.path));

@@ -30,6 +30,7 @@ use crate::lease::fence::{
     unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
+use crate::lease::obstacle::Obstacle;
 use crate::lease::record::{Holder, Promise};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
@@ -42,7 +43,7 @@ use crate::sys::connections;
 use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::sys::wait::Ended;
-use crate::terraform::log::{Log, RecordedLock};
+use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::LogDetail;
 use crate::time::saturating_add;
 use crate::trace::trace;
@@ -79,6 +80,26 @@ pub(crate) enum LeaseEffect {
     NewHelper(Pid),
     /// Several keepers in a row have failed. The text says how the last one has.
     KeepersFail(String),
+}
+
+/// What [`RunLease::follow`] has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Followed {
+    Nothing,
+    /// The lease has begun.
+    Begun,
+    /// Terraform holds a lock, and there is no lease. The text says why. This comes once.
+    NoLease(String),
+}
+
+/// An obstacle to the lease of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Blocked {
+    /// The ID of the lock. `None` if the log does not name it.
+    lock: Option<String>,
+    obstacle: Obstacle,
+    /// Since when, on the clock of [`boot_clock::now`].
+    since: Duration,
 }
 
 /// How far terraform is with the lock of the lease, by its log.
@@ -201,6 +222,12 @@ pub(crate) struct RunLease {
     leased: Option<String>,
     /// Whether a lock without a lease was reported.
     has_reported_lock: bool,
+    /// What keeps the lease from beginning. `None` if no lock is held, or if its lease has begun.
+    blocked: Option<Blocked>,
+    /// The ID of the named lock that gets no lease. `None` if there was none.
+    given_up: Option<String>,
+    /// Whether it was reported that a lock gets no lease.
+    has_said_no_lease: bool,
     /// The reason that was reported last since terraform was stopped, and when, on the clock of [`boot_clock::now`].
     reported: Option<(String, Duration)>,
     /// Whether the orders have changed since the guardian got them.
@@ -243,6 +270,9 @@ impl RunLease {
             reported: None,
             leased: None,
             has_reported_lock: false,
+            blocked: None,
+            given_up: None,
+            has_said_no_lease: false,
             has_new_orders: false,
             is_over: false,
         }
@@ -345,10 +375,15 @@ impl RunLease {
     }
 
     /// Looks for a lock that terraform holds, and starts the lease of the first one. Ends the lease when the log shows
-    /// that this lock is gone. Call this when the log was read. Returns whether the lease has just begun.
-    pub(crate) fn follow(&mut self, log: &Log, candidates: impl FnOnce() -> CandidateBackends, tree: &Tree) -> bool {
+    /// that this lock is gone. Call this when the log was read.
+    pub(crate) fn follow(
+        &mut self,
+        log: &Log,
+        candidates: impl FnOnce() -> CandidateBackends,
+        tree: &Tree,
+    ) -> Followed {
         if self.is_over {
-            return false;
+            return Followed::Nothing;
         }
         if let Some(orders) = &self.orders {
             let is_gone = !log.unreleased().any(|lock| lock.id == orders.lock);
@@ -356,13 +391,37 @@ impl RunLease {
                 trace!("the lock of the lease is gone");
                 self.let_go();
             }
-            return false;
+            return Followed::Nothing;
         }
-        let Some(lock) = log.unreleased().find(|lock| lock.progress.held.is_some() && lock.progress.is_before_unlock())
-        else {
-            return false;
+        let is_next = |lock: &&RecordedLock| lock.is_in_use() && self.given_up.as_ref() != Some(&lock.id);
+        let Some(lock) = log.unreleased().find(is_next) else {
+            let unnamed = if self.has_said_no_lease { None } else { unnamed_obstacle(log, candidates) };
+            return unnamed.map_or(Followed::Nothing, |obstacle| self.is_blocked(None, obstacle));
         };
-        self.begin(lock, &candidates(), tree)
+        match self.begin(lock, &candidates(), tree) {
+            Ok(()) => Followed::Begun,
+            Err(obstacle) => self.is_blocked(Some(&lock.id), obstacle),
+        }
+    }
+
+    /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if the log
+    /// does not name it.
+    fn is_blocked(&mut self, lock: Option<&str>, obstacle: Obstacle) -> Followed {
+        let now = boot_clock::now();
+        let is_same = |blocked: &Blocked| blocked.lock.as_deref() == lock && blocked.obstacle == obstacle;
+        let since = self.blocked.take().filter(is_same).map_or(now, |blocked| blocked.since);
+        if !obstacle.is_given_up(now.saturating_sub(since)) {
+            self.blocked = Some(Blocked { lock: lock.map(ToOwned::to_owned), obstacle, since });
+            return Followed::Nothing;
+        }
+        trace!("no lease: {obstacle:?}");
+        self.given_up = lock.map(ToOwned::to_owned);
+        // A later lock meets the same obstacle.
+        self.is_over = matches!(obstacle, Obstacle::Unwatchable(_));
+        if std::mem::replace(&mut self.has_said_no_lease, true) {
+            return Followed::Nothing;
+        }
+        Followed::NoLease(obstacle.to_string())
     }
 
     /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it. `None`
@@ -374,23 +433,23 @@ impl RunLease {
         lock
     }
 
-    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> bool {
-        let Some(group) = self.group else { return false };
+    /// Begins the lease of `lock`.
+    ///
+    /// # Errors
+    /// What keeps it from beginning.
+    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> Result<(), Obstacle> {
+        let group = self.group.ok_or(Obstacle::NoHolder)?;
         let locations = candidates.of(lock);
         if locations.is_empty() {
-            return false;
+            return Err(Obstacle::NoPlace(lock.path.clone()));
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
         // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
         // found, for example because it is just starting or ending, the next call looks again.
-        let Some(holder) = tree.logging().into_iter().next() else { return false };
+        let holder = tree.logging().into_iter().next().ok_or(Obstacle::NoHolder)?;
         let is_reached = holder.group == group && holder.has_our_user();
         let (pid, start) = (holder.pid, holder.start);
-        self.terraform = ProcessHandle::open(pid).ok();
-        if self.terraform.is_none() {
-            self.is_over = true;
-            return false;
-        }
+        self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
         if !is_reached {
             trace!("the group does not contain the terraform that logs, so the lease promises nothing");
             self.take_down();
@@ -423,7 +482,7 @@ impl RunLease {
         });
         self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
         crash_point::reached("lease: started the keeper");
-        true
+        Ok(())
     }
 
     /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its place
@@ -1110,15 +1169,41 @@ fn wall_time(at: Duration) -> Timestamp {
     saturating_add(Timestamp::now(), signed(at).saturating_sub(signed(boot_clock::now())))
 }
 
+/// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended is
+/// looked for again.
+fn unwatchable(error: &io::Error) -> Obstacle {
+    if error.raw_os_error() == Some(libc::ESRCH) {
+        Obstacle::NoHolder
+    } else {
+        Obstacle::Unwatchable(error.to_string())
+    }
+}
+
+/// Returns the obstacle if terraform holds a lock of the S3 backend that the log does not name. `None` if it holds none.
+fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -> Option<Obstacle> {
+    let is_in_use = |lock: &&UnnamedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
+    let lock = log.unreleased_unnamed().find(is_in_use)?;
+    let mut places = candidates().of_unnamed(lock);
+    // The local backend's records are the same for every backend, and also if nothing is locked.
+    places.retain(|place| place.table.is_some() || place.lock_file);
+    let is_of_workspace = lock.is_of_workspace();
+    if is_of_workspace && places.is_empty() {
+        return None;
+    }
+    // With a table, the log names the lock when terraform requests the item, after the object.
+    let is_final = is_of_workspace || places.iter().all(|place| place.table.is_none());
+    Some(Obstacle::Unnamed { program: log.program.as_ref().map(ToString::to_string), is_final })
+}
+
 /// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
 fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
-    let is_held = |lock: &&RecordedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
-    log.unreleased().filter(is_held).find(|lock| lock.id != leased)
+    log.unreleased().find(|lock| lock.is_in_use() && lock.id != leased)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terraform::log::other_versions::tofu_life;
     use crate::terraform::log::tests::{ID, lock_line};
     use jiff::SignedDuration;
 
@@ -1295,6 +1380,93 @@ mod tests {
             assert!(lease.orders().is_some() && !lease.has_new_orders());
             ends(&mut lease);
             assert!(lease.orders().is_none() && lease.has_new_orders() && !lease.has_new_orders());
+        }
+    }
+
+    /// Returns the backends of a run whose S3 backend, at the place of [`tofu_life`], has these settings.
+    fn candidates(settings: &str) -> CandidateBackends {
+        let json = format!(
+            r#"{{"version":3,"backend":{{"type":"s3","config":{{"bucket":"bkt","key":"dir/prod.tfstate"{settings}}}}}}}"#
+        );
+        let backend = crate::terraform::backend::CachedBackend::parse(json.as_bytes());
+        CandidateBackends {
+            directories: vec![crate::terraform::data_directory::DataDirectory {
+                backend,
+                workspace: "default".to_owned(),
+            }],
+            workspaces: vec!["default".to_owned()],
+            any_workspace: false,
+            data_directory: "/x/.terraform".to_owned(),
+            working_directory: "/x".into(),
+        }
+    }
+
+    #[test]
+    fn a_lock_that_the_log_does_not_name_has_no_lease_unless_the_log_may_name_it_later() {
+        let (table, file) = (r#","dynamodb_table":"locks""#, r#","use_lockfile":true"#);
+        let both = format!("{table}{file}");
+        let read = |lines: &[String]| {
+            let mut log = Log::default();
+            log.read(lines.concat().as_bytes());
+            log
+        };
+        let life = tofu_life(true);
+        let program = Some("OpenTofu 1.11.5".to_owned());
+        let unnamed = |is_final| Some(Obstacle::Unnamed { program: program.clone(), is_final });
+        for (steps, settings, expected) in [
+            // The object was requested, and then put.
+            (2, file, None),
+            (3, file, unnamed(true)),
+            (3, &both, unnamed(false)),
+            // The request for the item names both parts.
+            (4, &both, None),
+        ] {
+            let seen = unnamed_obstacle(&read(&life[..steps]), || candidates(settings));
+            assert_eq!(seen, expected, "{steps} {settings}");
+        }
+        let of_workspace: Vec<String> = [
+            "[INFO]  OpenTofu version: 1.6.2",
+            "[TRACE] backend/local: requesting state lock for workspace \"default\"",
+            "[TRACE] backend/local: reading remote state for workspace \"default\"",
+        ]
+        .map(|line| format!("2026-11-23T01:46:07.000Z {line}\n"))
+        .into();
+        let program = Some("OpenTofu 1.6.2".to_owned());
+        let held = Some(Obstacle::Unnamed { program, is_final: true });
+        for (steps, settings, expected) in [(2, table, None), (3, table, held.clone()), (3, file, held), (3, "", None)]
+        {
+            let seen = unnamed_obstacle(&read(&of_workspace[..steps]), || candidates(settings));
+            assert_eq!(seen, expected, "{steps} {settings}");
+        }
+    }
+
+    #[test]
+    fn that_a_run_has_no_lease_is_said_once_and_each_lock_has_its_own_time() {
+        let mut lease = lease_of_a_stopped_run();
+        let unnamed = |is_final| Obstacle::Unnamed { program: None, is_final };
+        assert_eq!(lease.is_blocked(Some("a"), Obstacle::NoHolder), Followed::Nothing);
+        let since = |lease: &RunLease| lease.blocked.as_ref().unwrap().since;
+        let first = since(&lease);
+        assert_eq!(lease.is_blocked(Some("a"), Obstacle::NoHolder), Followed::Nothing);
+        assert_eq!(since(&lease), first);
+        while boot_clock::now() == first {}
+        assert_eq!(lease.is_blocked(Some("b"), Obstacle::NoHolder), Followed::Nothing);
+        assert!(since(&lease) > first);
+        lease.blocked.as_mut().unwrap().since = Duration::ZERO;
+        let Followed::NoLease(reason) = lease.is_blocked(Some("b"), Obstacle::NoHolder) else { panic!() };
+        assert_eq!(reason, Obstacle::NoHolder.to_string());
+        assert_eq!((lease.given_up.as_deref(), lease.is_over), (Some("b"), false));
+        assert_eq!(lease.is_blocked(None, unnamed(true)), Followed::Nothing);
+        assert_eq!(lease.is_blocked(Some("c"), unwatchable(&io::ErrorKind::Other.into())), Followed::Nothing);
+        assert!(lease.is_over);
+    }
+
+    #[test]
+    fn a_terraform_that_has_just_ended_is_looked_for_again() {
+        assert_eq!(unwatchable(&io::Error::from_raw_os_error(libc::ESRCH)), Obstacle::NoHolder);
+        for error in [libc::ENOSYS, libc::EPERM, libc::EMFILE] {
+            let error = io::Error::from_raw_os_error(error);
+            assert_eq!(unwatchable(&error), Obstacle::Unwatchable(error.to_string()));
         }
     }
 

@@ -1044,7 +1044,7 @@ pub(crate) mod tests {
 
 #[cfg(test)]
 #[path = "log_of_other_versions.rs"]
-mod other_versions;
+pub(crate) mod other_versions;
 
 #[cfg(test)]
 #[path = "generated_logs.rs"]

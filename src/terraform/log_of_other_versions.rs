@@ -156,7 +156,7 @@ fn checksum() -> String {
     aws_smithy_types::base64::encode(Sha256::digest(INFO.replace('\\', "")))
 }
 
-pub(super) fn tofu_life(newer: bool) -> Vec<String> {
+pub(crate) fn tofu_life(newer: bool) -> Vec<String> {
     let record = |at, kind, service, method, fields: &str| tofu_record(at, kind, service, method, newer, fields);
     let (sent, received) = ("Request Sent", "Response Received");
     vec![

@@ -98,3 +98,31 @@ fn a_release_that_hangs_in_the_network_stays_fenced() {
     env.assert_unlocked();
     wait_until_all_is_gone(&env);
 }
+
+/// This version logs that it has a lock, and not which one.
+const LOGS_NO_ID: &str = "tofu-1.6.2";
+
+#[test]
+fn a_run_whose_log_does_not_name_its_lock_says_once_that_it_has_no_lease() {
+    let env = leased(LOGS_NO_ID, Lock::DynamoDb, "4s");
+    let run = env.start_apply(Subject::Tf);
+    run.wait_for_err("tf: this run goes on without a lease: OpenTofu 1.6.2 does not log the ID of its lock");
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("without a lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
+/// Its log is the same as with the S3 backend.
+#[test]
+fn nothing_is_said_about_a_lease_of_a_lock_in_another_backend() {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    env.set("TFW_TERRAFORM", program(LOGS_NO_ID)).set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady");
+    env.write("main.tf", "resource \"terraform_data\" \"a\" {}\n");
+    for arguments in [&["init", "-no-color"][..], &["apply", "-auto-approve", "-no-color"]] {
+        let end = env.run(Subject::Tf, arguments);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.is_empty(), "{}", env.dump(&end));
+    }
+}

@@ -170,3 +170,28 @@ fn killed_with_tf_the_next_one_names_the_lock() {
         assert_nothing_left(&env);
     }
 }
+
+/// As with `sudo -E terraform`: root can write the log, and `tf` may not see who does so.
+#[test]
+fn a_run_whose_terraform_cannot_be_seen_says_once_that_it_has_no_lease() {
+    if !is_root_on_linux() {
+        return;
+    }
+    let mut env = test_env();
+    let program = env.directory.join("terraform-setuid");
+    copy_program(terraform(), &program);
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
+    env.set("TFW_TERRAFORM", &program).set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady");
+    open_to_all(&env.directory.parent().unwrap().join("home"));
+    let mut command = env.command("setpriv");
+    command.args(["--reuid", &OTHER.to_string(), "--clear-groups", "tf", "apply", "-auto-approve", "-no-color"]);
+    let run = Run::start(command);
+    env.wait_for_began(&run);
+    env.assert_locked();
+    run.wait_for_err("tf: this run goes on without a lease: the process that holds the lock was not found");
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("without a lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
+}

@@ -535,6 +535,40 @@ fn at_a_service_that_ignores_the_condition_of_a_write_a_run_has_no_lease() {
     env.assert_unlocked();
 }
 
+/// Before Linux 5.3, and in a sandbox that does not know the system call.
+#[test]
+fn a_run_whose_terraform_cannot_be_watched_says_once_that_it_has_no_lease_and_doctor_says_so_too() {
+    /// Makes pidfd_open(2) fail with ENOSYS in the program that it executes, and in all that this one starts. The number of
+    /// the system call is the first field of struct seccomp_data (seccomp(2)).
+    const WITHOUT_PIDFD: &str = "
+import ctypes, os, struct, sys
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, 434), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
+filter = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack('HxxxxxxP', len(code), ctypes.addressof(filter)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.byref(program)) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+";
+    let env = leased(Lock::Both, "1m");
+    let start = |arguments: &[&str]| {
+        let mut command = env.command(crate::support::cloud::tool("python3"));
+        command.args(["-c", WITHOUT_PIDFD, "tf"]).args(arguments);
+        Run::start(command)
+    };
+    let run = start(&["apply", "-auto-approve", "-no-color"]);
+    run.wait_for_err("tf: this run goes on without a lease: tf cannot see when terraform ends (pidfd_open): ");
+    env.wait_for_began(&run);
+    assert_eq!(record(&env), None);
+    env.unblock();
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_eq!(end.err.matches("without a lease").count(), 1, "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(&env);
+    let end = start(&["locks", "doctor"]).wait();
+    assert!(end.out.contains("a run has no lease: tf cannot see when terraform ends"), "{}", env.dump(&end));
+}
+
 #[test]
 fn a_second_lock_of_a_run_has_no_lease_and_that_is_said_once() {
     let mut env = leased(Lock::DynamoDb, "10s");
