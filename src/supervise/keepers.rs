@@ -1,5 +1,6 @@
 //! The keepers of one lease: starts one, watches it, and replaces it when it has ended or does not answer.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -73,10 +74,15 @@ impl Keepers {
                 pid
             }
             Err(error) => {
-                self.failed(Duration::ZERO, format!("it cannot be started: {error}"));
+                self.cannot_start(&error);
                 None
             }
         }
+    }
+
+    /// Notes that no keeper can be started now. A later call of [`Keepers::start`] is due.
+    pub(crate) fn cannot_start(&mut self, error: &io::Error) {
+        self.failed(Duration::ZERO, format!("it cannot be started: {error}"));
     }
 
     /// Returns the socket of the keeper. It is readable when the keeper has reported something or has ended. `None` if no

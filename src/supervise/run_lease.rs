@@ -511,8 +511,8 @@ impl RunLease {
         let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
         let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
         self.is_shim_watched = logs.is_none();
-        let terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
-        self.terraform = terraform.or_else(|| self.leader.as_ref()?.try_clone().ok());
+        // If it is not found, the keepers watch the leader ([`RunLease::ensure_handle`]).
+        self.terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
         self.orders = orders;
         self.keepers.let_go();
         if let Some(orders) = &mut self.orders {
@@ -623,26 +623,45 @@ impl RunLease {
         }
     }
 
+    /// Makes sure that there is a handle of the process to watch. Only in the guardian there may be none yet.
+    ///
+    /// # Errors
+    /// If no descriptor is free.
+    fn ensure_handle(&mut self) -> io::Result<()> {
+        if let (Some(_), None, Some(leader)) = (&self.orders, &self.terraform, &self.leader) {
+            self.terraform = Some(leader.try_clone()?);
+        }
+        Ok(())
+    }
+
     /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes on.
     /// The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the shim.
-    fn watch_shim(&mut self) {
+    ///
+    /// # Errors
+    /// If no descriptor is free. Nothing has changed then.
+    fn watch_shim(&mut self) -> io::Result<()> {
         let (Some(orders), Some(terraform), Some(leader), Some(group)) =
             (&mut self.orders, &self.terraform, &self.leader, self.group)
         else {
-            return;
+            return Ok(());
         };
         if orders.terraform != group.as_raw() && terraform.has_exited() && !leader.has_exited() {
+            (self.terraform, self.is_shim_watched) = (Some(leader.try_clone()?), true);
             trace!("the terraform with the lock has ended, and its shim goes on");
-            (self.terraform, self.is_shim_watched) = (leader.try_clone().ok(), true);
             orders.terraform = group.as_raw();
             orders.start = Process::look_up(group).map_or(0, |shim| shim.start);
             self.has_new_orders = true;
         }
+        Ok(())
     }
 
     /// Starts a keeper if a lock is held. Returns its pid. `None` if none was started.
     fn start_keeper(&mut self) -> Option<Pid> {
-        self.watch_shim();
+        if let Err(error) = self.ensure_handle().and_then(|()| self.watch_shim()) {
+            // Meanwhile the fuse has its deadline.
+            self.keepers.cannot_start(&error);
+            return None;
+        }
         let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) else { return None };
         if terraform.has_exited() {
             // A keeper would end at once.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -713,6 +714,45 @@ fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not
     for _ in 0..5 {
         let last = record(&env).unwrap();
         wait_for_renewal_after(&env, &last);
+        assert_ne!(state(shim), Some('T'), "{}", env.trace());
+    }
+    env.write("over", "");
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(&env);
+}
+
+/// Sets the number of descriptors that a process may have open. Returns what it was.
+fn limit_descriptors(pid: Pid, number: u64) -> u64 {
+    let [pid, limit] = [format!("--pid={pid}"), format!("--nofile={number}:")];
+    let shows = Command::new("prlimit").args([&pid, "--nofile", "--output=SOFT", "--noheadings"]).output().unwrap();
+    assert!(Command::new("prlimit").args([&pid, &limit]).status().unwrap().success());
+    String::from_utf8(shows.stdout).unwrap().trim().parse().unwrap()
+}
+
+/// Without a free descriptor, `tf` can neither watch the shim nor start a keeper.
+#[test]
+fn a_shim_that_cannot_be_watched_is_watched_later_and_is_not_stopped() {
+    let mut env = leased(Lock::DynamoDb, "10s");
+    let terraform = crate::support::test_env::terraform();
+    env.stand_in(
+        "tenv",
+        &format!("#!/bin/sh\n'{}' \"$@\"\nwhile ! test -e over; do sleep 0.05; done\n", terraform.display()),
+    );
+    let run = start(&env);
+    let (shim, ..) = tree(run.pid()).into_iter().find(|(_, name, ..)| name == "tenv").unwrap();
+    let is_open = |number: &u64| fs::symlink_metadata(format!("/proc/{}/fd/{number}", run.pid())).is_ok();
+    let free = (0..256).find(|number| !is_open(number)).unwrap();
+    // The end of the keeper frees one that is not below this.
+    let before = limit_descriptors(run.pid(), free / 2);
+    kill(terraform_below(shim), Signal::SIGKILL).unwrap();
+    env.wait_for_trace("the keeper is replaced in");
+    env.wait_for_trace("it cannot be started: Too many open files");
+    limit_descriptors(run.pid(), before);
+    let mut last = record(&env).unwrap();
+    for _ in 0..3 {
+        last = wait_for_renewal_after(&env, &last);
         assert_ne!(state(shim), Some('T'), "{}", env.trace());
     }
     env.write("over", "");
