@@ -545,7 +545,9 @@ impl RunLease {
         while let Some(news) = self.keepers.hear() {
             trace!("guardian: the keeper: {news:?}");
             match news {
-                News::Report(Report::Notice(notice)) => {
+                // If `tf` is dead, terraform is interrupted anyway. If it is suspended, it interrupts terraform when it goes
+                // on, because of a notice of its own keeper. Until then, the record must not say that.
+                News::Report(Report::Notice(notice)) if self.tf == TfState::Dead => {
                     self.note_notice(notice);
                 }
                 News::Report(Report::Lost(loss)) => {

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 use super::given_back::{through, writes_state};
-use super::leased::{leased, record, wait_for_renewal_after};
+use super::leased::{leased, record, suspended_at_a_terminal, wait_for_renewal_after};
 use super::locks_release::locks;
 use crate::support::http::Message;
 use crate::support::metadata::{Metadata, Reply, address_of_this_machine};
@@ -234,6 +234,31 @@ fn the_guardian_interrupts_once_and_its_keeper_hears_the_notice_too() {
     wait_until_unlocked(&env);
     wait_until_all_is_gone(&env);
     assert_eq!(env.trace().matches("guardian: interrupted terraform: true").count(), 1, "{}", env.trace());
+}
+
+/// Nobody has interrupted it, and nobody does before it goes on. So other hosts do not wait for its end.
+#[test]
+fn a_suspended_run_is_interrupted_when_it_goes_on_and_says_so_only_then() {
+    let (env, _metadata, instance, writes) = on_ec2(Lock::DynamoDb);
+    let (mut terminal, _) = suspended_at_a_terminal(&env);
+    env.wait_for_trace("guardian: tf is suspended, and the guardian renews the lease, too");
+    // The keeper of `tf`, which writes other records.
+    kill(named(&env, "tf-keeper"), Signal::SIGKILL).unwrap();
+    instance.lock().unwrap().action = Some(spot("terminate", in_two_minutes()));
+    env.wait_for_trace("guardian: the keeper: Report(Notice");
+    let mut last = record(&env).unwrap();
+    for _ in 0..3 {
+        last = wait_for_renewal_after(&env, &last);
+        assert!(last.get("interrupted").is_none(), "{last}\n{}", env.trace());
+    }
+    terminal.type_in("fg\n");
+    terminal.wait_for("Interrupt received");
+    wait_for_interrupted(&env);
+    writes.let_go();
+    wait_until_unlocked(&env);
+    assert!(!terminal.screen().contains("Two interrupts"), "{}", terminal.screen());
+    drop(terminal);
+    wait_until_all_is_gone(&env);
 }
 
 #[test]
