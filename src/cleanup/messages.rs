@@ -9,6 +9,7 @@ use crate::console::length_of_time;
 use crate::console::option;
 use crate::console::visible;
 use crate::console::visible_whole;
+use crate::terraform::data_directory::CommandDirectories;
 use crate::terraform::errored_state::ERRORED_STATE;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -252,7 +253,7 @@ fn released_or_claimed(what: &str, claim: Option<&Claim>) -> String {
 pub(crate) fn digest_mismatch(
     digest_mismatch: &Comparison,
     workspace: Option<&str>,
-    directory: Option<&str>,
+    directories: CommandDirectories<'_>,
 ) -> String {
     let recorded = visible(digest_mismatch.recorded.as_deref().unwrap_or("none"));
     let written = digest_mismatch.written.map_or_else(String::new, |at| format!(" (written at {at:.0})"));
@@ -268,19 +269,19 @@ pub(crate) fn digest_mismatch(
     };
     let name = |name: &str| option("--fix-digest", &visible_whole(name));
     let workspace = workspace.map_or_else(|| " --fix-digest".to_owned(), name);
-    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
+    let command = directories.locks("doctor");
     format!(
         "the state's digest does not match, so every command will fail with a checksum error\n\
-         the recorded digest is {recorded}, but {state}\n{advice} tf locks doctor{directory}{workspace}"
+         the recorded digest is {recorded}, but {state}\n{advice} {command}{workspace}"
     )
 }
 
 /// Reports that terraform could not write its state to the backend and saved the state in the working directory.
-pub(crate) fn errored_state(path: &std::path::Path, program: &str, directory: Option<&str>) -> String {
+pub(crate) fn errored_state(path: &std::path::Path, program: &str, directories: CommandDirectories<'_>) -> String {
     format!(
         "{} exists: {ERRORED_STATE}\n{}",
         visible(&path.display().to_string()),
-        push_errored_state(program, directory)
+        push_errored_state(program, directories)
     )
 }
 
@@ -392,25 +393,32 @@ pub(crate) fn refused_by_no_lock(found: &NoLock<'_>, release: &str) -> String {
     )
 }
 
-/// Returns the `tf locks` command with the arguments `words` for `directory` and `workspace`. `directory` is `None` for
-/// the current directory.
-pub(crate) fn locks_command(words: &str, directory: Option<&str>, workspace: Option<&str>) -> String {
-    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
-    in_workspace(workspace, &format!("tf locks {words}{directory}"))
+/// Returns the `tf locks` command with the arguments `words` for `directories` and `workspace`.
+pub(crate) fn locks_command(words: &str, directories: CommandDirectories<'_>, workspace: Option<&str>) -> String {
+    in_workspace(workspace, &directories.locks(words))
 }
 
-/// Returns the `force-unlock` command, without the lock's ID. `directory` is the value of `-chdir`.
-pub(crate) fn unlock_command(program: &str, directory: Option<&str>) -> String {
-    match directory {
-        None => format!("{program} force-unlock"),
-        Some(directory) => format!("{program} -chdir={} force-unlock", quoted(directory)),
-    }
+/// Returns the `force-unlock` command, without the lock's ID.
+pub(crate) fn unlock_command(program: &str, directories: CommandDirectories<'_>) -> String {
+    directories.terraform(program, "force-unlock")
+}
+
+/// Calls `command` with the directories that a command for an earlier run names, and returns its result.
+pub(crate) fn in_directories_of<T>(record: &JournalRecord, command: impl FnOnce(CommandDirectories<'_>) -> T) -> T {
+    let chdir = record.working_directory();
+    command(CommandDirectories { chdir: Some(&chdir), data: record.named_data_directory() })
+}
+
+/// Returns the `tf locks` command with the arguments `words` for an earlier run and its workspace.
+fn locks_command_of(record: &JournalRecord, words: &str) -> String {
+    let workspace = record.workspaces.first().map(String::as_str);
+    in_directories_of(record, |directories| locks_command(words, directories, workspace))
 }
 
 /// Returns the `force-unlock` command for a lock of an earlier run, without the lock's ID. The command works in any
-/// directory and with any selected workspace, because it names the directory and the workspace.
+/// directory and with any selected workspace, because it names the directory, the data directory and the workspace.
 fn unlock_command_of(record: &JournalRecord) -> String {
-    let command = unlock_command(&visible(&record.program), Some(&visible(&record.working_directory())));
+    let command = in_directories_of(record, |directories| unlock_command(&visible_whole(&record.program), directories));
     in_workspace(record.workspaces.first().map(String::as_str), &command)
 }
 
@@ -418,7 +426,7 @@ fn unlock_command_of(record: &JournalRecord) -> String {
 /// default workspace or is not given.
 pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
     match workspace.filter(|name| !name.is_empty() && *name != "default") {
-        Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible(name))),
+        Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible_whole(name))),
         None => command.to_owned(),
     }
 }
@@ -615,10 +623,8 @@ pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
         "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether that run is still running\n{why}",
         record.tf
     );
-    let directory = visible_whole(&record.working_directory());
-    let workspace = record.workspaces.first().map(String::as_str);
     for recorded in record.log.unreleased() {
-        let release = locks_command(&format!("release --force {}", recorded.id), Some(&directory), workspace);
+        let release = locks_command_of(record, &format!("release --force {}", recorded.id));
         let _ = write!(
             text,
             "\nit may hold the lock {}\n\
@@ -675,8 +681,7 @@ pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String
 
 /// Reports that a lock was not released, because it is not certain whether it belongs to an earlier run.
 pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
-    let workspace = record.workspaces.first().map(String::as_str);
-    let show = locks_command("show", Some(&visible_whole(&record.working_directory())), workspace);
+    let show = locks_command_of(record, "show");
     format!(
         "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}\n{}",
         record.tf,
@@ -772,9 +777,8 @@ pub(crate) fn left_elsewhere(
 
 /// Reports that a lock of an earlier run was not released.
 pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
-    let workspace = record.workspaces.first().map(String::as_str);
-    let release = locks_command(RELEASE_NO_LOCK, Some(&visible(&record.working_directory())), workspace);
-    let show = locks_command("show", Some(&visible(&record.working_directory())), None);
+    let release = locks_command_of(record, RELEASE_NO_LOCK);
+    let show = in_directories_of(record, |directories| directories.locks("show"));
     let removal = Removal { unlock: unlock_command_of(record), release, show };
     format!(
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}\nthat run used: {}\n\
@@ -797,13 +801,13 @@ pub(crate) fn replaced(
     own: &RecordedLock,
     by: &LockInfo,
     program: &str,
-    directory: Option<&str>,
+    directories: CommandDirectories<'_>,
 ) -> String {
-    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
+    let command = directories.terraform(program, "plan");
     format!(
         "{ending}; while it ran, another run locked the same state, and both may have changed it\nits own lock was {}\n\
          the other lock is held by {} for {} since {}, ID {}\nonce that run is over, to compare the state with \
-         the real resources, type: {program}{directory} plan",
+         the real resources, type: {command}",
         lock(own),
         visible(&by.who),
         visible(&by.operation),
@@ -814,8 +818,8 @@ pub(crate) fn replaced(
 
 /// Reports that another run locked the same state while the earlier run of `record` was working.
 pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &LockInfo) -> String {
-    let directory = record.working_directory();
-    replaced(&earlier_run(record), own, by, &visible(&record.program), Some(&directory))
+    let program = visible_whole(&record.program);
+    in_directories_of(record, |directories| replaced(&earlier_run(record), own, by, &program, directories))
 }
 
 /// Reports that a lock was not found and may exist in another account. The run's record is still in the journal.
@@ -1115,20 +1119,21 @@ pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
 
 /// Reports that terraform died and its log is empty. Either terraform could not open the log, or it died before it
 /// wrote to the log. `suspect` is a lock that terraform may have held, or `None` if no such lock was found.
-pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directory: Option<&str>) -> String {
-    let directory = directory.map_or_else(String::new, |directory| option("--chdir", directory));
+pub(crate) fn unlogged(ending: &str, suspect: Option<&LockInfo>, directories: CommandDirectories<'_>) -> String {
     let log =
         "terraform left no log that tf can read: it died early, or ran as another user (for example through sudo)";
     let Some(info) = suspect else {
         return format!(
             "{ending}; its state lock, if it held one, was not released\n{log}\n\
-             to see which locks are held, type: tf locks{directory}"
+             to see which locks are held, type: {}",
+            directories.locks("")
         );
     };
     let id = if is_lock_id(&info.id) { format!(" {}", info.id) } else { String::new() };
+    let command = directories.locks(&format!("show{id}"));
     format!(
         "{ending}; this state lock may belong to that run and was not released: {}, held by {}\n{log}\n\
-         to see whether the holder is alive, type: tf locks show{id}{directory}",
+         to see whether the holder is alive, type: {command}",
         lock(info),
         visible(&info.who)
     )

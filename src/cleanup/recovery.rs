@@ -68,7 +68,7 @@ use crate::sys::signals::Signals;
 use crate::sys::{detached, environment};
 use crate::terraform::binary;
 use crate::terraform::command_line::logs_its_lock;
-use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::errored_state::errored_state;
 use crate::trace::{self, trace};
 
@@ -956,7 +956,8 @@ fn clean_up_after(
     }
     let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
-        messages.push(messages::errored_state(&path, &record.program, Some(&record.working_directory())));
+        messages
+            .push(messages::in_directories_of(record, |there| messages::errored_state(&path, &record.program, there)));
     }
     (Finished { messages, left }, unfinished)
 }
@@ -974,7 +975,7 @@ fn non_s3_cleanup<'a>(
         Ok(program) => Ok(NonS3Release::of(candidates, &record.log, &program.path, directory, chdir)?),
         Err(reason) => Err(reason.clone()),
     };
-    let unlock = messages::unlock_command(&record.program, Some(&record.working_directory()));
+    let unlock = messages::in_directories_of(record, |there| messages::unlock_command(&record.program, there));
     Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
 }
 
@@ -1000,8 +1001,8 @@ impl Reporter for RecoveryReporter<'_> {
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = run.candidates.workspace_of_lock(lock);
-                    let directory = record.working_directory();
-                    self.messages.push(messages::digest_mismatch(mismatch, workspace, Some(&directory)));
+                    let message = |there: CommandDirectories<'_>| messages::digest_mismatch(mismatch, workspace, there);
+                    self.messages.push(messages::in_directories_of(record, message));
                 }
             }
             Some(Outcome::Kept { reason, because }) => {
@@ -1041,10 +1042,10 @@ impl Reporter for RecoveryReporter<'_> {
     /// nobody reads the report. Returns false if there is no such lock, or if the search could not be made at all.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let Some(location) = run.candidates.selected() else { return false };
-        let directory = self.record.working_directory();
         let (message, is_unread) = match waiter.block_on(release::suspect(&location, &run.release_context.run, true)) {
             Ok(Ok(Some(info))) => {
-                let message = messages::unlogged(run.ending, Some(&info), Some(&directory));
+                let message = |there: CommandDirectories<'_>| messages::unlogged(run.ending, Some(&info), there);
+                let message = messages::in_directories_of(self.record, message);
                 self.suspect = Some(info.id);
                 (message, false)
             }
@@ -1064,7 +1065,8 @@ impl Reporter for RecoveryReporter<'_> {
     }
 
     fn unlock_command(&self, _: &CandidateBackends) -> String {
-        messages::unlock_command(&self.record.program, Some(&self.record.working_directory()))
+        let record = self.record;
+        messages::in_directories_of(record, |there| messages::unlock_command(&record.program, there))
     }
 
     fn has_journal(&self) -> bool {

@@ -30,6 +30,7 @@ use crate::runtime;
 use crate::sys::poll;
 use crate::sys::session;
 use crate::sys::signals::Signals;
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::lock_info::{LockInfo, who};
 use crate::trace::trace;
 
@@ -315,7 +316,9 @@ fn note(progress: Progress<'_>, chdir: Option<&str>) {
     }
     crash_point::reached("takeover: before the message");
     let workspace = std::env::var("TF_WORKSPACE").ok();
-    let command = |words: &str| messages::locks_command(words, chdir, workspace.as_deref());
+    let data = DataDirectory::named_here();
+    let directories = CommandDirectories { chdir, data: data.as_deref() };
+    let command = |words: &str| messages::locks_command(words, directories, workspace.as_deref());
     console::say(&messages::takeover(progress, command));
 }
 

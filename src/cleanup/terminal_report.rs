@@ -28,6 +28,7 @@ use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::errored_state::errored_state;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
@@ -59,7 +60,7 @@ impl Reporter for TerminalReporter<'_> {
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = candidates.workspace_of_lock(lock);
-                    console::say(&messages::digest_mismatch(mismatch, workspace, self.directory().as_deref()));
+                    console::say(&self.in_directories(|there| messages::digest_mismatch(mismatch, workspace, there)));
                 }
             }
             // Terraform was refused the lock, and has reported that itself.
@@ -101,7 +102,7 @@ impl Reporter for TerminalReporter<'_> {
 
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
         let Replaced { own, by } = replaced;
-        console::say(&messages::replaced(run.ending, own, by, &self.program(), self.directory().as_deref()));
+        console::say(&self.in_directories(|there| messages::replaced(run.ending, own, by, &self.program(), there)));
     }
 
     /// Terraform itself has reported that its lock request was refused. This reports what terraform cannot determine:
@@ -160,7 +161,7 @@ impl Reporter for TerminalReporter<'_> {
                 console::say(&messages::suspected(run.ending, &info, None, &show, &unlock));
             }
             Ok(Ok(suspect)) if never_begun => {
-                console::say(&messages::unlogged(run.ending, suspect.as_ref(), self.directory().as_deref()));
+                console::say(&self.in_directories(|there| messages::unlogged(run.ending, suspect.as_ref(), there)));
             }
             Ok(Err(failure)) => console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string())),
             Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason)),
@@ -224,7 +225,9 @@ impl TerminalReporter<'_> {
         for location in candidates.of_state(bucket, key) {
             if let Ok(Some(digest_mismatch)) = waiter.block_on(release::state_mismatch(&location)) {
                 let workspace = candidates.workspace_of(&location);
-                console::say(&messages::digest_mismatch(&digest_mismatch, workspace, self.directory().as_deref()));
+                console::say(
+                    &self.in_directories(|there| messages::digest_mismatch(&digest_mismatch, workspace, there)),
+                );
                 return;
             }
         }
@@ -304,9 +307,12 @@ impl TerminalReporter<'_> {
             .to_string_lossy()
     }
 
-    /// Returns the value of `-chdir`, as it was given. `None` if it was not given.
-    fn directory(&self) -> Option<Cow<'_, str>> {
-        self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy)
+    /// Calls `message` with the directories that a command for this run names, and returns its result: the value of
+    /// `-chdir` as it was given, and TF_DATA_DIR, because that may be set for this run only.
+    fn in_directories(&self, message: impl FnOnce(CommandDirectories<'_>) -> String) -> String {
+        let chdir = self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy);
+        let data = DataDirectory::named_here();
+        message(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() })
     }
 
     /// Reports the file into which terraform has saved a state that it could not upload. Terraform reports that file
@@ -314,7 +320,7 @@ impl TerminalReporter<'_> {
     fn name_errored_state(&self) {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
-            console::say(&messages::errored_state(&path, &self.program(), self.directory().as_deref()));
+            console::say(&self.in_directories(|there| messages::errored_state(&path, &self.program(), there)));
         }
     }
 
@@ -322,7 +328,8 @@ impl TerminalReporter<'_> {
     /// `workspace` is `None`, the command is for the workspace in TF_WORKSPACE, if that is set.
     fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
         let variable = std::env::var("TF_WORKSPACE").ok();
-        messages::locks_command(words, self.directory().as_deref(), workspace.or(variable.as_deref()))
+        let workspace = workspace.or(variable.as_deref());
+        self.in_directories(|there| messages::locks_command(words, there, workspace))
     }
 
     /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. After a `workspace`
@@ -334,7 +341,7 @@ impl TerminalReporter<'_> {
         if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
             return self.locks_command("release", workspace);
         }
-        let command = messages::unlock_command(&self.program(), self.directory().as_deref());
+        let command = self.in_directories(|there| messages::unlock_command(&self.program(), there));
         // TF_WORKSPACE may be set for this run only, so the command must contain it.
         let variable = std::env::var("TF_WORKSPACE").ok();
         messages::in_workspace(workspace.or(variable.as_deref()), &command)

@@ -12,11 +12,11 @@ use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
-use crate::console::{visible, visible_whole};
+use crate::console::visible;
 use crate::lock::stores::Stores;
 use crate::terraform::backend::{BackendOrigin, CachedBackend};
 use crate::terraform::command_line::CommandLine;
-use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 
 /// The options that say where to look. Without any of them, a command looks in the backend of the current directory.
@@ -198,7 +198,10 @@ impl LocationArgs {
                 command.push_str(&console::option(option, value));
             }
         }
+        // A target outside of the directory does not depend on these variables.
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
+        let data = DataDirectory::named_here().filter(|_| !self.is_outside());
+        let command = CommandDirectories { chdir: None, data: data.as_deref() }.with_data(&command);
         messages::in_workspace(workspace.as_deref(), &command)
     }
 
@@ -207,9 +210,11 @@ impl LocationArgs {
         if OtherBackend::of(backend).is_some_and(|other| other.unlock_policy == UnlockPolicy::Nothing) {
             return "a lock there is released when its process exits; there is nothing to release".to_owned();
         }
-        let chdir = self.chdir.as_ref().map(|path| visible_whole(&path.to_string_lossy()));
+        let chdir = self.chdir.as_ref().map(|path| path.to_string_lossy());
+        let data = DataDirectory::named_here();
         let workspace = std::env::var("TF_WORKSPACE").ok();
-        let command = messages::unlock_command("terraform", chdir.as_deref());
+        let directories = CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() };
+        let command = messages::unlock_command("terraform", directories);
         let unlock = messages::in_workspace(workspace.as_deref(), &command);
         format!(
             "when a lock refuses terraform, terraform prints the ID of that lock\n\

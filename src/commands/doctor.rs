@@ -35,7 +35,7 @@ use crate::sys::host_facts::HostFacts;
 use crate::sys::lock_file;
 use crate::sys::process::ProcessHandle;
 use crate::terraform::command_line::CommandLine;
-use crate::terraform::data_directory::DataDirectory;
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::terraform::version::LogDetail;
 use crate::terraform::{binary, configuration};
@@ -477,7 +477,7 @@ fn lock_place(
             ),
             Next::Do(&format!(
                 "once you know that nobody needs it, type: {} {}",
-                messages::locks_command(messages::RELEASE_NO_LOCK, other(directory).as_deref(), None),
+                in_directories(directory, |there| there.locks(messages::RELEASE_NO_LOCK)),
                 console::argument(&place.path())
             )),
         );
@@ -657,7 +657,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                     );
                 } else {
                     let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
-                    let command = messages::locks_command(&words, other(directory).as_deref(), None);
+                    let command = in_directories(directory, |there| there.locks(&words));
                     findings.wrong(&name, &text, Next::Do(&format!("to fix it, type: {command}")));
                 }
             }
@@ -671,6 +671,12 @@ fn other(directory: &Directory) -> Option<String> {
     (directory.asked_from != directory.path).then(|| directory.path.to_string_lossy().into_owned())
 }
 
+/// Calls `command` with the directories that a command for `directory` names, and returns its result.
+fn in_directories(directory: &Directory, command: impl FnOnce(CommandDirectories<'_>) -> String) -> String {
+    let (chdir, data) = (other(directory), DataDirectory::named_here());
+    command(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() })
+}
+
 fn errored_state(findings: &mut Findings, directory: &Directory) {
     if !directory.path.join("errored.tfstate").exists() {
         return findings.ok("errored.tfstate", "none");
@@ -678,7 +684,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     findings.wrong(
         "errored.tfstate",
         &format!("it exists: {}", errored_state::ERRORED_STATE),
-        Next::Do(&errored_state::push_errored_state("terraform", other(directory).as_deref())),
+        Next::Do(&in_directories(directory, |there| errored_state::push_errored_state("terraform", there))),
     );
 }
 

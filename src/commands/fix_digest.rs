@@ -29,7 +29,7 @@ use super::{Finding, agreement};
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
 use crate::aws::redacted_backend;
-use crate::console::{length_of_time, quoted, visible};
+use crate::console::{length_of_time, quoted, visible, visible_whole};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::runs::{Journal, JournalEntry, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
@@ -329,7 +329,7 @@ impl<'a> Work<'a> {
                      is now {}, and the digest of the state is {}\nto try again, type: tf locks doctor --fix-digest {}",
                     visible(now.recorded.as_deref().unwrap_or("none")),
                     now.computed.as_deref().unwrap_or("none"),
-                    quoted(&visible(&self.state.workspace))
+                    quoted(&visible_whole(&self.state.workspace))
                 )));
             }
             Check::AsShown => {}

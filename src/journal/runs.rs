@@ -45,6 +45,7 @@ use crate::random;
 use crate::sys::file_id::FileId;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
+use crate::terraform::data_directory::DataDirectory;
 use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{JSON_LIMIT, Log, LoggedLock, RecordedLock, UnnamedLock};
 use crate::trace::trace;
@@ -208,6 +209,11 @@ impl JournalRecord {
         let directory = Path::new(&self.directory);
         let working = self.chdir.as_ref().map_or_else(|| directory.to_owned(), |chdir| directory.join(chdir));
         working.to_string_lossy().into_owned()
+    }
+
+    /// Returns the `TF_DATA_DIR` that a command for the run needs. `None` if it needs none.
+    pub(crate) fn named_data_directory(&self) -> Option<&str> {
+        DataDirectory::named(&self.data_directory, Path::new(&self.working_directory()))
     }
 
     /// Returns the facts that decide whether a lock belongs to the run.

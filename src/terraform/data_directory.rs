@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 
 use super::backend::CachedBackend;
 use super::command_line::CommandLine;
+use crate::console::{option, quoted, visible_whole};
 use crate::sys::plain_file;
+
+/// The name of the data directory if `TF_DATA_DIR` is not set.
+const DEFAULT: &str = ".terraform";
 
 /// The content of the data directory at one moment.
 ///
@@ -24,10 +28,22 @@ impl DataDirectory {
     /// Returns the path of the data directory: `TF_DATA_DIR` or `.terraform`, in the directory that `-chdir` names
     /// (internal/command/meta.go, `DataDir`; main.go changes the directory before that).
     pub(crate) fn path(current: &Path, command_line: &CommandLine) -> PathBuf {
-        let name = std::env::var_os("TF_DATA_DIR")
-            .filter(|name| !name.is_empty())
-            .unwrap_or_else(|| OsString::from(".terraform"));
+        let name =
+            std::env::var_os("TF_DATA_DIR").filter(|name| !name.is_empty()).unwrap_or_else(|| OsString::from(DEFAULT));
         command_line.working_directory(current).join(name)
+    }
+
+    /// Returns `TF_DATA_DIR` of this process, for a command that a person types. `None` if it is not set, or names the
+    /// default directory.
+    pub(crate) fn named_here() -> Option<String> {
+        let name = std::env::var_os("TF_DATA_DIR").filter(|name| !name.is_empty())?;
+        (Path::new(&name) != Path::new(DEFAULT)).then(|| name.to_string_lossy().into_owned())
+    }
+
+    /// Returns the `TF_DATA_DIR` with which terraform uses the data directory at `path` in `working_directory`. `None` if it
+    /// uses that directory without the variable, or if `path` is empty.
+    pub(crate) fn named<'a>(path: &'a str, working_directory: &Path) -> Option<&'a str> {
+        (!path.is_empty() && Path::new(path) != working_directory.join(DEFAULT)).then_some(path)
     }
 
     /// Reads the current content of the data directory.
@@ -40,6 +56,77 @@ impl DataDirectory {
                 "" => "default".to_owned(),
                 name => name.to_owned(),
             },
+        }
+    }
+}
+
+/// The directories that a command names, so that it does the same wherever a person types it. They are printed whole: a
+/// command with a part of a path would not work.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CommandDirectories<'a> {
+    /// The value of `-chdir`. `None` for the current directory.
+    pub(crate) chdir: Option<&'a str>,
+    /// The value of `TF_DATA_DIR`, which may be set for one run only. `None` for the default data directory.
+    pub(crate) data: Option<&'a str>,
+}
+
+impl CommandDirectories<'_> {
+    /// Returns the command of terraform with the arguments `words`.
+    pub(crate) fn terraform(self, program: &str, words: &str) -> String {
+        let chdir = self.chdir.map_or_else(String::new, |chdir| format!(" -chdir={}", quoted(&visible_whole(chdir))));
+        self.with_data(&format!("{program}{chdir} {words}"))
+    }
+
+    /// Returns the `tf locks` command with the arguments `words`. If they are empty, the command lists the locks.
+    pub(crate) fn locks(self, words: &str) -> String {
+        let chdir = self.chdir.map_or_else(String::new, |chdir| option("--chdir", &visible_whole(chdir)));
+        let space = if words.is_empty() { "" } else { " " };
+        self.with_data(&format!("tf locks{space}{words}{chdir}"))
+    }
+
+    /// Returns `command` with the variable for the data directory.
+    pub(crate) fn with_data(self, command: &str) -> String {
+        let data = self.data.map(|data| format!("TF_DATA_DIR={} ", quoted(&visible_whole(data))));
+        format!("{}{command}", data.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_names_a_directory_exactly_if_it_is_not_the_default_one() {
+        let long = format!("/{}", "a b/".repeat(100));
+        for (chdir, terraform, locks) in [
+            (None, "tofu x 7".to_owned(), "tf locks y".to_owned()),
+            (Some("../d"), "tofu -chdir=../d x 7".into(), "tf locks y --chdir ../d".into()),
+            (Some("it's"), r"tofu -chdir='it'\''s' x 7".into(), r"tf locks y --chdir 'it'\''s'".into()),
+            (Some("-d"), "tofu -chdir=-d x 7".into(), "tf locks y --chdir=-d".into()),
+            (Some(&long), format!("tofu -chdir='{long}' x 7"), format!("tf locks y --chdir '{long}'")),
+        ] {
+            for (data, prefix) in [
+                (None, String::new()),
+                (Some(".tf-prod"), "TF_DATA_DIR=.tf-prod ".into()),
+                (Some("$HOME"), "TF_DATA_DIR='$HOME' ".into()),
+                (Some(&*long), format!("TF_DATA_DIR='{long}' ")),
+            ] {
+                let directories = CommandDirectories { chdir, data };
+                assert_eq!(directories.terraform("tofu", "x 7"), format!("{prefix}{terraform}"));
+                assert_eq!(directories.locks("y"), format!("{prefix}{locks}"));
+            }
+        }
+        assert_eq!(CommandDirectories { chdir: Some("d"), data: None }.locks(""), "tf locks --chdir d");
+    }
+
+    #[test]
+    fn the_default_data_directory_is_not_named() {
+        let named = |path| DataDirectory::named(path, Path::new("/w/d"));
+        for path in ["/w/d/.terraform", "/w/d/./.terraform", "/w/d/.terraform/", ""] {
+            assert_eq!(named(path), None, "{path}");
+        }
+        for path in ["/w/.terraform", "/w/d/.tf-prod", "/w/d", "/.terraform"] {
+            assert_eq!(named(path), Some(path));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::console::quoted;
+use crate::terraform::data_directory::CommandDirectories;
 use crate::time::saturating_sub;
 
 /// Returns the path of `errored.tfstate` in `directory`, if the terraform that was started there at `since` has written
@@ -23,7 +23,7 @@ pub(crate) const ERRORED_STATE: &str =
     "terraform could not write its state to the backend; unless another run has written it since, the file is newer";
 
 /// Returns the part of a message that shows how to upload `errored.tfstate` to the backend.
-pub(crate) fn push_errored_state(program: &str, directory: Option<&str>) -> String {
-    let directory = directory.map_or_else(String::new, |directory| format!(" -chdir={}", quoted(directory)));
-    format!("before anyone runs terraform there again, type: {program}{directory} state push errored.tfstate")
+pub(crate) fn push_errored_state(program: &str, directories: CommandDirectories<'_>) -> String {
+    let command = directories.terraform(program, "state push errored.tfstate");
+    format!("before anyone runs terraform there again, type: {command}")
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::Value;
 
 use super::locks_release::locks;
-use super::survived::{kill_whole, killed_whole, records};
+use super::survived::{edit, kill_whole, killed_whole, records, wait_until_recorded};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Ended, Run};
@@ -174,6 +174,63 @@ fn a_run_that_cannot_be_judged_from_here_is_named_by_a_recovery_and_its_commands
         assert_eq!((end.code(), end.out.as_str()), (Some(0), ""), "{}", env.dump(&end));
         assert_eq!(env.locks().is_empty(), release, "only the record is dropped");
     }
+}
+
+/// TF_DATA_DIR was set for that run only. Its directory has more characters than a line shows of an untrusted text.
+#[test]
+fn the_commands_for_a_run_in_a_long_directory_with_its_own_data_directory_work_where_they_are_typed() {
+    let mut env = TestEnv::empty(Lock::Both);
+    let data = ".tf's prod";
+    let directory = format!("{}/{}", "d".repeat(130), "it's e ".repeat(20));
+    let chdir = format!("-chdir={directory}");
+    env.write_main("", &format!("cd '{}'; {WAITS}", env.directory.display()));
+    let start = |env: &TestEnv| {
+        let run = env.start(Subject::Tf, &[&chdir, "apply", "-auto-approve", "-no-color"]);
+        env.wait_for_began(&run);
+        wait_until_recorded(env);
+        run
+    };
+    let working = env.directory.join(&directory);
+    fs::create_dir_all(&working).unwrap();
+    fs::rename(env.directory.join("main.tf"), working.join("main.tf")).unwrap();
+    env.set("TF_DATA_DIR", data);
+    assert_eq!(env.run(Subject::Bare, &[&chdir, "init"]).code(), Some(0));
+    let is_unlocked_by = |env: &TestEnv, said: &str| {
+        assert!(!working.join(".terraform").exists());
+        let typed = type_what_is_said(env, &said.replace("force-unlock", "force-unlock -force"), 1);
+        assert_eq!(typed.code(), Some(0), "{said}\n{}", env.dump(&typed));
+        env.assert_unlocked();
+        fs::remove_file(env.directory.join("began")).unwrap();
+    };
+
+    // Everything is killed, and a later `tf` names the command.
+    env.set("TFW_RELEASE", "never");
+    let run = start(&env);
+    kill_all(&env);
+    drop(run);
+    env.set("TF_DATA_DIR", UNSET);
+    is_unlocked_by(&env, &locks(&env, &["recover"]).out);
+    assert_eq!(locks(&env, &["recover"]).code(), Some(0));
+
+    // The same for a run that cannot be judged from here.
+    env.set("TF_DATA_DIR", data);
+    let run = start(&env);
+    kill_all(&env);
+    drop(run);
+    env.set("TF_DATA_DIR", UNSET).set("TFW_RELEASE", UNSET);
+    edit(&env, |record| record["host"]["machine"] = "0123456789abcdef0123456789abcdef".into());
+    let said = locks(&env, &["recover"]).out;
+    is_unlocked_by(&env, &said);
+    assert_eq!(type_what_is_said(&env, &said, 2).code(), Some(0));
+
+    // `tf` outlives its terraform, and names the command itself.
+    env.set("TF_DATA_DIR", data).set("TFW_RELEASE", "never");
+    let run = start(&env);
+    run.kill_terraform();
+    let end = run.wait();
+    env.set("TF_DATA_DIR", UNSET);
+    kill_all(&env);
+    is_unlocked_by(&env, &end.err);
 }
 
 /// The run is in another container, with this directory in a volume. Its processes cannot be seen from here, but they

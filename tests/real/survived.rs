@@ -91,6 +91,12 @@ pub fn killed_whole(lock: Lock) -> TestEnv {
 /// Starts an apply, and waits until the journal has its lock.
 pub fn start_recorded(env: &TestEnv) -> Run {
     let run = env.start_apply(Subject::Tf);
+    wait_until_recorded(env);
+    run
+}
+
+/// Waits until the journal has the lock of the run that is working.
+pub fn wait_until_recorded(env: &TestEnv) {
     env.assert_locked();
     let id = id_of(&env.locks()[0]);
     // When the lock is held, the guardian's record may still be on its way to the disk.
@@ -108,7 +114,6 @@ pub fn start_recorded(env: &TestEnv) -> Run {
         },
         || format!("{:?}\n{}", records(env), env.trace()),
     );
-    run
 }
 
 pub fn kill_whole(env: &TestEnv) {
