@@ -234,7 +234,10 @@ fn by_lease(
             format!("the {length} lease of the lock was renewed {age} ago, by the service's clock"),
             "that the holder is alive",
         );
-        return (Verdict::Alive, reason);
+        let Some(KnownClaim { claim, age, .. }) = lease.claim else { return (Verdict::Alive, reason) };
+        let shown = format!("{} claimed the lock {} ago", lease_text::claimant(claim), length_of_time(age));
+        note(shown.clone(), "that the holder stops before its lease lapses");
+        return (Verdict::Alive, format!("{reason}; {shown}, so it stops before its lease lapses"));
     }
     if !lease.is_same_region {
         let region = console::visible(&lease.record.region);
@@ -706,8 +709,11 @@ mod tests {
                         assert_eq!(with.verdict, expected, "{lease:?} {claim:?} {who} {bits}: {with:?}");
                         assert_eq!(with.is_settled, journal || name == "fresh" || may_run_here, "{with:?}");
                         assert_eq!(without.is_settled, journal || may_run_here, "{without:?}");
-                        // What this host shows is listed too, and the lease always is.
-                        assert_eq!(with.evidence.len(), without.evidence.len() + 1, "{with:?}");
+                        // What this host shows is listed too, and the lease always is. So is the claim of a lease that has
+                        // not lapsed.
+                        let is_claimed = lease.record.as_ref().is_ok_and(|record| record.taken.is_some());
+                        let more = 1 + usize::from(name == "fresh" && is_claimed);
+                        assert_eq!(with.evidence.len(), without.evidence.len() + more, "{with:?}");
                         assert_eq!(with.evidence[..without.evidence.len()], without.evidence[..]);
                         if journal {
                             assert_eq!(with.reason, without.reason);
@@ -739,6 +745,9 @@ mod tests {
             ("fresh", stop(40, None)),
             ("fresh", lease("id", 40, None, Promise::None)),
             ("fresh", elsewhere(stop(40, None))),
+            // A person has claimed the lock of a holder that works.
+            ("fresh", stop(40, Some(5))),
+            ("fresh", stop(200, Some(100))),
             ("lapsed", stop(2820, None)),
             ("lapsed", lease("id", 2820, None, Promise::None)),
             ("lapsed", stop(2820, Some(5))),
@@ -760,6 +769,12 @@ mod tests {
             (
                 lease("id", 2820, None, Promise::None),
                 "its 5 min lease was last renewed 47 min 0 s ago, but its host does not promise to stop terraform in time"
+                    .to_owned(),
+            ),
+            (
+                lease("id", 40, Some(5), Promise::Stop),
+                "its lease was renewed 40 s ago, by the service's clock; bert@ci-8 claimed the lock 5 s ago, so it stops \
+                 before its lease lapses"
                     .to_owned(),
             ),
             (

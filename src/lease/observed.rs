@@ -56,7 +56,8 @@ pub(crate) struct KnownLease<'a> {
     pub(crate) renewed: Timestamp,
     /// How long ago that was. Zero if it is in the future by no more than the service's clocks differ.
     pub(crate) age: Duration,
-    /// Whether the lease was renewed in time. The lease of a claimed lock counts as lapsed.
+    /// Whether the lease was renewed in time. A claim changes nothing about that: a person may claim the lock of a holder
+    /// that works, and the holder works on until its own deadline.
     pub(crate) freshness: Freshness,
     /// The claim of another host. `None` if the lock was not claimed.
     pub(crate) claim: Option<KnownClaim<'a>>,
@@ -82,12 +83,12 @@ impl ObservedLease {
     pub(crate) fn known(&self) -> Result<KnownLease<'_>, LeaseDoubt> {
         let record = self.record.as_ref().map_err(|reason| LeaseDoubt::NotBelieved(*reason))?;
         let now = self.date.ok_or(LeaseDoubt::NoTime)?;
-        let (freshness, claim_has_lapsed) = match takeover::state(Ok(record), now) {
-            LeaseState::None(reason) => return Err(LeaseDoubt::NotBelieved(reason)),
-            LeaseState::Fresh => (Freshness::Fresh, false),
-            LeaseState::Lapsed | LeaseState::Claimed => (Freshness::Lapsed, false),
-            LeaseState::ClaimLapsed | LeaseState::ClaimLapsedEarly => (Freshness::Lapsed, true),
-        };
+        let state = takeover::state(Ok(record), now);
+        if let LeaseState::None(reason) = state {
+            return Err(LeaseDoubt::NotBelieved(reason));
+        }
+        let freshness = if takeover::holder_has_lapsed(record, now) { Freshness::Lapsed } else { Freshness::Fresh };
+        let claim_has_lapsed = matches!(state, LeaseState::ClaimLapsed | LeaseState::ClaimLapsedEarly);
         let malformed = LeaseDoubt::NotBelieved(NotBelieved::Malformed);
         let age = |since: Timestamp| Duration::try_from(now.duration_since(since)).unwrap_or_default();
         let renewed = record.renewed_at().ok_or(malformed)?;
@@ -174,7 +175,9 @@ pub(crate) mod tests {
             (311, None, Freshness::Lapsed, 311),
             (400, Some(5), Freshness::Lapsed, 400),
             // A person who may write the lock may claim it at any time.
-            (40, Some(5), Freshness::Lapsed, 40),
+            (40, Some(5), Freshness::Fresh, 40),
+            (310, Some(71), Freshness::Fresh, 310),
+            (311, Some(5), Freshness::Lapsed, 311),
             (400, Some(71), Freshness::Lapsed, 400),
         ] {
             let lease = lease("id", age, claimed, Promise::Stop);

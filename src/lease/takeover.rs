@@ -43,19 +43,20 @@ pub(crate) fn state(record: Result<&Record, NotBelieved>, now: Timestamp) -> Lea
     if terms.is_in_the_future(since, now) {
         return LeaseState::None(NotBelieved::Future);
     }
-    let holder_has_lapsed = match (record.renewed_at(), record.terms()) {
-        (Some(renewed), Some(terms)) => terms.has_lapsed(renewed, now),
-        _ => false,
-    };
     match (record.taken.is_some(), terms.has_lapsed(since, now)) {
         (false, false) => LeaseState::Fresh,
         (false, true) => LeaseState::Lapsed,
         (true, false) => LeaseState::Claimed,
         // A person may have claimed the lock of a holder that was renewed just before. It may work for the rest of its
         // lease, because nothing but its own deadline stops it.
-        (true, true) if !holder_has_lapsed => LeaseState::ClaimLapsedEarly,
+        (true, true) if !holder_has_lapsed(record, now) => LeaseState::ClaimLapsedEarly,
         (true, true) => LeaseState::ClaimLapsed,
     }
+}
+
+/// Whether the holder did not renew its lease in time, whoever has claimed the lock. `now` is as for [`state`].
+pub(crate) fn holder_has_lapsed(record: &Record, now: Timestamp) -> bool {
+    record.renewed_at().zip(record.terms()).is_some_and(|(renewed, terms)| terms.has_lapsed(renewed, now))
 }
 
 /// What is known about the lock beside its record.

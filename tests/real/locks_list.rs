@@ -544,6 +544,8 @@ fn a_lease_shows_who_holds_a_lock_and_whether_the_holder_is_alive() {
         };
         let mut claimed = lease_record(A, 2820);
         claimed["taken"] = json!({ "by": "bert@ci-8", "at": jiff::Timestamp::now().as_second(), "number": 7 });
+        let mut fresh = claimed.clone();
+        fresh["renewed"] = lease_record(A, 40)["renewed"].clone();
         let mut weak = lease_record(A, 2820);
         weak["fence"] = "none".into();
         let bucket = ["list", "--bucket", &env.bucket, "--region", "us-east-1"];
@@ -553,6 +555,7 @@ fn a_lease_shows_who_holds_a_lock_and_whether_the_holder_is_alive() {
             (lease_record(A, 2820), "lapsed", "likely_dead", 2, "its 5 min lease was last renewed 47 min"),
             (weak, "lapsed", "likely_dead", 2, "does not promise to stop terraform in time"),
             (claimed, "claimed", "likely_dead", 2, "bert@ci-8 claimed the lock"),
+            (fresh, "claimed", "alive", 0, "so it stops before its lease lapses"),
         ] {
             put(&record);
             for words in [vec!["list"], scan.clone(), vec!["show"]] {

@@ -484,10 +484,10 @@ fn a_pod_is_dead_if_the_instance_of_its_node_is_terminated() {
 }
 
 #[test]
-fn a_lock_that_names_no_pod_with_a_uid_is_unknown() {
+fn a_lock_that_does_not_name_its_pod_in_full_is_unknown() {
     with_each_kubectl(|env, _| {
         for cloud in ["", "pod ci/runner-1", &format!("pod ci/--all ({UID})"), "Amazon EC2 i-0aaaaaaa"] {
-            assert_answer(&ask_about(env, "kubernetes", cloud), "unknown", "no pod with a UID");
+            assert_answer(&ask_about(env, "kubernetes", cloud), "unknown", "no pod with a namespace, a name and a UID");
         }
         assert!(!env.exists("asked"));
     });
