@@ -4,9 +4,9 @@
 //! also be a list of names, separated by commas. `TFW_CRASH_LIST=FILE` appends the name of each point that is reached
 //! to the file.
 //!
-//! With `TFW_CRASH_STOP=FILE`, the process is stopped instead, and its pid is in the new file FILE. If FILE exists, or its
-//! directory does not, the point is passed. So one process is stopped, at a point that it reaches after the directory
-//! was created, and the test can kill it together with others.
+//! With `TFW_CRASH_STOP=FILE`, the process is stopped instead, and its pid is in the new file FILE. If FILE exists, or
+//! its directory does not, the point is passed. So one process is stopped, at a point that it reaches after the
+//! directory was created, and the test can kill it together with others.
 //!
 //! A build without the feature contains no such code.
 

@@ -1,6 +1,6 @@
 //! Writes JSON that contains only ASCII characters, because the content is untrusted and is printed on terminals. No
-//! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character. Also reads
-//! the names of an object's members without storing the values.
+//! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character. Also
+//! reads the names of an object's members without storing the values.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -14,7 +14,8 @@ struct Ascii;
 impl Formatter for Ascii {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
         let is_other = |byte: u8| byte >= 0x7f;
-        // Almost every text is plain. The whole of it is looked at, because such a loop is several times as fast as a search.
+        // Almost every text is plain. The whole of it is looked at, because such a loop is several times as fast as a
+        // search.
         if !fragment.bytes().fold(false, |found, byte| found | is_other(byte)) {
             return writer.write_all(fragment.as_bytes());
         }

@@ -129,8 +129,8 @@ impl LeaseSettings {
 }
 
 /// Whether the locks of a dead run are only reported, and not released. `setting` is `TFW_RELEASE` for this process, as
-/// [`release`] reads it, and `named_only` is whether it was `never` for the run. With an invalid value, no run and no `tf
-/// locks recover` starts a recovery. If one comes here nevertheless, it only reports.
+/// [`release`] reads it, and `named_only` is whether it was `never` for the run. With an invalid value, no run and no
+/// `tf locks recover` starts a recovery. If one comes here nevertheless, it only reports.
 pub(crate) fn only_reports(setting: Result<Option<bool>, UnreadableSetting>, named_only: bool) -> bool {
     setting.map_or(true, |releases| releases.map_or(named_only, |releases| !releases))
 }

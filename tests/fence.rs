@@ -1,8 +1,8 @@
 //! Checks the fence of a lease with real processes: `make fence`.
 //!
-//! This program includes the modules of `tf` that make the fence. It starts itself as a process that stands for `tf` (the
-//! holder) and forks the real fuse, and as a terraform that counts as fast as it can. So a test sees whether terraform
-//! has executed a single instruction too many. The holder has one thread and obeys commands.
+//! This program includes the modules of `tf` that make the fence. It starts itself as a process that stands for `tf`
+//! (the holder) and forks the real fuse, and as a terraform that counts as fast as it can. So a test sees whether
+//! terraform has executed a single instruction too many. The holder has one thread and obeys commands.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 #![expect(clippy::disallowed_methods, clippy::disallowed_macros, reason = "this is not tf")]
@@ -316,8 +316,8 @@ impl Run {
         Self::start_as(options, None)
     }
 
-    /// Starts a holder. `options` may contain `nohup`, `daemon` and `old-kernel`. `wrapper` is a shell script that executes its
-    /// arguments.
+    /// Starts a holder. `options` may contain `nohup`, `daemon` and `old-kernel`. `wrapper` is a shell script that
+    /// executes its arguments.
     fn start_as(options: &[&str], wrapper: Option<&str>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         if options.contains(&"daemon") {

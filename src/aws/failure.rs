@@ -84,8 +84,8 @@ impl Cause {
         } else if is(&REFUSALS) {
             Self::Refused
         } else if is(&["Throughput", "Throttl", "RequestLimitExceeded", "TooManyRequests", "SlowDown"]) {
-            // The error codes that the SDK counts as throttling (aws_runtime::retries::classifiers::THROTTLING_ERRORS), as
-            // far as DynamoDB and S3 have them.
+            // The error codes that the SDK counts as throttling (aws_runtime::retries::classifiers::THROTTLING_ERRORS),
+            // as far as DynamoDB and S3 have them.
             Self::Busy
         } else {
             Self::Passing

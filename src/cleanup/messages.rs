@@ -146,8 +146,8 @@ pub(crate) fn no_lease(reason: &str) -> String {
     )
 }
 
-/// Reports that terraform was killed because the run has lost its lock. `write` is whether it may have written its state
-/// after that.
+/// Reports that terraform was killed because the run has lost its lock. `write` is whether it may have written its
+/// state after that.
 pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) -> String {
     let how = match loss {
         Some(Loss::Claimed(claim)) => {
@@ -178,8 +178,8 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) ->
     format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
 }
 
-/// Reports that terraform was killed because it was stopped within its unlock, and its lock was gone. It writes its state
-/// before its unlock.
+/// Reports that terraform was killed because it was stopped within its unlock, and its lock was gone. It writes its
+/// state before its unlock.
 pub(crate) fn lost_in_unlock(program: &str) -> String {
     format!(
         "terraform was stopped while it released its lock, and the lock is gone\n\

@@ -22,8 +22,8 @@ pub(crate) struct OrderedProcess {
 }
 
 impl OrderedProcess {
-    /// Starts `tf locks` with the internal word `word`, and gives it `orders` as one line of JSON on stdin, because they
-    /// may contain credentials. Its stdout is a pipe: the end of stdout shows that the process has ended.
+    /// Starts `tf locks` with the internal word `word`, and gives it `orders` as one line of JSON on stdin, because
+    /// they may contain credentials. Its stdout is a pipe: the end of stdout shows that the process has ended.
     ///
     /// # Errors
     /// If the process cannot be started.

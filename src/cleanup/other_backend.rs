@@ -164,7 +164,8 @@ impl<'a> NonS3Release<'a> {
             later: true,
             released: false,
         };
-        // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it arrives.
+        // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it
+        // arrives.
         console::say(&messages::waiting_blindly(QUIET_WINDOW));
         let begun = Instant::now();
         while begun.elapsed() < QUIET_WINDOW {
@@ -257,8 +258,8 @@ impl<'a> NonS3Release<'a> {
     }
 }
 
-/// Returns the lock that is held, according to `said`, the output of `terraform taint` of [`NOTHING`]. `None` if no lock
-/// is held. If that is not in the output, returns the reason as `Err`.
+/// Returns the lock that is held, according to `said`, the output of `terraform taint` of [`NOTHING`]. `None` if no
+/// lock is held. If that is not in the output, returns the reason as `Err`.
 fn held_lock(said: &str) -> Result<Option<LockInfo>, String> {
     match LockInfo::of_refusal(said) {
         Some(info) => Ok(Some(info)),

@@ -10,9 +10,10 @@
 //!   because this process is their subreaper.
 //! - No process of this user anywhere has this run in the `TFW_RUN` of its environment.
 //!
-//! The guardian is not an ancestor of the tree, so no orphans are reparented to it. The same is true for `tf` on macOS. [`crate::journal::membership`]
-//! describes the facts that it uses instead. The guardian misses a process only if the process has left terraform's
-//! process group, cleared its environment, closed every descriptor and lost its parent before the guardian found it.
+//! The guardian is not an ancestor of the tree, so no orphans are reparented to it. The same is true for `tf` on macOS.
+//! [`crate::journal::membership`] describes the facts that it uses instead. The guardian misses a process only if the
+//! process has left terraform's process group, cleared its environment, closed every descriptor and lost its parent
+//! before the guardian found it.
 //!
 //! Without a process list ([`process::list`]: there is no /proc, or it is that of another pid namespace), no process
 //! can be found. In this case, `tf`, as the subreaper, checks with wait(2) whether it has any child left: no descendant
@@ -118,8 +119,8 @@ fn has_nested(members: &[Process], run: &str) -> bool {
     members.iter().any(|process| is_nested(process, run) || process.runs_our_program() == Some(true))
 }
 
-/// Whether `runs`, a value of `TFW_RUN`, names a run after `run`. The value is the IDs of nested runs from the outermost
-/// to the innermost, separated by `/`.
+/// Whether `runs`, a value of `TFW_RUN`, names a run after `run`. The value is the IDs of nested runs from the
+/// outermost to the innermost, separated by `/`.
 fn names_nested_run(runs: &[u8], run: &str) -> bool {
     let mut runs = runs.split(|&byte| byte == b'/').skip_while(|marked| *marked != run.as_bytes());
     runs.next().is_some() && runs.next().is_some()

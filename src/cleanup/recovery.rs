@@ -116,8 +116,8 @@ pub(crate) struct Tried {
     pub(crate) lacks_credentials: bool,
 }
 
-/// The most dead runs that one `tf` finishes in the background. A process keeps a descriptor for each of them. Later `tf`
-/// finish the others.
+/// The most dead runs that one `tf` finishes in the background. A process keeps a descriptor for each of them. Later
+/// `tf` finish the others.
 const FAR_LIMIT: usize = 16;
 
 /// A run in the journal.
@@ -261,8 +261,8 @@ fn check_pending_requests(
     }
 }
 
-/// Finishes the dead runs `near`, until a signal asks `tf` to stop. Stores that signal in `asked`. Returns the runs that
-/// could not be finished.
+/// Finishes the dead runs `near`, until a signal asks `tf` to stop. Stores that signal in `asked`. Returns the runs
+/// that could not be finished.
 fn finish_near(
     near: Vec<Entry<'_>>,
     here: &CandidateBackends,

@@ -43,17 +43,17 @@ const NO_CREDENTIALS: u8 = 1;
 /// The exit code of a taker whose requests failed.
 const FAILED: u8 = 2;
 
-/// The exit codes of a taker that could not take a lock ([`End::NotTaken`]): if the same attempt would fail again, and if
-/// it may succeed. The taker writes the ID of the lock to its stdout.
+/// The exit codes of a taker that could not take a lock ([`End::NotTaken`]): if the same attempt would fail again, and
+/// if it may succeed. The taker writes the ID of the lock to its stdout.
 const NOT_TAKEN_FINALLY: u8 = 3;
 const NOT_TAKEN: u8 = 4;
 
-/// How long a taker may go on that was told to end. It finishes the delete of a lock that it has claimed, and a look at the
-/// result. A taker that is stopped (SIGSTOP) ends never.
+/// How long a taker may go on that was told to end. It finishes the delete of a lock that it has claimed, and a look at
+/// the result. A taker that is stopped (SIGSTOP) ends never.
 pub(crate) const END_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// The signal of which `tf` dies if its parent has exited before terraform was started, and if that exit is a request to
-/// end. It is the one that terraform would get.
+/// The signal of which `tf` dies if its parent has exited before terraform was started, and if that exit is a request
+/// to end. It is the one that terraform would get.
 pub(crate) const PARENT_GONE: Signal = Signal::SIGINT;
 
 /// The longest ID of a lock that a taker writes to its stdout.
@@ -93,7 +93,8 @@ pub(crate) struct TakeoverProcess {
     rests: bool,
 }
 
-/// The messages to a taker, after its orders: whether terraform is between two attempts to get the lock. Each has 1 byte.
+/// The messages to a taker, after its orders: whether terraform is between two attempts to get the lock. Each has 1
+/// byte.
 const RESTS: u8 = b'r';
 const TRIES: u8 = b't';
 
@@ -166,9 +167,9 @@ impl TakeoverProcess {
         self.process.into_child()
     }
 
-    /// Waits until the process has ended. A signal that asks `tf` to end, or the exit of the `parent`, tells the process to
-    /// end, and is returned. A second request kills the process, and so does the end of [`END_TIMEOUT`]. If it had claimed
-    /// the lock, the claim lapses.
+    /// Waits until the process has ended. A signal that asks `tf` to end, or the exit of the `parent`, tells the
+    /// process to end, and is returned. A second request kills the process, and so does the end of [`END_TIMEOUT`]. If
+    /// it had claimed the lock, the claim lapses.
     fn wait(mut self, signals: &mut Signals, parent: Option<BorrowedFd<'_>>) -> Before {
         let mut asked = None;
         let mut kill_at: Option<Instant> = None;
@@ -275,9 +276,9 @@ pub(crate) fn run() -> u8 {
     }
 }
 
-/// Whether a process of the run that holds `lock` is or may be running on this host, a process of this host is finishing
-/// the run, or this host keeps the lock on purpose. A process that only looks at the journal has the lock of a dead run for a moment, as one that
-/// finishes the run has. So this looks twice.
+/// Whether a process of the run that holds `lock` is or may be running on this host, a process of this host is
+/// finishing the run, or this host keeps the lock on purpose. A process that only looks at the journal has the lock of
+/// a dead run for a moment, as one that finishes the run has. So this looks twice.
 fn stays(lock: &LockInfo) -> bool {
     const TIME_OF_A_LOOK: Duration = Duration::from_millis(100);
     let looks = || HostView::look().stays(lock);

@@ -376,8 +376,8 @@ enum Awaited {
     OtherPart,
 }
 
-/// Returns what may still appear of `lock` after the `outcome` of its release. Terraform exited at the time `at`. `None`
-/// if the request for the lock most likely got a response, or if the whole lock was released.
+/// Returns what may still appear of `lock` after the `outcome` of its release. Terraform exited at the time `at`.
+/// `None` if the request for the lock most likely got a response, or if the whole lock was released.
 fn awaited(lock: &RecordedLock, outcome: Option<&Outcome>, at: Timestamp) -> Option<Awaited> {
     match outcome {
         _ if !was_waited_for(lock, at) => None,

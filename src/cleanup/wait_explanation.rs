@@ -31,7 +31,8 @@ use crate::trace::trace;
 /// The word after `tf locks` that makes this program explain a wait. It is internal, so clap does not know it.
 pub(crate) const WORD: &str = "explain-wait";
 
-/// How long a process that was told to end may go on. It breaks off its requests. One that is stopped (SIGSTOP) ends never.
+/// How long a process that was told to end may go on. It breaks off its requests. One that is stopped (SIGSTOP) ends
+/// never.
 pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long terraform has waited for a lock before the process is started.

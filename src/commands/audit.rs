@@ -162,8 +162,8 @@ struct FleetCount<'a> {
 }
 
 /// Formats the counts in the Prometheus text format, version 0.0.4. `rows` has the labels of each target, without
-/// braces, and its counts. Of a target that could not be read (`true`), only the duration and the fact are given, because
-/// its counts are not known.
+/// braces, and its counts. Of a target that could not be read (`true`), only the duration and the fact are given,
+/// because its counts are not known.
 fn metrics(rows: &[(String, &Count, bool)]) -> String {
     let mut text = String::new();
     let mut metric = |name: &str, help: &str, of_failed: bool, value: fn(&Count) -> String| {
@@ -198,8 +198,8 @@ fn braced(labels: &str) -> String {
     if labels.is_empty() { String::new() } else { format!("{{{labels}}}") }
 }
 
-/// Formats the gauge `tf_locks` + `name`. Each sample has its labels in braces, and its value. Without a sample, there is
-/// no gauge.
+/// Formats the gauge `tf_locks` + `name`. Each sample has its labels in braces, and its value. Without a sample, there
+/// is no gauge.
 fn family(name: &str, help: &str, samples: &[(String, String)]) -> String {
     if samples.is_empty() {
         return String::new();

@@ -19,10 +19,10 @@ pub(super) enum Choice {
     NoLock(Vec<UnreadableLock>),
 }
 
-/// Finds the lock that `which` names, and judges its holder, with the witness if there is one. In a directory, `which` is an ID, a path (`bucket/key`), a
-/// key or the name of a workspace; if it is `None`, there must be exactly one lock. In a table, `which` is a path, and
-/// in a bucket a path or a key. For a table, the object of the same path is read too. For a bucket, the table is not
-/// known.
+/// Finds the lock that `which` names, and judges its holder, with the witness if there is one. In a directory, `which`
+/// is an ID, a path (`bucket/key`), a key or the name of a workspace; if it is `None`, there must be exactly one lock.
+/// In a table, `which` is a path, and in a bucket a path or a key. For a table, the object of the same path is read
+/// too. For a bucket, the table is not known.
 ///
 /// If `no_lock` is set, only entries that are not locks match.
 ///
@@ -137,8 +137,8 @@ async fn read_both(reach: &Connection, table: &str, path: &str) -> Result<Vec<Li
     Ok(entries)
 }
 
-/// Returns what to say if the read of the object that a lock may have beside its item has failed. `None` if there can be
-/// no object.
+/// Returns what to say if the read of the object that a lock may have beside its item has failed. `None` if there can
+/// be no object.
 fn unseen_object(failure: &Failure) -> Option<String> {
     if failure.cause().excludes_locks() {
         None
@@ -155,8 +155,8 @@ fn judged(parts: Vec<StoredPart>) -> Vec<ListedEntry> {
     entries
 }
 
-/// Selects the entry that `which` names. `entries` is not empty if `which` is `None`. If `select` is true, `entries` are
-/// those of a whole directory. If it is false, the entries were read at the path that `which` names, so all of them
+/// Selects the entry that `which` names. `entries` is not empty if `which` is `None`. If `select` is true, `entries`
+/// are those of a whole directory. If it is false, the entries were read at the path that `which` names, so all of them
 /// match.
 fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Result<Choice, Trouble> {
     let matches = |entry: &ListedEntry| {

@@ -317,8 +317,8 @@ fn lease(findings: &mut Findings, settings: LeaseSettings, shares_terminal: bool
     }
 }
 
-/// Says which metadata service a run asks whether this host is about to end, and whether it answers. Says nothing if there
-/// is no lease, because nothing is asked then.
+/// Says which metadata service a run asks whether this host is about to end, and whether it answers. Says nothing if
+/// there is no lease, because nothing is asked then.
 ///
 /// # Errors
 /// If the client cannot be started.

@@ -35,7 +35,8 @@ pub(super) struct History {
     /// Print one JSON object whose `events` are the lines of the history, oldest first
     #[arg(long)]
     json: bool,
-    /// Only show events since TIME: a duration (90m, 2h, 7d), a date (2026-11-27, in UTC) or a time (2026-11-27T08:00:00Z)
+    /// Only show events since TIME: a duration (90m, 2h, 7d), a date (2026-11-27, in UTC) or a time
+    /// (2026-11-27T08:00:00Z)
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Since>,
     /// Only show locks whose path (bucket/key) is PATH or below it

@@ -1,7 +1,7 @@
 //! The `tf locks` commands. Terraform has no command of that name, and this module never sees terraform's arguments.
 //!
-//! Exit codes: 0 if nothing needs attention, 2 if something does, 1 if the command could not do what was asked, and 3 for
-//! both, if a command has several targets.
+//! Exit codes: 0 if nothing needs attention, 2 if something does, 1 if the command could not do what was asked, and 3
+//! for both, if a command has several targets.
 
 mod agreement;
 mod audit;
@@ -187,8 +187,8 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
 
 /// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
 pub(crate) fn run(words: Vec<OsString>) -> u8 {
-    // These words are internal. Clap does not know them, because clap would offer them to users in help, completions and
-    // suggestions.
+    // These words are internal. Clap does not know them, because clap would offer them to users in help, completions
+    // and suggestions.
     if words == [event_command::WORD] {
         event_command::stand_between();
         return Finding::Nothing.code();

@@ -395,9 +395,9 @@ impl Release {
         Ok(self.was_released(lock))
     }
 
-    /// Releases a lock with an item that has a lease record. It is claimed first, so that a holder that renews its lease
-    /// in between keeps its lock, and so that a holder that is alive (`--force`) notices it and stops. Returns `None` if
-    /// the lock has no such item, or if that cannot be seen ([`needs_no_claim`]).
+    /// Releases a lock with an item that has a lease record. It is claimed first, so that a holder that renews its
+    /// lease in between keeps its lock, and so that a holder that is alive (`--force`) notices it and stops. Returns
+    /// `None` if the lock has no such item, or if that cannot be seen ([`needs_no_claim`]).
     async fn claim(&self, reach: &Connection, lock: &FoundLock) -> Result<Option<Taken>, Trouble> {
         let item = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::DynamoDb { .. }));
         let object = lock.parts.iter().find(|(store_key, _)| matches!(store_key, StoreKey::S3 { .. }));
@@ -459,8 +459,8 @@ impl Release {
 
 /// Whether a lock is deleted without a claim although the read of its record has failed. A policy may permit only the
 /// attributes that terraform itself reads. Then the lock was shown and judged as one without a lease
-/// ([`Stores::read_part`](crate::lock::stores::Stores::read_part)), and is deleted as one. If it was shown with a `lease`,
-/// it must be claimed.
+/// ([`Stores::read_part`](crate::lock::stores::Stores::read_part)), and is deleted as one. If it was shown with a
+/// `lease`, it must be claimed.
 fn needs_no_claim(failure: &Failure, lease: Option<&ObservedLease>) -> bool {
     failure.denied().is_some() && lease.is_none()
 }
@@ -468,8 +468,8 @@ fn needs_no_claim(failure: &Failure, lease: Option<&ObservedLease>) -> bool {
 /// What follows if one part of a lock was deleted, and the delete of the other part has failed.
 const HALF: &str = "\nthe other part of the lock was deleted, but this part still refuses every run";
 
-/// Returns what is true after a request of the step `stage` has failed with `failure`: empty, or lines that begin with a
-/// line feed. A claim that the service has refused is not stored. `has_object` is whether the lock had an object.
+/// Returns what is true after a request of the step `stage` has failed with `failure`: empty, or lines that begin with
+/// a line feed. A claim that the service has refused is not stored. `has_object` is whether the lock had an object.
 fn after_failed_claim(stage: TakeStage, failure: &Failure, has_object: bool) -> String {
     const STOPS: &str = "its holder cannot renew the lease, and terraform is stopped if it is still running";
     match (stage, failure.is_final(), has_object) {

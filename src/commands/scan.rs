@@ -575,8 +575,8 @@ fn clamped(items: f64) -> i32 {
 type Change = (usize, Vec<ListedEntry>);
 
 /// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
-/// read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored there any more, the
-/// entry is left out. Also returns how many locks were read again.
+/// read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored there
+/// any more, the entry is left out. Also returns how many locks were read again.
 async fn judged(
     mut entries: Vec<ListedEntry>,
     stores: &Stores,

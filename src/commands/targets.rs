@@ -289,8 +289,8 @@ impl TargetName {
         format!("{} {}{}", self.kind, visible(&self.name), options.collect::<String>())
     }
 
-    /// Prints what was found in the target, or why it could not be read. If `failure_only` is set, prints nothing about a
-    /// target that was read completely.
+    /// Prints what was found in the target, or why it could not be read. If `failure_only` is set, prints nothing about
+    /// a target that was read completely.
     pub(super) fn report(&self, tally: Tally, error: Option<&str>, failure_only: bool) {
         match error {
             Some(error) => say(&format!("{}: not read completely\n{error}", self.describe())),

@@ -103,8 +103,8 @@ impl TerraformReport {
         (Self { reason: Some(reason.to_string()), ..Self::default() }, Finding::Stale)
     }
 
-    /// Reports the program at `path`. `is_terraform` says whether it is a terraform itself, and not a program that starts
-    /// one. Such a program is not run here, because it may download a terraform.
+    /// Reports the program at `path`. `is_terraform` says whether it is a terraform itself, and not a program that
+    /// starts one. Such a program is not run here, because it may download a terraform.
     fn of(path: String, version: Option<&TerraformVersion>, is_terraform: bool) -> (Self, Finding) {
         let (reason, finding) = match (version, is_terraform) {
             (Some(_), _) => (None, Finding::Nothing),

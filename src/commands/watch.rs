@@ -191,8 +191,8 @@ async fn round(
 }
 
 /// Returns the time from the beginning of a round to the beginning of the next one. `took` is how long the round took.
-/// If `owed` is not `None`, the capacity of the table is limited, and the table must not be read for that long after the
-/// round. Otherwise the pause is at least as long as the round, so that reading takes at most half of the time.
+/// If `owed` is not `None`, the capacity of the table is limited, and the table must not be read for that long after
+/// the round. Otherwise the pause is at least as long as the round, so that reading takes at most half of the time.
 fn time_to_next_round(interval: Duration, took: Duration, owed: Option<Duration>) -> Duration {
     interval.max(took + owed.unwrap_or(took))
 }

@@ -93,8 +93,8 @@ pub(crate) enum Claim {
 }
 
 impl Claim {
-    /// Whether a process of the run is or may be running on this host, or a process of this host is finishing the run. That
-    /// process may be waiting for a write of the dead terraform that this host's kernel has not delivered yet.
+    /// Whether a process of the run is or may be running on this host, or a process of this host is finishing the run.
+    /// That process may be waiting for a write of the dead terraform that this host's kernel has not delivered yet.
     pub(crate) fn runs_here(&self) -> bool {
         matches!(
             self,
@@ -152,8 +152,8 @@ pub(crate) struct Judgement {
     pub(crate) reason: String,
     /// All observations that were considered.
     pub(crate) evidence: Vec<Evidence>,
-    /// Whether no witness is asked about the holder: the journal of this host or a fresh lease has decided, or a process
-    /// is running on this host that may be the holder.
+    /// Whether no witness is asked about the holder: the journal of this host or a fresh lease has decided, or a
+    /// process is running on this host that may be the holder.
     pub(crate) is_settled: bool,
 }
 
@@ -161,8 +161,8 @@ pub(crate) struct Judgement {
 ///
 /// The journal of this host decides first, if it can. Then the lease decides: it is evidence on every host, because all
 /// its times are the service's. Only then does the likelihood count that this host has. A lease that has lapsed does
-/// not decide while a process is running on this host that may be the holder. If none of these settles the question, the
-/// caller may ask a witness ([`super::witness`]).
+/// not decide while a process is running on this host that may be the holder. If none of these settles the question,
+/// the caller may ask a witness ([`super::witness`]).
 pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     let mut evidence = Vec::new();
     let mut note = |seen: String, proves: &'static str| evidence.push(Evidence { seen, proves });
@@ -197,7 +197,8 @@ pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
     Judgement { verdict, reason, evidence, is_settled }
 }
 
-/// Returns whether [`judge`] may look at the processes of this host: only if the lock's `Who` has the name of this host.
+/// Returns whether [`judge`] may look at the processes of this host: only if the lock's `Who` has the name of this
+/// host.
 pub(crate) fn depends_on_processes(lock: &LockInfo, seen: &Seen) -> bool {
     host_of(&lock.who) == host_of(&seen.who)
 }
@@ -709,8 +710,8 @@ mod tests {
                         assert_eq!(with.verdict, expected, "{lease:?} {claim:?} {who} {bits}: {with:?}");
                         assert_eq!(with.is_settled, journal || name == "fresh" || may_run_here, "{with:?}");
                         assert_eq!(without.is_settled, journal || may_run_here, "{without:?}");
-                        // What this host shows is listed too, and the lease always is. So is the claim of a lease that has
-                        // not lapsed.
+                        // What this host shows is listed too, and the lease always is. So is the claim of a lease that
+                        // has not lapsed.
                         let is_claimed = lease.record.as_ref().is_ok_and(|record| record.taken.is_some());
                         let more = 1 + usize::from(name == "fresh" && is_claimed);
                         assert_eq!(with.evidence.len(), without.evidence.len() + more, "{with:?}");

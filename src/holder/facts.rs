@@ -22,8 +22,8 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// the token's claims are used.
 const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 const NAMESPACE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
-/// The variables in which the documentation of Kubernetes and many charts give a pod its namespace, its name and its node
-/// (the downward API).
+/// The variables in which the documentation of Kubernetes and many charts give a pod its namespace, its name and its
+/// node (the downward API).
 const POD_VARIABLES: [&str; 3] = ["POD_NAMESPACE", "POD_NAME", "NODE_NAME"];
 /// The instance's ID that cloud-init found at this boot (cloudinit/stages.py).
 const INSTANCE: &str = "/run/cloud-init/.instance-id";
@@ -186,9 +186,9 @@ fn claims(token: &str) -> Option<Claims> {
 /// Returns the pod: `pod NAMESPACE/NAME (UID) on node NODE`, without the parts that are not known. `None` outside of
 /// Kubernetes.
 ///
-/// A pod without a token may have its namespace, its name and its node in variables ([`POD_VARIABLES`]). They count only
-/// in a pod whose UID is known: outside of Kubernetes, they may mean anything. A wrong name does no harm, because a
-/// witness compares the UID.
+/// A pod without a token may have its namespace, its name and its node in variables ([`POD_VARIABLES`]). They count
+/// only in a pod whose UID is known: outside of Kubernetes, they may mean anything. A wrong name does no harm, because
+/// a witness compares the UID.
 fn pod(sources: &Sources<'_>, mounts: &str, cgroups: &str) -> Option<String> {
     let PodClaims { namespace, pod, node } =
         (sources.file)(TOKEN).and_then(|token| claims(&token)).unwrap_or_default().kubernetes;
@@ -248,8 +248,8 @@ fn task(sources: &Sources<'_>, cgroups: &str) -> Option<String> {
     Some(format!("ECS task {id}{}", if is_fargate { " (Fargate)" } else { "" }))
 }
 
-/// Returns the cloud and the ID of its instance: `Amazon EC2 i-0123456789abcdef0`. Without an ID, only the cloud. `None`
-/// if the cloud is not known.
+/// Returns the cloud and the ID of its instance: `Amazon EC2 i-0123456789abcdef0`. Without an ID, only the cloud.
+/// `None` if the cloud is not known.
 fn instance(sources: &Sources<'_>) -> Option<String> {
     let cloud = Cloud::of(sources.dmi)?;
     let is_id = |text: &str| text.strip_prefix("i-").is_some_and(|id| is_hex(id, 8) || is_hex(id, 17));

@@ -51,8 +51,8 @@ impl RunState {
 /// The reason for not judging a run whose remaining processes may belong to another run.
 const DOUBTFUL: &str = "processes that may belong to that run are still running";
 
-/// The reason for not judging a run whose processes cannot be seen from here, if its lock file is held. The kernel shows
-/// the locks on a file to every container that sees the file.
+/// The reason for not judging a run whose processes cannot be seen from here, if its lock file is held. The kernel
+/// shows the locks on a file to every container that sees the file.
 const HELD: &str = "its processes cannot be seen from here, and one of them holds the lock file of the run";
 
 /// The reason for not judging a run if not even its lock file shows whether it is running.
@@ -62,21 +62,21 @@ const NOT_SEEN: &str = "it is not known whether a process of that run is running
 enum RecordedRun {
     /// The run was judged, and has this record.
     Read(RunState, Box<JournalRecord>),
-    /// The record cannot be read, and a process holds the run's lock file, or may hold it. Each lock of this host can be
-    /// a lock of that run.
+    /// The record cannot be read, and a process holds the run's lock file, or may hold it. Each lock of this host can
+    /// be a lock of that run.
     Unread,
     /// The run has ended, or no process holds its lock file and it has no valid record.
     Nothing,
 }
 
-/// Returns what `found` shows about a run. `is_held` is as [`Journal::is_held`], which is only called for a run that was
-/// not judged.
+/// Returns what `found` shows about a run. `is_held` is as [`Journal::is_held`], which is only called for a run that
+/// was not judged.
 fn recorded_run(found: FoundRun, is_held: impl Fn() -> io::Result<bool>) -> RecordedRun {
     let (state, record) = match found {
         FoundRun::Living(record) => (RunState::Living, record),
         FoundRun::Recovering(record) => (RunState::Recovering, record),
-        // The `JournalEntry` is dropped at once, which releases the owner lock: this process only reads the journal, and
-        // does not finish the run.
+        // The `JournalEntry` is dropped at once, which releases the owner lock: this process only reads the journal,
+        // and does not finish the run.
         FoundRun::Dead(record, ..) => (RunState::Dead, record),
         FoundRun::Doubtful(record, _) => (RunState::Foreign { why: DOUBTFUL, may_run_here: true }, record),
         FoundRun::Foreign(why, Some(record)) if UNLISTED.contains(&why) => {
@@ -103,13 +103,14 @@ pub(crate) struct HostView {
     recorded: HashMap<String, (RunState, Box<JournalRecord>)>,
     /// The pending requests. The key is the ID of the requested lock.
     late: HashMap<String, (Run, RecordedLock)>,
-    /// The IDs of the locks of dead runs that `tf` on this host keeps on purpose ([`KeptLocks`], or because `TFW_RELEASE`
-    /// was `never` for the run and is not set now).
+    /// The IDs of the locks of dead runs that `tf` on this host keeps on purpose ([`KeptLocks`], or because
+    /// `TFW_RELEASE` was `never` for the run and is not set now).
     kept: HashSet<String>,
     /// What is the same for all locks, without the processes.
     seen: Seen,
     /// The running processes that may be a terraform. They are listed for the first lock whose verdict depends on them,
-    /// because a list of all processes takes longer than all else here, and most locks of a table belong to other hosts.
+    /// because a list of all processes takes longer than all else here, and most locks of a table belong to other
+    /// hosts.
     terraforms: OnceCell<Vec<PossibleHolder>>,
 }
 
@@ -186,15 +187,16 @@ impl HostView {
         judge(lock, &seen)
     }
 
-    /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host, or
-    /// that a process of this host is finishing the run. Its lock then stays, whatever its lease says. If the journal has
-    /// a run whose record cannot be read and that may be running, this is true for every lock that no other record has.
+    /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host,
+    /// or that a process of this host is finishing the run. Its lock then stays, whatever its lease says. If the
+    /// journal has a run whose record cannot be read and that may be running, this is true for every lock that no other
+    /// record has.
     fn runs_here(&self, lock: &LockInfo) -> bool {
         self.claim(lock).map_or(self.seen.has_unread_run, |claim| claim.runs_here())
     }
 
-    /// Returns whether no run on this host may take over `lock`, whatever its lease says: because a process of its run is
-    /// or may be running here ([`Self::runs_here`]), or because `tf` on this host keeps the lock of that dead run on
+    /// Returns whether no run on this host may take over `lock`, whatever its lease says: because a process of its run
+    /// is or may be running here ([`Self::runs_here`]), or because `tf` on this host keeps the lock of that dead run on
     /// purpose. This host has said that it does not release such a lock, or will say so.
     pub(crate) fn stays(&self, lock: &LockInfo) -> bool {
         self.runs_here(lock)

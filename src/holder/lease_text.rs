@@ -33,8 +33,8 @@ pub(crate) fn of_holder(lease: &ObservedLease) -> Option<String> {
     Some(text)
 }
 
-/// Returns why a run was interrupted: `its host is to be terminated at 2026-11-24T12:00:05Z (EC2 spot interruption)`. What
-/// the record does not have is left out.
+/// Returns why a run was interrupted: `its host is to be terminated at 2026-11-24T12:00:05Z (EC2 spot interruption)`.
+/// What the record does not have is left out.
 pub(crate) fn interruption(interrupted: &Interruption) -> String {
     let mut text = match visible(&interrupted.host) {
         end if end.is_empty() => "its host is about to end".to_owned(),
@@ -49,8 +49,8 @@ pub(crate) fn interruption(interrupted: &Interruption) -> String {
     text
 }
 
-/// Returns who has claimed a lock: the URL of a CI job, or `user@host`. That is left out of a claim for which there was no
-/// room beside the lock.
+/// Returns who has claimed a lock: the URL of a CI job, or `user@host`. That is left out of a claim for which there was
+/// no room beside the lock.
 pub(crate) fn claimant(claim: &Claim) -> String {
     match visible(&claim.by) {
         by if by.is_empty() => "another host".to_owned(),

@@ -1,5 +1,5 @@
-//! Decides what a person can do about a lock that refuses terraform. All messages with such a command use this decision,
-//! so that they name the same command for the same lock.
+//! Decides what a person can do about a lock that refuses terraform. All messages with such a command use this
+//! decision, so that they name the same command for the same lock.
 
 use std::time::Duration;
 

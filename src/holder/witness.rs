@@ -80,8 +80,8 @@ fn named() -> Option<OsString> {
     std::env::var_os(WITNESS).filter(|command| !command.is_empty())
 }
 
-/// Asks the witness about the holder of `lock`, and returns the judgement with its answer. Returns `judgement` unchanged
-/// if there is no witness, or if the holder is settled.
+/// Asks the witness about the holder of `lock`, and returns the judgement with its answer. Returns `judgement`
+/// unchanged if there is no witness, or if the holder is settled.
 pub(crate) async fn ask(judgement: Judgement, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
     let Some(command) = named().filter(|_| !judgement.is_settled) else { return judgement };
     let holder = identity(lease);

@@ -16,11 +16,11 @@ use crate::sys::{filesystem, machine, process};
 pub(crate) struct HostIdentity {
     /// [`machine::id`]. `None` in many containers.
     machine: Option<String>,
-    /// [`machine::boot_id`]: an ID that changes at each boot, and that is the same in every container of one boot. `None`
-    /// if it cannot be read.
+    /// [`machine::boot_id`]: an ID that changes at each boot, and that is the same in every container of one boot.
+    /// `None` if it cannot be read.
     boot: Option<String>,
-    /// The number of the pid namespace, and whether it is the machine's first pid namespace. `None` if /proc does not show
-    /// the namespace.
+    /// The number of the pid namespace, and whether it is the machine's first pid namespace. `None` if /proc does not
+    /// show the namespace.
     processes: Option<(u64, bool)>,
     /// The ID of the journal's file system ([`filesystem::identity`]). 0 if the ID is not known.
     filesystem: u64,

@@ -34,8 +34,8 @@ impl KeptLocks {
         Self { path }
     }
 
-    /// Remembers that the lock `id` was kept on purpose. Does nothing if the ID is invalid or the file cannot be written:
-    /// the lock is then judged by its lease alone, as on another host.
+    /// Remembers that the lock `id` was kept on purpose. Does nothing if the ID is invalid or the file cannot be
+    /// written: the lock is then judged by its lease alone, as on another host.
     pub(crate) fn add(&self, id: &str) {
         if let Err(error) = self.try_add(id) {
             trace!("the lock {id} is not remembered as kept: {error}");

@@ -1,5 +1,5 @@
-//! The files that `tf` stores: the records of runs, their pending requests, the locks that stay on purpose, terraform's log,
-//! the known programs, and the history of releases.
+//! The files that `tf` stores: the records of runs, their pending requests, the locks that stay on purpose, terraform's
+//! log, the known programs, and the history of releases.
 
 pub(crate) mod event_command;
 pub(crate) mod history;

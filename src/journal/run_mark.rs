@@ -84,8 +84,8 @@ pub(crate) fn is_jenkins_cookie(name: &str) -> bool {
     (name.starts_with("JENKINS_") || name.starts_with("HUDSON_")) && name.ends_with("COOKIE")
 }
 
-/// Returns whether `name` is a variable that the guardian, the fuse and the keeper must not have. These are the variables by
-/// which a runner finds the processes of a job, and the mark of an outer run in which this run is nested
+/// Returns whether `name` is a variable that the guardian, the fuse and the keeper must not have. These are the
+/// variables by which a runner finds the processes of a job, and the mark of an outer run in which this run is nested
 /// ([`RUN`]).
 pub(crate) fn marks_us(name: &str) -> bool {
     is_jenkins_cookie(name) || matches!(name, "RUNNER_TRACKING_ID" | "VSTS_PROCESS_LOOKUP_ID" | "BUILD_ID" | RUN)

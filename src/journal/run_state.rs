@@ -4,7 +4,8 @@
 /// What the lock file of a run and the processes of this host show about the run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RunTraces {
-    /// Whether another process holds the owner lock of the run's lock file: the run's `tf`, its guardian, or a recovery.
+    /// Whether another process holds the owner lock of the run's lock file: the run's `tf`, its guardian, or a
+    /// recovery.
     pub(crate) is_owned: bool,
     /// Whether a process holds the tree lock: terraform, or a process that inherited the lock file from it.
     pub(crate) tree_is_locked: bool,
@@ -14,7 +15,8 @@ pub(crate) struct RunTraces {
     pub(crate) has_unknown: bool,
 }
 
-/// The state of a run, as far as this host can see it. [`crate::journal::runs::FoundRun`] has the same states, with the data of the run.
+/// The state of a run, as far as this host can see it. [`crate::journal::runs::FoundRun`] has the same states, with the
+/// data of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RunState {
     Living,

@@ -496,13 +496,15 @@ impl Journal {
     }
 
     /// Whether the run's lock file is locked, by a process of the run in any container or by the run's owner. False if
-    /// there is no lock file, or if what is in its place was not put there by `tf` of this user, which locks no such file.
+    /// there is no lock file, or if what is in its place was not put there by `tf` of this user, which locks no such
+    /// file.
     ///
     /// # Errors
     /// Fails if this cannot be found out: the lock file cannot be opened, for example because no descriptor is free, or
     /// the file system does not say which bytes are locked.
     pub(crate) fn is_held(&self, name: &str) -> io::Result<bool> {
-        // A lock can be seen through a file that is open only for reading, so this works in a read-only state directory.
+        // A lock can be seen through a file that is open only for reading, so this works in a read-only state
+        // directory.
         let lock = match open_private(OpenOptions::new().read(true), &self.runs.join(name).join("lock")) {
             Ok(lock) => lock,
             Err(error) if is_of_content(&error) => return Ok(false),
@@ -555,7 +557,8 @@ impl Journal {
         })
     }
 
-    /// Moves an invalid record ([`FoundRun::Broken`]) to `set-aside/`, where a person can inspect it. Returns the new path of the record.
+    /// Moves an invalid record ([`FoundRun::Broken`]) to `set-aside/`, where a person can inspect it. Returns the new
+    /// path of the record.
     /// `None` if the record cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");

@@ -1,5 +1,6 @@
 //! Decides what happens to a terraform that the kernel has stopped because its lease was not renewed in time. It is
-//! frozen first, then the lock is looked at, and only then does it go on or end: an outage alone is no reason to end it.
+//! frozen first, then the lock is looked at, and only then does it go on or end: an outage alone is no reason to end
+//! it.
 
 use std::time::Duration;
 
@@ -73,8 +74,8 @@ pub(crate) fn late_write(lost: Lost) -> LateWrite {
     if may_be_lost_at_work && is_after(lost.renewed) { LateWrite::BeforeTheLossWasFound } else { LateWrite::No }
 }
 
-/// Whether a lock was lost before `deadline`, the deadline of its lease. The times in `loss` are those of another host or
-/// of the service. A clock that is late can only make this true.
+/// Whether a lock was lost before `deadline`, the deadline of its lease. The times in `loss` are those of another host
+/// or of the service. A clock that is late can only make this true.
 pub(crate) fn is_lost_before(loss: &Loss, deadline: Timestamp) -> bool {
     match loss {
         Loss::Another { created, .. } => created.parse::<Timestamp>().is_ok_and(|created| created < deadline),
@@ -114,8 +115,9 @@ const READS_TO_END_UNLOCK: u32 = 2;
 /// Decides whether an unlock is over, although the log does not show its end.
 ///
 /// Terraform 1.6 to 1.9 logs only that it begins to release its lock, so the lock itself must show the rest. As long as
-/// it is there, the request may be on its way. That request has no condition, so it must not arrive when another run has
-/// the lock. A terraform that is stopped may send it when it goes on, so what a read shows before that says nothing.
+/// it is there, the request may be on its way. That request has no condition, so it must not arrive when another run
+/// has the lock. A terraform that is stopped may send it when it goes on, so what a read shows before that says
+/// nothing.
 ///
 /// A terraform since 1.10 that is running would have logged the end. So if its lock is lost and it has not logged that,
 /// its request may still be on its way.
@@ -137,9 +139,9 @@ pub(crate) enum StopCause {
     FuseKilled,
 }
 
-/// Decides why terraform was stopped, when it is noticed at `now` that its fuse is gone. `deadline` is the last one that the
-/// keeper has reported. Both are on the clock of `sys::boot_clock`, which a person cannot set. `is_killed_by_us`: this
-/// process has killed the fuse, so that the lock is looked at.
+/// Decides why terraform was stopped, when it is noticed at `now` that its fuse is gone. `deadline` is the last one
+/// that the keeper has reported. Both are on the clock of `sys::boot_clock`, which a person cannot set.
+/// `is_killed_by_us`: this process has killed the fuse, so that the lock is looked at.
 pub(crate) fn stop_cause(is_killed_by_us: bool, now: Duration, deadline: Option<Duration>) -> StopCause {
     let is_over = deadline.is_some_and(|deadline| now >= deadline);
     if is_over && !is_killed_by_us { StopCause::Deadline } else { StopCause::FuseKilled }
@@ -172,8 +174,8 @@ pub(crate) struct StoppedRun {
     pub(crate) stopped_for: Duration,
 }
 
-/// A fuse without a deadline that has not answered so often in a row, with a second for each answer, is killed and replaced.
-/// It may be stopped (SIGSTOP). No renewal is sent meanwhile. A fuse with a deadline dies at it in any case.
+/// A fuse without a deadline that has not answered so often in a row, with a second for each answer, is killed and
+/// replaced. It may be stopped (SIGSTOP). No renewal is sent meanwhile. A fuse with a deadline dies at it in any case.
 pub(crate) const SILENCES_TO_REPLACE_FUSE: u32 = 3;
 
 /// The interrupts that end a stopped run. The terminal says so at the first one.
@@ -210,18 +212,18 @@ pub(crate) enum FenceStep {
 /// How long to wait until another reason is reported why the lock of a stopped run is not known.
 const REASON_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Whether to report the reason why a stopped run cannot go on. `reported` is the one that was reported last, and how long
-/// ago.
+/// Whether to report the reason why a stopped run cannot go on. `reported` is the one that was reported last, and how
+/// long ago.
 pub(crate) fn is_reason_due(reported: Option<(&str, Duration)>, reason: &str) -> bool {
     !reason.is_empty() && reported.is_none_or(|(last, ago)| last != reason && ago >= REASON_INTERVAL)
 }
 
-/// Whether to break off the requests that a stopped terraform has handed to the kernel, so that they do not arrive after
-/// another run has the lock. `has_failed`: the last request of the keeper has failed. Then the kernel may be repeating
-/// those requests until the network is back.
+/// Whether to break off the requests that a stopped terraform has handed to the kernel, so that they do not arrive
+/// after another run has the lock. `has_failed`: the last request of the keeper has failed. Then the kernel may be
+/// repeating those requests until the network is back.
 ///
-/// A service that answers gets them anyway, so a stop without an outage breaks nothing off. A keeper that is silent counts
-/// as an outage after a while: a twentieth of the lease, and a taker needs at least a fifth of it.
+/// A service that answers gets them anyway, so a stop without an outage breaks nothing off. A keeper that is silent
+/// counts as an outage after a while: a twentieth of the lease, and a taker needs at least a fifth of it.
 pub(crate) fn are_requests_aborted(terms: Terms, look: Look, has_failed: bool, stopped_for: Duration) -> bool {
     match look {
         Look::Ours => false,

@@ -26,8 +26,8 @@ pub(crate) struct Response {
 const CLOCK_DIFFERENCE: SignedDuration = SignedDuration::from_secs(6);
 
 /// Whether the service's clock was set back between two responses, or another host of the service has answered whose
-/// clock is late. `stored` is the service's time in the stored record of this run. `None` if there is none. A keeper that
-/// has just been started knows only that one.
+/// clock is late. `stored` is the service's time in the stored record of this run. `None` if there is none. A keeper
+/// that has just been started knows only that one.
 pub(crate) fn has_gone_back(first: Response, last: Response, stored: Option<Timestamp>) -> bool {
     // At least this much time has passed between the two.
     let here = last.sent.saturating_sub(first.read);
@@ -88,8 +88,8 @@ pub(crate) enum Setback {
     Failed,
     /// The service has no capacity for the request.
     Busy,
-    /// The source of the credentials has failed. It must not be asked again and again: a few failed requests may lock an
-    /// account.
+    /// The source of the credentials has failed. It must not be asked again and again: a few failed requests may lock
+    /// an account.
     Credentials,
 }
 
@@ -99,8 +99,9 @@ const MIN_RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause after the source of the credentials has failed.
 const MAX_CREDENTIALS_PAUSE: Duration = Duration::from_mins(1);
 
-/// Returns how long to wait before the next request, after so many `failures` in a row. The pauses of the runs of a fleet
-/// differ by up to a half, so that not all send a request at the same moment after an outage. `random` is any number.
+/// Returns how long to wait before the next request, after so many `failures` in a row. The pauses of the runs of a
+/// fleet differ by up to a half, so that not all send a request at the same moment after an outage. `random` is any
+/// number.
 pub(crate) fn retry_pause(terms: Terms, failures: u32, setback: Setback, random: u64) -> Duration {
     let longest = match setback {
         Setback::Failed => terms.reconnection_time(),
@@ -146,8 +147,8 @@ pub(crate) enum BeforeRenewal {
 /// ends terraform at its deadline. Otherwise the lock would be held for ever by a run that does nothing.
 ///
 /// If the fuse is gone, terraform is stopped. As long as nobody makes a new fuse, for example because a person has
-/// suspended `tf` (^Z), the lease is renewed all the same: the run can go on later. Terraform runs again only after `tf`
-/// has looked at the lock.
+/// suspended `tf` (^Z), the lease is renewed all the same: the run can go on later. Terraform runs again only after
+/// `tf` has looked at the lock.
 pub(crate) fn before_renewal(sight: KeeperSight) -> BeforeRenewal {
     if sight.is_told_to_end || sight.terraform_has_ended || (!sight.is_supervised && sight.terraform_is_stopped) {
         BeforeRenewal::End
@@ -216,14 +217,14 @@ pub(crate) fn after_answer(terms: Terms, history: History, answer: Answer, uncon
 }
 
 /// Whether a stored record that another keeper of the run has written confirms a renewal. `sent` is what the record of
-/// that renewal promises, and `stored` what the stored one does. A stored record that promises more confirms nothing: the
-/// caller would take the fence down, or count a promise as withdrawn, while others rely on it.
+/// that renewal promises, and `stored` what the stored one does. A stored record that promises more confirms nothing:
+/// the caller would take the fence down, or count a promise as withdrawn, while others rely on it.
 pub(crate) fn is_confirmed_by_another(sent: Promise, stored: Promise) -> bool {
     sent == Promise::Stop || stored == Promise::None
 }
 
-/// Returns the fence that the next record promises. Once the clock of this host has stood still, or the service's was set
-/// back, it may do so again. `stored` is the argument of [`has_gone_back`].
+/// Returns the fence that the next record promises. Once the clock of this host has stood still, or the service's was
+/// set back, it may do so again. `stored` is the argument of [`has_gone_back`].
 pub(crate) fn fence(promised: Promise, first: Response, last: Response, stored: Option<Timestamp>) -> Promise {
     if has_stood_still(first, last) || has_gone_back(first, last, stored) { Promise::None } else { promised }
 }

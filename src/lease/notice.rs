@@ -31,8 +31,8 @@ impl fmt::Display for Provider {
 /// Which metadata service the user wants to be asked (`TFW_NOTICE`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum NoticeSetting {
-    /// The variable is not set: EC2's service on a machine of EC2, and otherwise none. Elsewhere, its address may belong
-    /// to nobody or to somebody else.
+    /// The variable is not set: EC2's service on a machine of EC2, and otherwise none. Elsewhere, its address may
+    /// belong to nobody or to somebody else.
     #[default]
     ByMachine,
     /// `off`: none.
@@ -115,8 +115,9 @@ pub(crate) struct Notice {
 const HORIZON: SignedDuration = SignedDuration::from_mins(15);
 
 impl Notice {
-    /// Whether terraform must stop now, and not later. `now` is the time of this host: only the cloud's own time is in the
-    /// notice, and a wrong clock makes a difference only to a notice that comes more than 15 minutes before the end.
+    /// Whether terraform must stop now, and not later. `now` is the time of this host: only the cloud's own time is in
+    /// the notice, and a wrong clock makes a difference only to a notice that comes more than 15 minutes before the
+    /// end.
     pub(crate) fn is_due(self, now: Timestamp) -> bool {
         let at = self.at.and_then(|at| Timestamp::from_second(at).ok());
         at.is_none_or(|at| at.duration_since(now) <= HORIZON)
@@ -130,7 +131,8 @@ pub(crate) const ASK_INTERVAL: Duration =
 /// The longest time between two questions after useless answers: 5 minutes. A debug build has 30 s.
 const MAX_ASK_INTERVAL: Duration = ASK_INTERVAL.saturating_mul(60);
 
-/// Returns how long to wait before the next question, after so many useless answers in a row. No answer is a useless one.
+/// Returns how long to wait before the next question, after so many useless answers in a row. No answer is a useless
+/// one.
 pub(crate) fn ask_pause(useless: u32) -> Duration {
     (ASK_INTERVAL * 2_u32.pow(useless.clamp(1, 12) - 1)).min(MAX_ASK_INTERVAL)
 }
@@ -153,8 +155,8 @@ pub(crate) enum NoticeStep {
 pub(crate) struct NoticeSight {
     /// Whether terraform was interrupted before, for whatever reason.
     pub(crate) is_interrupted: bool,
-    /// Whether a service manager has sent SIGTERM to `tf`, and it is not known yet whether terraform got it as well. Within
-    /// a moment, terraform has got one interrupt, from the one or from the other.
+    /// Whether a service manager has sent SIGTERM to `tf`, and it is not known yet whether terraform got it as well.
+    /// Within a moment, terraform has got one interrupt, from the one or from the other.
     pub(crate) is_being_asked: bool,
     /// Whether the kernel has stopped terraform because of its lease.
     pub(crate) is_stopped: bool,

@@ -56,8 +56,8 @@ pub(crate) struct KnownLease<'a> {
     pub(crate) renewed: Timestamp,
     /// How long ago that was. Zero if it is in the future by no more than the service's clocks differ.
     pub(crate) age: Duration,
-    /// Whether the lease was renewed in time. A claim changes nothing about that: a person may claim the lock of a holder
-    /// that works, and the holder works on until its own deadline.
+    /// Whether the lease was renewed in time. A claim changes nothing about that: a person may claim the lock of a
+    /// holder that works, and the holder works on until its own deadline.
     pub(crate) freshness: Freshness,
     /// The claim of another host. `None` if the lock was not claimed.
     pub(crate) claim: Option<KnownClaim<'a>>,

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
-/// How long an obstacle may last that can disappear by itself: the log names a lock with two parts when terraform requests
-/// the second one, and a terraform that is just starting or ending is in no list of processes.
+/// How long an obstacle may last that can disappear by itself: the log names a lock with two parts when terraform
+/// requests the second one, and a terraform that is just starting or ending is in no list of processes.
 const OBSTACLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a lock that terraform holds has no lease.

@@ -1,8 +1,8 @@
 //! The record that travels with a lock: who holds it, for how long, and when the lease was last renewed.
 //!
 //! In DynamoDB it is the attribute `tf` of the lock's item, a map. In S3 it is the last member of the lock's own JSON.
-//! Terraform and OpenTofu ignore members that they do not know. A person who may write the lock may write the record, so
-//! everything in it is untrusted.
+//! Terraform and OpenTofu ignore members that they do not know. A person who may write the lock may write the record,
+//! so everything in it is untrusted.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -382,8 +382,8 @@ impl Record {
     }
 
     /// Whether `stored` was written after this record was made, and is not about an earlier time of the service. If the
-    /// service's clock was set back, an earlier record has the later time. It says nothing about how long the holder may
-    /// work now.
+    /// service's clock was set back, an earlier record has the later time. It says nothing about how long the holder
+    /// may work now.
     pub(crate) fn is_at_most(&self, stored: &Self) -> bool {
         stored.renewed >= self.renewed && stored.beat >= self.beat
     }

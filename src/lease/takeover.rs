@@ -1,8 +1,8 @@
 //! Decides whether the lock of another host may be released because its lease has lapsed.
 //!
 //! A taker first claims the lock: it replaces the record, on the condition that lock and record are still what it has
-//! read. That is the decision. A holder that has renewed its lease in the meantime keeps its lock, and of two takers one
-//! wins. Then the taker deletes the parts of the lock.
+//! read. That is the decision. A holder that has renewed its lease in the meantime keeps its lock, and of two takers
+//! one wins. Then the taker deletes the parts of the lock.
 
 use std::time::Duration;
 
@@ -137,8 +137,8 @@ pub(crate) fn permission(
     // A claim stops the renewals. So the holder of a claimed lock cannot defeat the delete by renewing, and needs no
     // further time: it has had its own.
     //
-    // A lease that lapsed long ago needs no further time either, if the service's time is right. A proxy, or an S3 service
-    // that checks no times, may send a wrong one. So without a second clock that agrees, the lock is watched.
+    // A lease that lapsed long ago needs no further time either, if the service's time is right. A proxy, or an S3
+    // service that checks no times, may send a wrong one. So without a second clock that agrees, the lock is watched.
     let lapsed_long_ago = terms.has_lapsed_long_ago(renewed, now) && circumstances.host_agrees;
     let quiet = if lapsed_long_ago || record.taken.is_some() {
         Duration::ZERO
@@ -454,7 +454,8 @@ pub(crate) enum AfterFailure {
     GiveUp,
     /// It ends without a report. Its credentials have expired, and the next taker asks for new ones.
     Reconnect,
-    /// It reads the lock again after this time, and takes it if it may. `is_said` is whether it reports the failure now.
+    /// It reads the lock again after this time, and takes it if it may. `is_said` is whether it reports the failure
+    /// now.
     TryAgain { pause: Duration, is_said: bool },
 }
 

@@ -50,9 +50,9 @@ impl Terms {
         self.length
     }
 
-    /// The time between two renewals, without the random part that keeps the runs of a fleet apart: up to a tenth more or
-    /// less. It is so short that an outage of [`Terms::unnoticed_outage`] has no effect, whenever it begins: the last
-    /// renewal before it may be two intervals old, because a renewal carries the time of the response before it.
+    /// The time between two renewals, without the random part that keeps the runs of a fleet apart: up to a tenth more
+    /// or less. It is so short that an outage of [`Terms::unnoticed_outage`] has no effect, whenever it begins: the
+    /// last renewal before it may be two intervals old, because a renewal carries the time of the response before it.
     pub(crate) fn renewal_interval(self) -> Duration {
         let rest = self.working_time().saturating_sub(self.unnoticed_outage() + self.reconnection_time());
         (rest / 2 * 10 / 11).min(MAX_RENEWAL_INTERVAL)
@@ -74,8 +74,8 @@ impl Terms {
         self.length * 4 / 5
     }
 
-    /// How long the process that renews the lease may not answer until it is replaced. This leaves its successor the time
-    /// for a renewal before the holder must stop. 10 s, and less only for the leases of the tests.
+    /// How long the process that renews the lease may not answer until it is replaced. This leaves its successor the
+    /// time for a renewal before the holder must stop. 10 s, and less only for the leases of the tests.
     pub(crate) fn keeper_timeout(self) -> Duration {
         self.renewal_interval().clamp(Duration::from_secs(2), Duration::from_secs(10))
     }
@@ -102,8 +102,8 @@ impl Terms {
         now.duration_since(renewed) > signed(self.lapse_time())
     }
 
-    /// Returns how long it takes until a lease lapses that was renewed at `renewed`. Zero if it has lapsed. The arguments
-    /// are those of [`Terms::has_lapsed`].
+    /// Returns how long it takes until a lease lapses that was renewed at `renewed`. Zero if it has lapsed. The
+    /// arguments are those of [`Terms::has_lapsed`].
     pub(crate) fn time_to_lapse(self, renewed: Timestamp, now: Timestamp) -> Duration {
         let left = signed(self.lapse_time()).saturating_sub(now.duration_since(renewed));
         Duration::try_from(left).unwrap_or_default()
@@ -123,8 +123,8 @@ impl Terms {
         now.duration_since(renewed) > signed(self.length + MAX_CLOCK_DIFFERENCE)
     }
 
-    /// Whether the service's time and a host's time are as close as S3 and DynamoDB demand it of a request. A host whose
-    /// clock is wrong, and a service that is a proxy's, do not agree.
+    /// Whether the service's time and a host's time are as close as S3 and DynamoDB demand it of a request. A host
+    /// whose clock is wrong, and a service that is a proxy's, do not agree.
     pub(crate) fn agrees(service: Timestamp, host: Timestamp) -> bool {
         service.duration_since(host).abs() <= signed(MAX_CLOCK_DIFFERENCE)
     }

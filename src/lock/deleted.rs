@@ -24,8 +24,8 @@ impl Deleted {
         if were_several { Self::Unclear } else { Self::Changed }
     }
 
-    /// Returns what the result of the delete number `attempt`, from 0, shows. After a first delete, a condition that has
-    /// failed no longer shows who has deleted what was read.
+    /// Returns what the result of the delete number `attempt`, from 0, shows. After a first delete, a condition that
+    /// has failed no longer shows who has deleted what was read.
     pub(super) fn of_attempt(self, attempt: u32) -> Self {
         if self == Self::Changed { Self::refused(attempt > 0) } else { self }
     }

@@ -307,7 +307,8 @@ pub(crate) async fn read_info_and_lease(
         Ok(answer) => {
             Ok(answer.item.map(|mut item| (InfoAttribute::of(item.remove("Info")), item.contains_key(FIELD))))
         }
-        // A policy may permit only the attributes that terraform itself reads (the condition key `dynamodb:Attributes`).
+        // A policy may permit only the attributes that terraform itself reads (the condition key
+        // `dynamodb:Attributes`).
         Err(failure) if failure.denied().is_some() => Ok(read(client, item).await?.map(|info| (info, false))),
         Err(failure) => Err(failure),
     }

@@ -179,7 +179,8 @@ fn has_claim(lock: &LeasedLock, claim: &Claim) -> bool {
     taken.is_some_and(|taken| taken.is_same(claim))
 }
 
-/// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has one.
+/// Returns the locks in `parts`. Two parts of one lock are returned once, with the lease of the first part that has
+/// one.
 pub(crate) fn locks_of(parts: &[StoredPart]) -> Vec<(LockInfo, Option<ObservedLease>)> {
     let mut locks: Vec<(LockInfo, Option<ObservedLease>)> = Vec::new();
     for part in parts {
@@ -233,10 +234,10 @@ impl Stores {
         if read.lock.is_some() { Ok(read) } else { self.read_lease(store_key).await }
     }
 
-    /// Tests how the service at `store_key` treats the condition of a renewal. Only [`IfMatch::Obeyed`] permits a lease:
-    /// on another service, a renewal could bring a released lock back or replace another run's lock. DynamoDB and AWS's
-    /// own S3 obey it, so there is no request to them. On another S3 service, an object beside the lock is put and
-    /// deleted. The caller must not drop this before it is ready, because the object would stay then.
+    /// Tests how the service at `store_key` treats the condition of a renewal. Only [`IfMatch::Obeyed`] permits a
+    /// lease: on another service, a renewal could bring a released lock back or replace another run's lock. DynamoDB
+    /// and AWS's own S3 obey it, so there is no request to them. On another S3 service, an object beside the lock is
+    /// put and deleted. The caller must not drop this before it is ready, because the object would stay then.
     ///
     /// Returns `None` if the service has not answered within `limit`, so that another test may have another result.
     pub(crate) async fn treatment_of_renewals(&self, store_key: &StoreKey, limit: Duration) -> Option<IfMatch> {
@@ -249,9 +250,10 @@ impl Stores {
         }
     }
 
-    /// Tests how the service at `store_key` treats the condition of a delete. Only [`IfMatch::Obeyed`] permits a takeover
-    /// of an object without a claim: its delete is the decision, and the holder may renew just before it. The test takes
-    /// at most twice the `limit`. The caller must not drop this before it is ready, because a test object would stay then.
+    /// Tests how the service at `store_key` treats the condition of a delete. Only [`IfMatch::Obeyed`] permits a
+    /// takeover of an object without a claim: its delete is the decision, and the holder may renew just before it. The
+    /// test takes at most twice the `limit`. The caller must not drop this before it is ready, because a test object
+    /// would stay then.
     ///
     /// # Errors
     /// Returns the [`Failure`] of a request of the test. That shows nothing about the condition.

@@ -93,9 +93,9 @@ pub(crate) async fn delete_item(client: &aws_sdk_dynamodb::Client, table: &str, 
 
 /// Tests whether a delete is permitted and how the bucket treats `If-Match`, by deleting an object that does not exist.
 /// `key` must not be in use, because a service that ignores the condition deletes any object there. The treatment is a
-/// [`Failure`] if a request of the test has failed for another reason, or if the service has not answered within `limit`:
-/// that shows nothing about the condition. The test object is deleted again in any case. So the caller must not drop this
-/// before it is ready.
+/// [`Failure`] if a request of the test has failed for another reason, or if the service has not answered within
+/// `limit`: that shows nothing about the condition. The test object is deleted again in any case. So the caller must
+/// not drop this before it is ready.
 pub(crate) async fn delete_object(
     client: &aws_sdk_s3::Client,
     bucket: &str,
@@ -136,8 +136,8 @@ async fn test_deletes(
             return (permitted, Ok(IfMatch::Obeyed));
         }
     }
-    // The service accepts the delete or answers 404, because there is no object. It may ignore the condition all the same.
-    // A test object at that key shows whether it does.
+    // The service accepts the delete or answers 404, because there is no object. It may ignore the condition all the
+    // same. A test object at that key shows whether it does.
     let body = ByteStream::from_static(TEST_BODY.as_bytes());
     *may_be_there = true;
     if let Err(error) = client.put_object().bucket(bucket).key(key).if_none_match("*").body(body).send().await {
@@ -194,9 +194,9 @@ pub(crate) async fn put_object(client: &aws_sdk_s3::Client, bucket: &str, key: &
     taken
 }
 
-/// Tests how the bucket treats `If-Match` on a put, by which a lease in a `.tflock` object is renewed: first where there
-/// is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal would
-/// bring a released lock back. `key` must not be in use.
+/// Tests how the bucket treats `If-Match` on a put, by which a lease in a `.tflock` object is renewed: first where
+/// there is no object, and then where there is another one. If the bucket ignores it in the first case, a late renewal
+/// would bring a released lock back. `key` must not be in use.
 ///
 /// Returns `None` if the service has not answered within `limit`, or has no capacity now. The test object is deleted
 /// again in any case. So the caller must not drop this before it is ready.

@@ -5,9 +5,9 @@
 //! so no other run can get only one of them. `tf` tries both deletes even if one of them fails.
 //!
 //! If the item has the record of a lease, the item is read first, but deleted last, and only if the object is gone: the
-//! record permits any host to take the lock over if this release gets no further. Terraform's own unlock uses this order
-//! too. Another terraform that requests the lock between the two deletes gets the object, is refused the item, and
-//! deletes its object again. It would also have been refused before the release.
+//! record permits any host to take the lock over if this release gets no further. Terraform's own unlock uses this
+//! order too. Another terraform that requests the lock between the two deletes gets the object, is refused the item,
+//! and deletes its object again. It would also have been refused before the release.
 //!
 //! A terraform that died may have left two kinds of requests in flight:
 //!
@@ -69,7 +69,8 @@ pub(crate) const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(3);
 /// The reason if the run's own lock was not found within [`EXPLANATION_TIMEOUT`].
 const SILENT: &str = "the lock service did not answer in time";
 
-/// The time limit for the last look at the parts whose deletes got no response in time ([`Attempt::look_after_failure`]).
+/// The time limit for the last look at the parts whose deletes got no response in time
+/// ([`Attempt::look_after_failure`]).
 const LAST_LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The time that must be left for another attempt. Within less, most services cannot be read and changed.
@@ -291,8 +292,8 @@ async fn attempts(
     }
 }
 
-/// Whether to make another attempt after `failure`. The attempt would begin at `next` after the start of the release. It
-/// must have [`MIN_ATTEMPT_TIMEOUT`] at least.
+/// Whether to make another attempt after `failure`. The attempt would begin at `next` after the start of the release.
+/// It must have [`MIN_ATTEMPT_TIMEOUT`] at least.
 fn is_retried(failure: &Failure, next: Duration, limit: Duration) -> bool {
     !failure.is_final() && next.saturating_add(MIN_ATTEMPT_TIMEOUT) <= limit
 }
@@ -700,8 +701,8 @@ impl Attempt<'_> {
         judged
     }
 
-    /// If somebody else has released the lock, changes `judged`, the results for its parts, and forgets the deletes of this
-    /// release.
+    /// If somebody else has released the lock, changes `judged`, the results for its parts, and forgets the deletes of
+    /// this release.
     fn see_whether_another_has_released(&mut self, services: &Services<'_>, judged: &mut [Result<Judged, Failure>]) {
         let was_asked_to_go = services.parts.first().is_some_and(|item| self.asked_to_go.contains(item));
         if let [item, object] = judged
@@ -747,8 +748,8 @@ impl Attempt<'_> {
         }
     }
 
-    /// Returns how long the requests for one of `to_do` parts may take. Each of them has an equal share of the time that
-    /// is left. Otherwise a service that does not respond would leave no time for the other one.
+    /// Returns how long the requests for one of `to_do` parts may take. Each of them has an equal share of the time
+    /// that is left. Otherwise a service that does not respond would leave no time for the other one.
     fn share(&self, to_do: usize) -> Duration {
         remaining(self.limit, self.begun) / u32::try_from(to_do.max(1)).unwrap_or(1)
     }

@@ -11,9 +11,9 @@ use crate::sys::connections::UNSEEN_PAUSE;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockParts, RecordedLock};
 
-/// If terraform died while it was writing, its lock is released only after nothing has changed for this time. Where `tf`
-/// cannot see what the kernel still sends, this is longer than the kernel waits between two attempts: the service has
-/// answered at the begin of this time, so the network works, and the next attempt succeeds.
+/// If terraform died while it was writing, its lock is released only after nothing has changed for this time. Where
+/// `tf` cannot see what the kernel still sends, this is longer than the kernel waits between two attempts: the service
+/// has answered at the begin of this time, so the network works, and the next attempt succeeds.
 pub(crate) const QUIET_WINDOW: Duration = match UNSEEN_PAUSE {
     None => Duration::from_secs(10),
     Some(pause) => Duration::from_secs(10 + pause.as_secs()),
@@ -92,25 +92,25 @@ impl PartRead<'_> {
     }
 }
 
-/// Returns how many of `parts` parts are still to do after `judged`, the results so far. The part that comes next is one
-/// of them. A part that could not be read or deleted is still to do: it needs time for another attempt. So is a part that
-/// waits: it is deleted last.
+/// Returns how many of `parts` parts are still to do after `judged`, the results so far. The part that comes next is
+/// one of them. A part that could not be read or deleted is still to do: it needs time for another attempt. So is a
+/// part that waits: it is deleted last.
 pub(crate) fn still_to_do(parts: usize, judged: &[Result<Judged, Failure>]) -> usize {
     let is_done = |part: &&Result<Judged, Failure>| part.as_ref().is_ok_and(|judged| *judged != Judged::Waits);
     parts.saturating_sub(judged.iter().filter(is_done).count())
 }
 
-/// Whether one read of the object does not find the run's part, and does not prove that it is gone: the response may come
-/// from a proxy. The object is then read once more before an item is deleted that waits for it.
+/// Whether one read of the object does not find the run's part, and does not prove that it is gone: the response may
+/// come from a proxy. The object is then read once more before an item is deleted that waits for it.
 pub(crate) fn must_be_read_again(object: &Result<Judged, Failure>) -> bool {
     matches!(object, Ok(Judged::Absent | Judged::Excluded | Judged::NoLock(_)))
 }
 
-/// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part, and `before`
-/// that of an earlier read in the same look. `None` if there was one read only.
+/// Whether an item that waits ([`Judged::Waits`]) is deleted now. `object` is the result for the other part, and
+/// `before` that of an earlier read in the same look. `None` if there was one read only.
 ///
-/// As long as the item with the record is there, any host can take the lock over after the lease has lapsed. So the item
-/// stays as long as the object may be the run's.
+/// As long as the item with the record is there, any host can take the lock over after the lease has lapsed. So the
+/// item stays as long as the object may be the run's.
 pub(crate) fn may_item_follow(before: Option<&Result<Judged, Failure>>, object: &Result<Judged, Failure>) -> bool {
     match object {
         Ok(Judged::Deleted | Judged::Anothers(_)) => true,
@@ -128,9 +128,9 @@ pub(crate) struct ItemHistory {
     pub(crate) was_asked_to_go: bool,
 }
 
-/// Whether somebody else has released a lock. If its item has waited, and is gone although this release has not requested
-/// its deletion, then a host that has taken the lock over has deleted it, or another process that cleans up after the run.
-/// That one reports the release, also if this release has deleted the object.
+/// Whether somebody else has released a lock. If its item has waited, and is gone although this release has not
+/// requested its deletion, then a host that has taken the lock over has deleted it, or another process that cleans up
+/// after the run. That one reports the release, also if this release has deleted the object.
 pub(crate) fn is_released_by_another(item: &Result<Judged, Failure>, history: ItemHistory) -> bool {
     let is_gone = matches!(item, Ok(Judged::Absent | Judged::Anothers(_)));
     is_gone && history.has_waited && !history.was_asked_to_go
@@ -339,8 +339,8 @@ impl QuietWait {
         Self { last: first, since: Duration::ZERO, read: Some(Duration::ZERO), write: Write::Quiet }
     }
 
-    /// Takes note that the wait begins anew with the next read: one has failed, or this host's kernel was still sending what
-    /// a dead process had handed to it.
+    /// Takes note that the wait begins anew with the next read: one has failed, or this host's kernel was still sending
+    /// what a dead process had handed to it.
     pub(crate) fn miss(&mut self) {
         self.read = None;
     }

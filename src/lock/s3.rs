@@ -495,8 +495,8 @@ pub(crate) async fn renew(
     })
 }
 
-/// Fills the field `Info` of the lock object `read`, which has no record, on the condition that the object is unchanged.
-/// Does nothing if the object is not of the form in which terraform writes it.
+/// Fills the field `Info` of the lock object `read`, which has no record, on the condition that the object is
+/// unchanged. Does nothing if the object is not of the form in which terraform writes it.
 ///
 /// # Errors
 /// As [`renew`].

@@ -1,12 +1,12 @@
 //! Reads the items of a page of a lock table.
 //!
-//! The SDK makes a map of each item, with a key and a value that it copies. A page has thousands of items, and that took
-//! a quarter of the time of a whole scan. So the attributes that a scan needs are read from the text of the response, and
-//! the SDK reads the rest of it. It also reads every error, and every response whose items are not as expected. The other
-//! attributes of an item are not looked at.
+//! The SDK makes a map of each item, with a key and a value that it copies. A page has thousands of items, and that
+//! took a quarter of the time of a whole scan. So the attributes that a scan needs are read from the text of the
+//! response, and the SDK reads the rest of it. It also reads every error, and every response whose items are not as
+//! expected. The other attributes of an item are not looked at.
 //!
-//! The body is read before the SDK sees the response. So its protection against a stalled body does not apply. The timeout
-//! of an attempt does, and an attempt whose body ends early is repeated.
+//! The body is read before the SDK sees the response. So its protection against a stalled body does not apply. The
+//! timeout of an attempt does, and an attempt whose body ends early is repeated.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -171,8 +171,8 @@ impl<'de> Deserialize<'de> for ScannedAttributes {
     }
 }
 
-/// An attribute value (DynamoDB API reference, AttributeValue). Neither terraform nor `tf` writes binary values, so they
-/// are left to the SDK.
+/// An attribute value (DynamoDB API reference, AttributeValue). Neither terraform nor `tf` writes binary values, so
+/// they are left to the SDK.
 #[derive(Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 enum Attribute {

@@ -133,8 +133,8 @@ impl StoredLock {
 /// The result of [`Stores::remove`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Removed {
-    /// What was read was deleted. Another lock may be stored at the location by now. With it, this claim of another host
-    /// was deleted; `None` if the lock was not claimed, or if that is not known because the response was lost.
+    /// What was read was deleted. Another lock may be stored at the location by now. With it, this claim of another
+    /// host was deleted; `None` if the lock was not claimed, or if that is not known because the response was lost.
     Gone(Option<Claim>),
     /// Somebody else has deleted what was read.
     GoneBefore,

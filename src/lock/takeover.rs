@@ -65,8 +65,8 @@ pub(crate) struct Taker {
     /// The terms of the lease of this host's own runs. The intervals between two reads follow from them.
     pub(crate) terms: Terms,
     pub(crate) until: Until,
-    /// Whether the terraform that waits for the lock is between two attempts to get it. If the lock is deleted during an
-    /// attempt, terraform may give up.
+    /// Whether the terraform that waits for the lock is between two attempts to get it. If the lock is deleted during
+    /// an attempt, terraform may give up.
     pub(crate) rests: watch::Receiver<bool>,
     /// Returns whether a process of the run that holds the lock is or may be running on this host, or a process of this
     /// host is finishing the run.
@@ -306,9 +306,9 @@ fn attempt_failure(failure: &Failure) -> AttemptFailure {
     }
 }
 
-/// Whether a failed step ends the watch. `is_awaited` is whether terraform waits for a lock: the watch then goes on while
-/// a service fails. `failing_for` is the time since the last step without a failure. `None` if the lock was never read. A
-/// step has requests to both services, so one of them that fails at once ends the watch too.
+/// Whether a failed step ends the watch. `is_awaited` is whether terraform waits for a lock: the watch then goes on
+/// while a service fails. `failing_for` is the time since the last step without a failure. `None` if the lock was never
+/// read. A step has requests to both services, so one of them that fails at once ends the watch too.
 fn ends_watch(failure: AttemptFailure, is_awaited: bool, failing_for: Option<Duration>) -> bool {
     let is_silent = !is_awaited && failing_for.is_none_or(|failing_for| failing_for > SERVICE_TIMEOUT);
     is_silent || failure != AttemptFailure::Passing
@@ -861,9 +861,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Reads everything that must not change beside the part with the record. `id` is that of the lock. A terraform that
-    /// waits for it puts an object of its own and deletes it again, with each of its attempts, so the object of another
-    /// lock counts as none. `had_no_state` is whether the last read has found no state.
+    /// Reads everything that must not change beside the part with the record. `id` is that of the lock. A terraform
+    /// that waits for it puts an object of its own and deletes it again, with each of its attempts, so the object of
+    /// another lock counts as none. `had_no_state` is whether the last read has found no state.
     async fn rest(&self, id: &str, had_no_state: bool) -> Result<Rest, Failure> {
         let Self { location: LockLocation { bucket, key, table, .. }, stores, object, .. } = self;
         let state = Box::pin(s3::fingerprint(&stores.s3, bucket, key, had_no_state));
@@ -890,8 +890,8 @@ impl<'a> Watch<'a> {
     }
 
     /// Tests whether the service obeys the condition of a delete, if the lock is an object alone and no test has shown
-    /// that yet. It is not part of an attempt to take the lock: each attempt has a time limit, and a test that is broken
-    /// off leaves an object.
+    /// that yet. It is not part of an attempt to take the lock: each attempt has a time limit, and a test that is
+    /// broken off leaves an object.
     async fn test_deletes(&mut self) -> Result<(), Failure> {
         if self.obeys_if_match || !matches!(self.part, StoreKey::S3 { .. }) {
             return Ok(());
@@ -997,8 +997,8 @@ struct ItemAndObject<'a> {
 /// it stops. `by` is as [`Claim::by`], and `now` is the service's time when `lock` was read.
 ///
 /// # Errors
-/// Returns a [`Failure`] if a request fails for a reason other than its condition, or if the requests take too long. The
-/// step in which that happened says whether the lock is claimed, and which part may be deleted.
+/// Returns a [`Failure`] if a request fails for a reason other than its condition, or if the requests take too long.
+/// The step in which that happened says whether the lock is claimed, and which part may be deleted.
 pub(crate) async fn release_item(
     stores: &Stores,
     item: &StoreKey,
@@ -1104,8 +1104,8 @@ async fn delete(
 const UNTESTED: &str = "tf could not test whether the service obeys the condition of a delete (If-Match)";
 
 /// Deletes a lock that is an object alone. The condition of the delete is the decision: the lock and its record are
-/// still what was read. A test must have shown that the service obeys it ([`Watch::test_deletes`]). Notes in `result` what
-/// is known about the deletes.
+/// still what was read. A test must have shown that the service obeys it ([`Watch::test_deletes`]). Notes in `result`
+/// what is known about the deletes.
 async fn take_object(
     stores: &Stores,
     object: &StoreKey,

@@ -1,5 +1,5 @@
-//! What the answers of a metadata service mean. An answer that does not have the documented form says nothing: a proxy, a
-//! captive portal or another program may have sent it.
+//! What the answers of a metadata service mean. An answer that does not have the documented form says nothing: a proxy,
+//! a captive portal or another program may have sent it.
 
 use std::fmt;
 
@@ -68,8 +68,8 @@ struct InstanceAction {
     time: String,
 }
 
-/// Reads the answer to `GET /latest/meta-data/spot/instance-action` (EC2, "Spot Instance interruption notices"). There is
-/// no such item, and so a 404, until the instance is interrupted.
+/// Reads the answer to `GET /latest/meta-data/spot/instance-action` (EC2, "Spot Instance interruption notices"). There
+/// is no such item, and so a 404, until the instance is interrupted.
 pub(crate) fn spot(answer: &Answer) -> Found {
     if answer.status == 404 {
         return Ok(None);
@@ -87,9 +87,9 @@ pub(crate) fn spot(answer: &Answer) -> Found {
     Ok(Some(Notice { end, announcement: Announcement::SpotInterruption, at }))
 }
 
-/// Reads the answer to `GET /latest/meta-data/autoscaling/target-lifecycle-state` (EC2 Auto Scaling, "Retrieve the target
-/// lifecycle state through instance metadata"). There is no such item outside of a group. An instance that returns to its
-/// warm pool is stopped or hibernated too.
+/// Reads the answer to `GET /latest/meta-data/autoscaling/target-lifecycle-state` (EC2 Auto Scaling, "Retrieve the
+/// target lifecycle state through instance metadata"). There is no such item outside of a group. An instance that
+/// returns to its warm pool is stopped or hibernated too.
 pub(crate) fn lifecycle(answer: &Answer) -> Found {
     if answer.status == 404 {
         return Ok(None);
@@ -104,8 +104,8 @@ pub(crate) fn lifecycle(answer: &Answer) -> Found {
     Ok(Some(Notice { end, announcement: Announcement::AutoScaling, at: None }))
 }
 
-/// Whether the text is a word with a capital, as the states of these services are. A service may have states that are not
-/// known here.
+/// Whether the text is a word with a capital, as the states of these services are. A service may have states that are
+/// not known here.
 fn is_word(text: &str) -> bool {
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'_');
     text.starts_with(|first: char| first.is_ascii_uppercase()) && text.len() <= 64 && text.bytes().all(is_part)
@@ -137,8 +137,8 @@ struct ScheduledEvent {
     not_before: Option<String>,
 }
 
-/// Reads the answer to `GET /metadata/scheduledevents` (Azure, "Scheduled Events for Linux VMs"). `machine` is the name of
-/// this machine: the machines of a scale set or of an availability set get the events of all of them.
+/// Reads the answer to `GET /metadata/scheduledevents` (Azure, "Scheduled Events for Linux VMs"). `machine` is the name
+/// of this machine: the machines of a scale set or of an availability set get the events of all of them.
 ///
 /// A `Freeze` pauses the machine for some seconds, which a lease survives. An event of an unknown type says nothing. A
 /// reboot that has `Started` has happened, if terraform is running: the event stays in the list for a moment after it.
@@ -173,8 +173,8 @@ pub(crate) fn scheduled_events(answer: &Answer, machine: &str) -> Found {
     Ok(notices.into_iter().min_by_key(|notice| notice.at))
 }
 
-/// Returns the text of an answer of Google's service. Every answer of that service has the header, so that a program can
-/// tell it from another one (Compute Engine, "About VM metadata").
+/// Returns the text of an answer of Google's service. Every answer of that service has the header, so that a program
+/// can tell it from another one (Compute Engine, "About VM metadata").
 fn googles(answer: &Answer) -> Result<&str, Useless> {
     if answer.is_of_google { answer.text() } else { useless("an answer without Metadata-Flavor: Google") }
 }

@@ -103,7 +103,8 @@ impl Questions {
     fn new(service: Service) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        // The next question comes after some seconds. A connection to a machine that was suspended meanwhile is of no use.
+        // The next question comes after some seconds. A connection to a machine that was suspended meanwhile is of no
+        // use.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         let requests = Requests { client, service };
         Self { requests, token: None, machine: None, seen: [None, None], has_no_maintenance: false }
@@ -131,8 +132,8 @@ impl Questions {
         if matches!(lifecycle, Ok(Some(_))) { lifecycle } else { spot.and(lifecycle) }
     }
 
-    /// Gets an item with the token, and with a new one if the service refuses the last one, which has expired. The first
-    /// version of the service, without a token, is not used.
+    /// Gets an item with the token, and with a new one if the service refuses the last one, which has expired. The
+    /// first version of the service, without a token, is not used.
     async fn get_from_ec2(&mut self, path: &str) -> Result<Answer, Useless> {
         loop {
             let is_new = self.token.is_none();

@@ -43,9 +43,9 @@ impl fmt::Display for NotAsked {
 }
 
 impl Service {
-    /// Returns the service of `provider`. `variable` returns an environment variable: EC2's have the names and the meaning
-    /// that they have for the AWS SDKs (SDK reference guide, "IMDS client"), and Google's the one that it has for Google's
-    /// libraries. Azure has none. A debug build has one, for the tests.
+    /// Returns the service of `provider`. `variable` returns an environment variable: EC2's have the names and the
+    /// meaning that they have for the AWS SDKs (SDK reference guide, "IMDS client"), and Google's the one that it has
+    /// for Google's libraries. Azure has none. A debug build has one, for the tests.
     ///
     /// # Errors
     /// The reason for which the service must not be asked or cannot be asked.

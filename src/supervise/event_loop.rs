@@ -448,8 +448,8 @@ impl Supervision<'_> {
 
     /// Stops this process with [`Signals::stop`]. First reports the stop to the guardian. If terraform exits while this
     /// process is stopped, the guardian continues this process, because no other process would. Then handles what has
-    /// happened to the lease meanwhile. Returns true after this process was continued, and false if the kernel discarded
-    /// the stop.
+    /// happened to the lease meanwhile. Returns true after this process was continued, and false if the kernel
+    /// discarded the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
         self.run_record.stands_still(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
@@ -582,9 +582,9 @@ impl Supervision<'_> {
         }
     }
 
-    /// Whether `tf` waits for the guardian's report about a SIGTERM of a service manager. Terraform may have got that signal
-    /// too. Then an interrupt would be its second one. Within [`UNIT_STOP_WINDOW`], terraform has got one interrupt in every
-    /// case.
+    /// Whether `tf` waits for the guardian's report about a SIGTERM of a service manager. Terraform may have got that
+    /// signal too. Then an interrupt would be its second one. Within [`UNIT_STOP_WINDOW`], terraform has got one
+    /// interrupt in every case.
     fn is_being_asked(&self) -> bool {
         self.unit_stop.is_some()
     }

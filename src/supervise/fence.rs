@@ -17,8 +17,9 @@
 //! (`kill_orphaned_pgrp`, kernel/exit.c). The kernel closes the descriptors of a process before it does that
 //! (`do_exit`), so SIGKILL comes first.
 //!
-//! A second fuse, the spare one, is forked while terraform works, and takes the place of a fuse that has died. A process
-//! that is forked while terraform is stopped would have a copy of the kill pipe's write end until it has closed it. If
+//! A second fuse, the spare one, is forked while terraform works, and takes the place of a fuse that has died. A
+//! process that is forked while terraform is stopped would have a copy of the kill pipe's write end until it has closed
+//! it. If
 //! `tf` died meanwhile, the kernel would continue terraform first. Only a process that was forked before cannot do that.
 //!
 //! One write end in a wrong process would keep a pipe silent. So every write end is closed on exec, and every process
@@ -186,11 +187,11 @@ impl Fence {
         Ok([self.fuse, spare])
     }
 
-    /// Forks a spare fuse if there is none. Call this after each [`Fence::rearm`], as soon as
-    /// terraform was continued. This process must have one thread. Returns the pid of a new
-    /// spare fuse, which must be excluded from terraform's tree. `None` if there was one, or if it is not a child of
-    /// this process. After this process has become a subreaper, `parent` must be [`Parent::Us`], because a child of init
-    /// would then be a child of this process with an unknown pid.
+    /// Forks a spare fuse if there is none. Call this after each [`Fence::rearm`], as soon as terraform was continued.
+    /// This process must have one thread. Returns the pid of a new spare fuse, which must be excluded from terraform's
+    /// tree. `None` if there was one, or if it is not a child of this process. After this process has become a
+    /// subreaper, `parent` must be [`Parent::Us`], because a child of init would then be a child of this process with
+    /// an unknown pid.
     ///
     /// # Errors
     /// The error of fork(2), or of a copy of a descriptor. The fence works without a spare fuse:
@@ -260,8 +261,8 @@ impl Fence {
     }
 
     /// Kills the fuse in use. That stops the group, and [`Fence::rearm`] replaces the fuse. Waits until the group was
-    /// stopped, for [`FUSE_EXIT_TIMEOUT`] at most: a process may hang in the kernel before it dies. Returns false if the fuse
-    /// is not a child of this process, so that it cannot be killed.
+    /// stopped, for [`FUSE_EXIT_TIMEOUT`] at most: a process may hang in the kernel before it dies. Returns false if
+    /// the fuse is not a child of this process, so that it cannot be killed.
     pub(crate) fn kill_fuse(&self) -> bool {
         let is_killed = self.fuse.is_some_and(|fuse| kill(fuse, Signal::SIGKILL).is_ok());
         if is_killed {
@@ -337,9 +338,9 @@ impl Fence {
         is_continued
     }
 
-    /// Takes the fence down: disarms both pipes, tells the fuse that the run is over, and continues `group` if the fence
-    /// had stopped it. Call this when terraform has ended, before it is reaped, or when it must go on without a lease.
-    /// Does not wait for the fuses. Returns those that are children of this process, which must reap them.
+    /// Takes the fence down: disarms both pipes, tells the fuse that the run is over, and continues `group` if the
+    /// fence had stopped it. Call this when terraform has ended, before it is reaped, or when it must go on without a
+    /// lease. Does not wait for the fuses. Returns those that are children of this process, which must reap them.
     ///
     /// The pipes are disarmed before the fuse may exit. A daemon that terraform left on purpose in its group has
     /// inherited the read ends, and would otherwise be stopped for ever. If the fuse has stopped the group, such a
@@ -400,14 +401,14 @@ impl EndingFuses {
 
 /// Continues terraform's process group, unless the fence of its run has stopped it, and returns whether it was
 /// continued. `fence` is `None` for a run without a lease. Every SIGCONT to terraform's group must go through this
-/// function, because a SIGCONT discards a SIGSTOP that is pending (signal(7)): a group that was suspended by ^Z when the
-/// fuse died would go on unfenced.
+/// function, because a SIGCONT discards a SIGSTOP that is pending (signal(7)): a group that was suspended by ^Z when
+/// the fuse died would go on unfenced.
 ///
 /// So it takes four steps: it sets the signal of the stop pipe to SIGKILL, looks whether the pipe has hung up, sends
-/// SIGCONT only if not, and sets the signal back to SIGSTOP. If the fuse dies before the first step, the look sees it. If
-/// it dies between the first and the last step, the group is killed instead of stopped: SIGCONT does not discard SIGKILL.
-/// If it dies after SIGCONT and the last step, the SIGSTOP comes after the SIGCONT and counts. If this process dies in
-/// between, the signal stays SIGKILL, which is safe.
+/// SIGCONT only if not, and sets the signal back to SIGSTOP. If the fuse dies before the first step, the look sees it.
+/// If it dies between the first and the last step, the group is killed instead of stopped: SIGCONT does not discard
+/// SIGKILL. If it dies after SIGCONT and the last step, the SIGSTOP comes after the SIGCONT and counts. If this process
+/// dies in between, the signal stays SIGKILL, which is safe.
 pub(crate) fn continue_group(fence: Option<&Fence>, group: Pid) -> bool {
     fence.map_or_else(|| killpg(group, Signal::SIGCONT).is_ok(), |fence| fence.continue_group(group))
 }

@@ -185,9 +185,9 @@ impl ForegroundControl {
         }
     }
 
-    /// Takes the terminal from a group that the kernel has stopped for its lease, as a shell does for a stopped job: the
-    /// foreground, and the modes. A program may have been stopped while it prompted without echo or in raw mode, and in
-    /// raw mode a ^C would signal nobody.
+    /// Takes the terminal from a group that the kernel has stopped for its lease, as a shell does for a stopped job:
+    /// the foreground, and the modes. A program may have been stopped while it prompted without echo or in raw mode,
+    /// and in raw mode a ^C would signal nobody.
     pub(crate) fn take_from_stopped(&mut self) {
         let theirs = self.terminal.as_ref().and_then(Terminal::modes);
         let normal = self.normal.clone();
@@ -202,9 +202,9 @@ impl ForegroundControl {
         }
     }
 
-    /// Gives the terminal back to the program from which [`ForegroundControl::take_from_stopped`] has taken it: the modes,
-    /// and the foreground. Call this before the group is continued. Does nothing if the terminal had its previous modes: a
-    /// program that then reads from the terminal gets the foreground as any other.
+    /// Gives the terminal back to the program from which [`ForegroundControl::take_from_stopped`] has taken it: the
+    /// modes, and the foreground. Call this before the group is continued. Does nothing if the terminal had its
+    /// previous modes: a program that then reads from the terminal gets the foreground as any other.
     pub(crate) fn give_back_to_stopped(&mut self) {
         let Some(theirs) = self.modes_when_stopped.take() else { return };
         let Some(terminal) = self.terminal.as_ref().filter(|_| self.foreground() == Foreground::Ours) else { return };

@@ -75,7 +75,8 @@ impl Message {
 /// The fuse's answer to a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Answer {
-    /// The number of the fuse that answers. Each fuse of a run has another number. So an old answer cannot pass for one of a new fuse.
+    /// The number of the fuse that answers. Each fuse of a run has another number. So an old answer cannot pass for one
+    /// of a new fuse.
     pub(crate) fuse: u32,
     /// When the fuse will die. It is the deadline that the message had, or a later one of an earlier message. `None` if
     /// the fuse has no timer, so that nothing will kill it in time.
@@ -106,8 +107,8 @@ fn nanoseconds(time: Duration) -> [u8; 8] {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).to_le_bytes()
 }
 
-/// Sends the fuse the deadline of a confirmed renewal: a time of `sys::boot_clock`. `socket` is the keeper's end of the deadline socket. The
-/// fuse takes the latest deadline that it got, and answers each one ([`receive_answer`]).
+/// Sends the fuse the deadline of a confirmed renewal: a time of `sys::boot_clock`. `socket` is the keeper's end of the
+/// deadline socket. The fuse takes the latest deadline that it got, and answers each one ([`receive_answer`]).
 ///
 /// # Errors
 /// `WouldBlock` if the fuse has not read its earlier messages; `BrokenPipe` or `ConnectionReset` if no process holds
@@ -116,8 +117,8 @@ pub(crate) fn send_deadline(socket: &PacketSocket, deadline: Duration) -> io::Re
     socket.send(&Message::Deadline(deadline).encode())
 }
 
-/// Sends the fuse the deadline of a renewal that is about to be sent. It counts only if the fuse has no deadline yet. The
-/// fuse answers.
+/// Sends the fuse the deadline of a renewal that is about to be sent. It counts only if the fuse has no deadline yet.
+/// The fuse answers.
 ///
 /// # Errors
 /// As [`send_deadline`].
@@ -142,9 +143,9 @@ pub(crate) fn send_over(socket: &PacketSocket) -> io::Result<()> {
     socket.send(&Message::Over.encode())
 }
 
-/// Returns the next answer of the fuse, without waiting. `None` if there is none. A caller that waits for an answer must
-/// wait for a hang-up of the stop pipe or for a limited time too, because a fuse that has died does not answer, and
-/// another process may hold its end.
+/// Returns the next answer of the fuse, without waiting. `None` if there is none. A caller that waits for an answer
+/// must wait for a hang-up of the stop pipe or for a limited time too, because a fuse that has died does not answer,
+/// and another process may hold its end.
 ///
 /// # Errors
 /// `UnexpectedEof` if no process holds the fuse's end, so that no answer can arrive; or the error of recvmsg(2).

@@ -136,10 +136,11 @@ pub(crate) enum Heard {
     CannotWrite,
     /// A service manager has sent SIGTERM to every process of the unit, including terraform.
     UnitIsStopped,
-    /// The guardian has read that `tf` was continued ([`Guardian::stands_still`]), so it does not stop terraform's group
-    /// for the lease any more.
+    /// The guardian has read that `tf` was continued ([`Guardian::stands_still`]), so it does not stop terraform's
+    /// group for the lease any more.
     StopsNoMore,
-    /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once while
+    /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once
+    /// while
     /// `tf` is suspended.
     LockIsLost,
     /// The guardian has exited, or was killed.
@@ -345,9 +346,9 @@ fn write_survivors(entry: Option<&JournalEntry>, record: Option<&mut JournalReco
 }
 
 /// Sends SIGINT to the process group `group`, whose leader is `terraform`. On Linux, the signal never reaches a later
-/// group with the same number. Linux before 6.9 and macOS cannot signal a group through a handle. There, this opens each
-/// member, checks that the handle refers to the same process, and signals it. Returns an error if terraform itself cannot
-/// be signalled.
+/// group with the same number. Linux before 6.9 and macOS cannot signal a group through a handle. There, this opens
+/// each member, checks that the handle refers to the same process, and signals it. Returns an error if terraform itself
+/// cannot be signalled.
 fn interrupt_group(terraform: &ProcessHandle, group: Pid) -> io::Result<()> {
     if terraform.signal_group(Signal::SIGINT).is_ok() {
         return Ok(());
@@ -538,8 +539,8 @@ impl<'a> Watch<'a> {
             let end_at = ended.is_some().then_some(1);
             awaited.extend(ended);
             awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
-            // While `tf` is stopped, only the guardian can stop a terraform again that somebody else continues although the
-            // kernel has stopped it for its lease.
+            // While `tf` is stopped, only the guardian can stop a terraform again that somebody else continues although
+            // the kernel has stopped it for its lease.
             let lease = self.context.lease.as_ref().filter(|_| self.still);
             let deadline = if lease.is_some_and(|lease| lease.is_blown()) {
                 Some(deadline.map_or(STOP_AGAIN_INTERVAL, |at| at.min(STOP_AGAIN_INTERVAL)))
@@ -587,8 +588,8 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// While `tf` is suspended, nobody replaces its keeper, and a keeper is easily killed or stopped together with it. So
-    /// the guardian has one of its own meanwhile. The service orders the renewals of the two.
+    /// While `tf` is suspended, nobody replaces its keeper, and a keeper is easily killed or stopped together with it.
+    /// So the guardian has one of its own meanwhile. The service orders the renewals of the two.
     fn step_lease_while_still(&mut self) {
         if !self.still {
             self.hand_lease_back();
@@ -601,7 +602,8 @@ impl<'a> Watch<'a> {
             self.has_lease = true;
             lease.take_over(TfState::Suspended, Some(orders.clone()), self.context.tree);
         }
-        // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the loss yet.
+        // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the
+        // loss yet.
         let recorder = &mut *self.context.recorder;
         if lease.step_as_guardian(|id| LockPhase::of(id, recorder.log()))
             && !std::mem::replace(&mut self.has_told_loss, true)
@@ -864,7 +866,8 @@ impl<'a> Watch<'a> {
         self.context.stop.decide(StopEvent::ParentGone, begun.elapsed())
     }
 
-    /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease lasts.
+    /// Continues the lease of `tf`, which is dead. Terraform may need longer for its graceful stop than the lease
+    /// lasts.
     fn take_over_lease(&mut self) {
         let Some(lease) = &mut self.context.lease else { return };
         lease.take_over(TfState::Dead, self.orders.take(), self.context.tree);

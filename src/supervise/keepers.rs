@@ -85,8 +85,8 @@ impl Keepers {
         self.failed(Duration::ZERO, format!("it cannot be started: {error}"));
     }
 
-    /// Returns the socket of the keeper. It is readable when the keeper has reported something or has ended. `None` if no
-    /// keeper is running.
+    /// Returns the socket of the keeper. It is readable when the keeper has reported something or has ended. `None` if
+    /// no keeper is running.
     pub(crate) fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.running.as_ref().map(|running| running.keeper.socket())
     }

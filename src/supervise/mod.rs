@@ -1,7 +1,7 @@
 //! One supervised run of terraform: starts terraform, watches it until it has exited, and then cleans up.
 //!
-//! The process that supervises terraform sends no request to DynamoDB or S3. [`crate::lock`] does that after terraform's
-//! end, and [`keeper`] in a process of its own.
+//! The process that supervises terraform sends no request to DynamoDB or S3. [`crate::lock`] does that after
+//! terraform's end, and [`keeper`] in a process of its own.
 
 pub(crate) mod awake;
 pub(crate) mod event_loop;

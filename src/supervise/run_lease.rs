@@ -51,8 +51,8 @@ use crate::trace::trace;
 /// How often to check whether somebody else has continued a terraform that the kernel has stopped.
 pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 
-/// If every process of the run was stopped, and `tf` is continued, then terraform is continued too, a moment later. So for
-/// this time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
+/// If every process of the run was stopped, and `tf` is continued, then terraform is continued too, a moment later. So
+/// for this time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
 const CONTINUE_WINDOW: Duration = Duration::from_millis(250);
 const SHORT_STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -65,8 +65,8 @@ pub(crate) enum LeaseEffect {
     CannotRenew(String),
     /// Terraform can go on. The supervisor gives it the terminal that it had, and then calls [`RunLease::go_on`].
     Continue,
-    /// The lock was released, so what is stopped can go on without it. The supervisor gives it the terminal that it had, and
-    /// then calls [`RunLease::go_on_without_lock`].
+    /// The lock was released, so what is stopped can go on without it. The supervisor gives it the terminal that it
+    /// had, and then calls [`RunLease::go_on_without_lock`].
     ContinueWithoutLock,
     /// Terraform must stop gracefully, because its lease cannot be renewed or its lock is gone.
     Interrupt(Trouble),
@@ -200,8 +200,8 @@ pub(crate) struct RunLease {
     continued: Option<Duration>,
     /// How often in a row the fuse in use has not answered its keeper.
     fuse_silences: u32,
-    /// When the last confirmed renewal was sent after which terraform may work, or when the lease began: the lock was the
-    /// run's later than that. `None` if no lease has begun.
+    /// When the last confirmed renewal was sent after which terraform may work, or when the lease began: the lock was
+    /// the run's later than that. `None` if no lease has begun.
     renewed: Option<Timestamp>,
     /// The last deadline of the fuse that is known. The first renewal may be stored, and its fuse may have a deadline,
     /// although none was reported. `None` if no lease has begun.
@@ -210,9 +210,11 @@ pub(crate) struct RunLease {
     has_killed_fuse: bool,
     /// How the lock was lost.
     loss: Option<Loss>,
-    /// Whether the deadline of the lease has stopped terraform, and no keeper has reported the loss of the lock before that.
+    /// Whether the deadline of the lease has stopped terraform, and no keeper has reported the loss of the lock before
+    /// that.
     is_stopped_in_time: bool,
-    /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have arrived.
+    /// Whether terraform was stopped within its unlock when the lock was found gone. Then its own delete may have
+    /// arrived.
     is_lost_in_unlock: bool,
     /// How many reads in a row have shown that the lock is lost, since terraform has begun its unlock.
     reads_in_unlock: u32,
@@ -314,8 +316,8 @@ impl RunLease {
         self.loss.as_ref()
     }
 
-    /// Whether terraform was stopped within its unlock when the lock was found gone, so that it may have released the lock
-    /// itself.
+    /// Whether terraform was stopped within its unlock when the lock was found gone, so that it may have released the
+    /// lock itself.
     pub(crate) fn is_lost_in_unlock(&self) -> bool {
         self.is_lost_in_unlock
     }
@@ -325,8 +327,8 @@ impl RunLease {
         std::mem::take(&mut self.has_new_orders)
     }
 
-    /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped it.
-    /// Returns whether its leader was running. Call this again and again while [`RunLease::is_stopped`].
+    /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped
+    /// it. Returns whether its leader was running. Call this again and again while [`RunLease::is_stopped`].
     pub(crate) fn stop_again(&mut self) -> bool {
         let has_run = self.is_stopped() && self.stop_group_again();
         if has_run && let Some(stopped) = &mut self.stopped {
@@ -352,15 +354,15 @@ impl RunLease {
         let Some(group) = self.group else { return false };
         let leader = Process::look_up(group);
         let runs = leader.is_some_and(|leader| !matches!(leader.state, 'T' | 't' | 'Z' | 'X'));
-        // It is sent whatever the state of the processes is: terraform runs until it arrives, and to look at all of them
-        // takes longer than terraform may need for a request. A process that is stopped keeps it, until a SIGCONT
+        // It is sent whatever the state of the processes is: terraform runs until it arrives, and to look at all of
+        // them takes longer than terraform may need for a request. A process that is stopped keeps it, until a SIGCONT
         // discards it.
         let _ = killpg(group, Signal::SIGSTOP);
         runs
     }
 
-    /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write it, as
-    /// its log says. `has_exited`: it was not killed.
+    /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write
+    /// it, as its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
         let (renewed, deadline) = (self.renewed, self.deadline.map(|deadline| deadline.wall));
         let is_before = |(loss, deadline)| is_lost_before(loss, deadline);
@@ -404,8 +406,8 @@ impl RunLease {
         }
     }
 
-    /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if the log
-    /// does not name it.
+    /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if
+    /// the log does not name it.
     fn is_blocked(&mut self, lock: Option<&str>, obstacle: Obstacle) -> Followed {
         let now = boot_clock::now();
         let is_same = |blocked: &Blocked| blocked.lock.as_deref() == lock && blocked.obstacle == obstacle;
@@ -424,8 +426,8 @@ impl RunLease {
         Followed::NoLease(obstacle.to_string())
     }
 
-    /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it. `None`
-    /// if there is none, or if one was returned before.
+    /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it.
+    /// `None` if there is none, or if one was returned before.
     pub(crate) fn lock_without_lease<'a>(&mut self, log: &'a Log) -> Option<&'a RecordedLock> {
         let leased = self.leased.as_deref().filter(|_| !self.has_reported_lock)?;
         let lock = lock_besides(log, leased);
@@ -485,8 +487,8 @@ impl RunLease {
         Ok(())
     }
 
-    /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its place
-    /// first.
+    /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its
+    /// place first.
     ///
     /// # Errors
     /// As [`Fence::arm`] and [`Fence::rearm`]. Nothing is armed then.
@@ -545,8 +547,8 @@ impl RunLease {
         while let Some(news) = self.keepers.hear() {
             trace!("guardian: the keeper: {news:?}");
             match news {
-                // If `tf` is dead, terraform is interrupted anyway. If it is suspended, it interrupts terraform when it goes
-                // on, because of a notice of its own keeper. Until then, the record must not say that.
+                // If `tf` is dead, terraform is interrupted anyway. If it is suspended, it interrupts terraform when it
+                // goes on, because of a notice of its own keeper. Until then, the record must not say that.
                 News::Report(Report::Notice(notice)) if self.tf == TfState::Dead => {
                     self.note_notice(notice);
                 }
@@ -611,8 +613,8 @@ impl RunLease {
         self.fence.as_ref().map_or(Ok(Vec::new()), |fence| fence.inheritable_read_ends().map(Vec::from))
     }
 
-    /// Forks the fuse and its spare. If that fails, this run promises nothing. Returns their pids. They do not belong to
-    /// terraform's tree. A process that is not a child of this process has no pid here.
+    /// Forks the fuse and its spare. If that fails, this run promises nothing. Returns their pids. They do not belong
+    /// to terraform's tree. A process that is not a child of this process has no pid here.
     pub(crate) fn fork_fuse(&mut self, parent: Parent) -> Vec<Pid> {
         let Some(fence) = &mut self.fence else { return Vec::new() };
         match fence.fork_fuse(parent) {
@@ -636,8 +638,9 @@ impl RunLease {
         Ok(())
     }
 
-    /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes on.
-    /// The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the shim.
+    /// Has the keepers watch the shim, if the terraform with the lock has ended and the shim that has started it goes
+    /// on. The lock is kept until the shim ends, so its lease is renewed until then. Otherwise, the fuse would stop the
+    /// shim.
     ///
     /// # Errors
     /// If no descriptor is free. Nothing has changed then.
@@ -686,8 +689,8 @@ impl RunLease {
         if self.is_over || self.orders.is_none() {
             return effects;
         }
-        // What a keeper has reported before the end of the fuse was noticed is heard before that is judged: `tf` may have
-        // been stopped for hours, and then what it knows of the lease is as old.
+        // What a keeper has reported before the end of the fuse was noticed is heard before that is judged: `tf` may
+        // have been stopped for hours, and then what it knows of the lease is as old.
         let is_new_stop = self.stopped.is_none() && self.is_blown();
         if let Some(stopped) = &mut self.stopped
             && stopped.is_rearmed
@@ -721,7 +724,8 @@ impl RunLease {
         effects
     }
 
-    /// Notes that the fuse is gone and the kernel has stopped terraform. `effects` are those of the reports from before that.
+    /// Notes that the fuse is gone and the kernel has stopped terraform. `effects` are those of the reports from before
+    /// that.
     fn note_stop(&mut self, effects: &mut Vec<LeaseEffect>) {
         trace!("the fuse is gone, and terraform is stopped");
         crash_point::reached("lease: knows of the stop");
@@ -786,8 +790,8 @@ impl RunLease {
         self.is_shim_watched || self.terraform.as_ref().is_some_and(ProcessHandle::has_exited)
     }
 
-    /// Counts a read that shows the loss of a lock that terraform has begun to release, and returns whether the unlock is
-    /// over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
+    /// Counts a read that shows the loss of a lock that terraform has begun to release, and returns whether the unlock
+    /// is over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
     fn is_unlock_over(&mut self, is_end_logged: bool) -> bool {
         self.reads_in_unlock = self.reads_in_unlock.saturating_add(1);
         let holder = self.orders.as_ref().and_then(|orders| Process::look_up(Pid::from_raw(orders.terraform)));
@@ -813,8 +817,8 @@ impl RunLease {
         if matches!(report, Report::Lost(_) | Report::Looked { look: Look::Lost, .. })
             && let Some(orders) = &self.orders
         {
-            // Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock, the
-            // log shows that by now. Then the lock of another run may be there as well.
+            // Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock,
+            // the log shows that by now. Then the lock of another run may be there as well.
             match phase(&orders.lock) {
                 LockPhase::Gone => return self.released(),
                 LockPhase::Unlocking { is_end_logged } if self.is_unlock_over(is_end_logged) => {
@@ -822,8 +826,8 @@ impl RunLease {
                     return self.released();
                 }
                 // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
-                // another run has taken meanwhile. So it goes on only if it is not stopped, or has exited and the lock is
-                // only read again.
+                // another run has taken meanwhile. So it goes on only if it is not stopped, or has exited and the lock
+                // is only read again.
                 LockPhase::Unlocking { .. } if self.stopped.is_none() || self.has_holder_exited() => return None,
                 LockPhase::Unlocking { .. } => {
                     let is_gone = |loss: &Loss| *loss == Loss::Gone;
@@ -907,9 +911,9 @@ impl RunLease {
         }
     }
 
-    /// Notes that the fuse has not answered its keeper, and replaces it in the end: its death stops terraform, and the spare
-    /// one takes its place. A fuse that is not a child of this process cannot be killed. Then the run goes on without a
-    /// fence. Returns the pid of a new keeper.
+    /// Notes that the fuse has not answered its keeper, and replaces it in the end: its death stops terraform, and the
+    /// spare one takes its place. A fuse that is not a child of this process cannot be killed. Then the run goes on
+    /// without a fence. Returns the pid of a new keeper.
     fn note_silent_fuse(&mut self) -> Option<Pid> {
         self.fuse_silences += 1;
         if self.fuse_silences < SILENCES_TO_REPLACE_FUSE {
@@ -928,9 +932,9 @@ impl RunLease {
         self.renew_without_fence()
     }
 
-    /// Kills the fuse, so that terraform stays stopped until the keeper has looked at the lock, which may be lost. If that is
-    /// not possible (there is no fence, or the fuse is not a child of this process), the keeper renews at once, and that
-    /// shows the loss.
+    /// Kills the fuse, so that terraform stays stopped until the keeper has looked at the lock, which may be lost. If
+    /// that is not possible (there is no fence, or the fuse is not a child of this process), the keeper renews at once,
+    /// and that shows the loss.
     pub(crate) fn stop_for_look(&mut self) {
         if self.orders.is_none() || self.is_over {
             return;
@@ -960,9 +964,9 @@ impl RunLease {
         }
     }
 
-    /// Breaks off what terraform had sent to its backend: the kernel sends it again and again, while terraform is stopped
-    /// and even after it was killed. Terraform's core has no other connections. Those of its providers are left alone,
-    /// because not every provider can repeat a request. Terraform itself repeats its requests, if it goes on.
+    /// Breaks off what terraform had sent to its backend: the kernel sends it again and again, while terraform is
+    /// stopped and even after it was killed. Terraform's core has no other connections. Those of its providers are left
+    /// alone, because not every provider can repeat a request. Terraform itself repeats its requests, if it goes on.
     fn abort_requests(&self) {
         if let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) {
             let count = connections::abort(Pid::from_raw(orders.terraform), terraform);
@@ -970,8 +974,8 @@ impl RunLease {
         }
     }
 
-    /// Notes a notice that a keeper has reported, and tells that keeper that terraform is interrupted because of it. Returns
-    /// whether it is the first one. Another keeper may report it as well.
+    /// Notes a notice that a keeper has reported, and tells that keeper that terraform is interrupted because of it.
+    /// Returns whether it is the first one. Another keeper may report it as well.
     fn note_notice(&mut self, notice: Notice) -> bool {
         self.keepers.tell_of_interrupt();
         let Some(orders) = &mut self.orders else { return false };
@@ -1061,8 +1065,8 @@ impl RunLease {
         true
     }
 
-    /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the forked
-    /// process holds a write end can only delay a stop, and only if the fuse dies in it.
+    /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the
+    /// forked process holds a write end can only delay a stop, and only if the fuse dies in it.
     fn fork_spare(&mut self) -> Option<Pid> {
         if self.stopped.is_some() {
             return None;
@@ -1104,20 +1108,20 @@ impl RunLease {
         fence::continue_group(self.fence.as_ref(), group);
     }
 
-    /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is not
-    /// stopped.
+    /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is
+    /// not stopped.
     pub(crate) fn note_key(&mut self) -> Option<u8> {
         let stopped = self.stopped.as_mut()?;
         stopped.interrupts = stopped.interrupts.saturating_add(1);
         Some(stopped.interrupts)
     }
 
-    /// Ends the lease, because terraform has ended. `ended` is how, `None` if that is unknown. The keeper has ended when
-    /// this returns, so that no renewal comes between a read and a delete of the lock.
+    /// Ends the lease, because terraform has ended. `ended` is how, `None` if that is unknown. The keeper has ended
+    /// when this returns, so that no renewal comes between a read and a delete of the lock.
     ///
-    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and what terraform has
-    /// left must not run again. But the end of the fence continues the group, for a process that terraform has left on
-    /// purpose. So this kills what is left before that. A terraform that exited by itself was not stopped then.
+    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and what terraform
+    /// has left must not run again. But the end of the fence continues the group, for a process that terraform has left
+    /// on purpose. So this kills what is left before that. A terraform that exited by itself was not stopped then.
     pub(crate) fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
         if !matches!(ended, Some(Ended::Exited(_))) && (self.is_stopped() || self.is_blown()) {
             tree.kill_rest();
@@ -1129,8 +1133,8 @@ impl RunLease {
         crash_point::reached("lease: ended");
     }
 
-    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper and the fuses, because
-    /// the caller has to handle signals. A late renewal fails, because its lock is gone.
+    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper and the fuses,
+    /// because the caller has to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
         self.keepers.let_go();
         crash_point::reached("lease: told the keeper");
@@ -1143,10 +1147,10 @@ impl RunLease {
     }
 
     /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
-    /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not be
-    /// released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID was kept
-    /// on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether the promise is still stored. A SIGINT
-    /// ends the wait for it.
+    /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not
+    /// be released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID
+    /// was kept on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether the
+    /// promise is still stored. A SIGINT ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
         // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
         let promised = self.orders.take().filter(|orders| orders.fence == Promise::Stop);
@@ -1169,8 +1173,8 @@ impl RunLease {
     }
 }
 
-/// Whether a report says the same of a terraform whose fuse is gone by now as of one that had its fuse. Every other report
-/// is about what happens without a fuse, or must not change a run that is stopped before its lock was looked at.
+/// Whether a report says the same of a terraform whose fuse is gone by now as of one that had its fuse. Every other
+/// report is about what happens without a fuse, or must not change a run that is stopped before its lock was looked at.
 fn comes_before_a_stop(report: &Report) -> bool {
     match report {
         Report::Renewed { fence, .. } => *fence == Promise::Stop,
@@ -1190,8 +1194,8 @@ fn wall_time(at: Duration) -> Timestamp {
     saturating_add(Timestamp::now(), signed(at).saturating_sub(signed(boot_clock::now())))
 }
 
-/// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended is
-/// looked for again.
+/// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended
+/// is looked for again.
 fn unwatchable(error: &io::Error) -> Obstacle {
     if error.raw_os_error() == Some(libc::ESRCH) {
         Obstacle::NoHolder
@@ -1200,7 +1204,8 @@ fn unwatchable(error: &io::Error) -> Obstacle {
     }
 }
 
-/// Returns the obstacle if terraform holds a lock of the S3 backend that the log does not name. `None` if it holds none.
+/// Returns the obstacle if terraform holds a lock of the S3 backend that the log does not name. `None` if it holds
+/// none.
 fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -> Option<Obstacle> {
     let is_in_use = |lock: &&UnnamedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
     let lock = log.unreleased_unnamed().find(is_in_use)?;

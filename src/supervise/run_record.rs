@@ -54,12 +54,12 @@ pub(crate) enum GuardianNews {
 
 /// Whether the guardian may be about to stop terraform's group for the lease, although `tf` was continued.
 ///
-/// While `tf` is suspended, the guardian sends SIGSTOP when it sees that the fuse is gone. Between the look and the signal
-/// it may get no processor, while `tf` is continued, makes a new fuse, and continues terraform. So only the guardian's
-/// answer shows that no SIGSTOP comes any more. One that came before the answer is undone with a SIGCONT.
+/// While `tf` is suspended, the guardian sends SIGSTOP when it sees that the fuse is gone. Between the look and the
+/// signal it may get no processor, while `tf` is continued, makes a new fuse, and continues terraform. So only the
+/// guardian's answer shows that no SIGSTOP comes any more. One that came before the answer is undone with a SIGCONT.
 ///
-/// A guardian that is frozen does not answer. So a stop that comes later than [`ANSWER_TIMEOUT`] counts as a person's. It
-/// is undone nevertheless if it was the guardian's.
+/// A guardian that is frozen does not answer. So a stop that comes later than [`ANSWER_TIMEOUT`] counts as a person's.
+/// It is undone nevertheless if it was the guardian's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LateStop {
     /// How often `tf` was continued without an answer of the guardian to it.
@@ -144,9 +144,9 @@ impl RunRecord {
         }
     }
 
-    /// Handles the guardian's reports, without waiting, up to one about which the caller must do something, and returns that
-    /// one. `None` if there are no more, or no guardian. If the journal cannot be written, stores this in `failed`. If the
-    /// guardian is gone, writes the journal in its place.
+    /// Handles the guardian's reports, without waiting, up to one about which the caller must do something, and returns
+    /// that one. `None` if there are no more, or no guardian. If the journal cannot be written, stores this in
+    /// `failed`. If the guardian is gone, writes the journal in its place.
     pub(crate) fn hear(&mut self, recorder: &Recorder) -> Option<GuardianNews> {
         loop {
             match self.guardian.as_ref()?.hear() {

@@ -29,8 +29,8 @@ pub(crate) enum StopEvent {
     /// A ^C that the terminal sent to terraform, because terraform is in the foreground group. Terraform counts it as
     /// an interrupt, so `tf` does not send another one.
     KeyboardAtTerraform,
-    /// A ^C that the terminal sent to `tf` while terraform is stopped because of its lease. Terraform handles an interrupt
-    /// when it goes on. The keys that end the stopped terraform are counted elsewhere
+    /// A ^C that the terminal sent to `tf` while terraform is stopped because of its lease. Terraform handles an
+    /// interrupt when it goes on. The keys that end the stopped terraform are counted elsewhere
     /// ([`crate::supervise::run_lease::RunLease::note_key`]), so this event never leads to a second interrupt.
     KeyboardWhileStopped,
     /// An INT, TERM or HUP that a process sent, or a hangup.

@@ -4,7 +4,8 @@
 //!
 //! If the wait takes 3 s, another `tf` process says who holds the lock.
 //!
-//! With `TFW_LEASE`, this module also watches the lock for which terraform waits, and takes it over when its lease has lapsed.
+//! With `TFW_LEASE`, this module also watches the lock for which terraform waits, and takes it over when its lease has
+//! lapsed.
 //!
 //! Another `tf` process does each of these, because a process that supervises a terraform sends no request to AWS
 //! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
@@ -274,10 +275,10 @@ fn ending_explanation(process: WaitExplanation) -> (Child, Duration) {
 /// Whether terraform, which waits for a lock, is between two attempts to get it. `asked` and `attempted` are when the
 /// first and the last attempt began.
 ///
-/// An attempt is a request for the lock and, if that is refused, a read of the lock that is there. If the lock is gone by
-/// the time of that read, terraform gives up, although it could wait longer: it then has no complete error
-/// (statemgr.LockWithContext). So a lock must not be deleted during an attempt. Between two attempts, terraform waits
-/// 1 s, 2 s, 4 s, 8 s, and then always 16 s. An attempt seldom takes long, and a delete is finished in a fraction of a
+/// An attempt is a request for the lock and, if that is refused, a read of the lock that is there. If the lock is gone
+/// by the time of that read, terraform gives up, although it could wait longer: it then has no complete error
+/// (statemgr.LockWithContext). So a lock must not be deleted during an attempt. Between two attempts, terraform waits 1
+/// s, 2 s, 4 s, 8 s, and then always 16 s. An attempt seldom takes long, and a delete is finished in a fraction of a
 /// second, so both get a part of that time.
 fn rests(asked: Timestamp, attempted: Timestamp, now: Timestamp) -> bool {
     const LONGEST_PAUSE: u64 = 16;

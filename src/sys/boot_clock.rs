@@ -5,7 +5,8 @@ use std::time::Duration;
 
 /// Returns the time since boot, including suspend: `CLOCK_BOOTTIME` (clock_gettime(2)), or `CLOCK_MONOTONIC_RAW` on
 /// macOS. `CLOCK_MONOTONIC` counts suspend there too, but is wrong for a moment when the time of day is set: it is
-/// calculated from two values that are set one after the other (gen/clock_gettime.c of Libc, osfmk/kern/clock.c of xnu).
+/// calculated from two values that are set one after the other (gen/clock_gettime.c of Libc, osfmk/kern/clock.c of
+/// xnu).
 pub(crate) fn now() -> Duration {
     #[cfg(target_os = "linux")]
     const CLOCK: libc::clockid_t = libc::CLOCK_BOOTTIME;

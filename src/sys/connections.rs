@@ -9,8 +9,9 @@ use nix::unistd::Pid;
 
 /// The bytes that processes which have ended had handed to the kernel, and which their peers have not confirmed.
 ///
-/// The kernel repeats them for up to four minutes: `tcp_orphan_retries` is 8 unless it was changed, the time between two
-/// attempts doubles from 0.2 s to at most 2 min, and is as long as the last outage was (tcp(7), net/ipv4/tcp_timer.c).
+/// The kernel repeats them for up to four minutes: `tcp_orphan_retries` is 8 unless it was changed, the time between
+/// two attempts doubles from 0.2 s to at most 2 min, and is as long as the last outage was (tcp(7),
+/// net/ipv4/tcp_timer.c).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct UnconfirmedBytes(HashSet<Connection>);
 

@@ -46,8 +46,8 @@ pub(crate) fn inheritable_high(descriptor: &impl AsFd) -> io::Result<OwnedFd> {
 /// left others open.
 pub(crate) fn inherit_only_standard(command: &mut std::process::Command) {
     use std::os::unix::process::CommandExt;
-    // SAFETY: the closure only calls close_range(2) and fcntl(2), which are system calls that do not access the memory of
-    // this process.
+    // SAFETY: the closure only calls close_range(2) and fcntl(2), which are system calls that do not access the memory
+    // of this process.
     unsafe {
         command.pre_exec(|| {
             // Not closed: Command reports the error of exec through one of them.
@@ -64,8 +64,8 @@ pub(crate) fn inherit_only_standard(command: &mut std::process::Command) {
     }
 }
 
-/// Makes the program that `command` starts inherit `descriptors`, with their numbers. In this process they stay closed on
-/// exec.
+/// Makes the program that `command` starts inherit `descriptors`, with their numbers. In this process they stay closed
+/// on exec.
 pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[BorrowedFd<'_>]) {
     use std::os::unix::process::CommandExt;
     let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
@@ -83,8 +83,8 @@ pub(crate) fn inherit(command: &mut std::process::Command, descriptors: &[Borrow
     }
 }
 
-/// Makes the process that `command` starts close `descriptor` as soon as it was forked, and not only when it calls exec.
-/// Call this before other functions that prepare `command`.
+/// Makes the process that `command` starts close `descriptor` as soon as it was forked, and not only when it calls
+/// exec. Call this before other functions that prepare `command`.
 pub(crate) fn close_after_fork(command: &mut std::process::Command, descriptor: BorrowedFd<'_>) {
     use std::os::unix::process::CommandExt;
     let number = descriptor.as_raw_fd();
@@ -128,8 +128,8 @@ pub(crate) unsafe fn close_from(lowest: RawFd, keep: &[RawFd]) {
     unsafe { close_between(from, RawFd::MAX) };
 }
 
-/// The highest number of a descriptor that is closed without a list of the open ones: Linux before 5.9 or another system,
-/// and no /proc or /dev/fd. To close each number up to the limit could take minutes.
+/// The highest number of a descriptor that is closed without a list of the open ones: Linux before 5.9 or another
+/// system, and no /proc or /dev/fd. To close each number up to the limit could take minutes.
 const MAX_UNLISTED: RawFd = 1 << 16;
 
 /// Closes all descriptors from `from` to `to - 1`.
@@ -215,9 +215,9 @@ pub(crate) fn readable_bytes(pipe: &impl AsFd) -> usize {
     if asked == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
 }
 
-/// Writes at most [`ATOMIC_WRITE_BYTES`] bytes into a pipe that poll(2) has reported as writable. Does not wait, even if
-/// another process has filled the pipe in the meantime (RWF_NOWAIT, pwritev2(2)). Before Linux 6.4 and on other systems,
-/// it waits in that case.
+/// Writes at most [`ATOMIC_WRITE_BYTES`] bytes into a pipe that poll(2) has reported as writable. Does not wait, even
+/// if another process has filled the pipe in the meantime (RWF_NOWAIT, pwritev2(2)). Before Linux 6.4 and on other
+/// systems, it waits in that case.
 ///
 /// # Errors
 /// EPIPE if the pipe has no reader any more.

@@ -46,9 +46,10 @@ pub(crate) fn identity(path: &Path) -> u64 {
     nix::sys::statvfs::statvfs(path).map_or(0, |system| u64::from(system.filesystem_id()))
 }
 
-/// Returns a number that identifies the file system: both halves of its UUID, combined (`ATTR_VOL_UUID`, getattrlist(2)).
-/// It stays the same after a reboot. `f_fsid` of macOS does not: it is the number of a device or a count of mounts
-/// (`vfs_getnewfsid`, bsd/vfs/vfs_subr.c of xnu). Returns 0 if the file system has no UUID or if the call fails.
+/// Returns a number that identifies the file system: both halves of its UUID, combined (`ATTR_VOL_UUID`,
+/// getattrlist(2)). It stays the same after a reboot. `f_fsid` of macOS does not: it is the number of a device or a
+/// count of mounts (`vfs_getnewfsid`, bsd/vfs/vfs_subr.c of xnu). Returns 0 if the file system has no UUID or if the
+/// call fails.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn identity(path: &Path) -> u64 {
     /// The response of getattrlist(2): its length, and the UUID.

@@ -1,7 +1,7 @@
 //! A pipe that makes the kernel signal a process group when the last write end is closed.
 //!
-//! A process that dies closes its descriptors, so the process with the only write end cannot die without the signal. The
-//! kernel sends it while it closes the descriptor, before the members of the group execute another instruction
+//! A process that dies closes its descriptors, so the process with the only write end cannot die without the signal.
+//! The kernel sends it while it closes the descriptor, before the members of the group execute another instruction
 //! (`pipe_release`, fs/pipe.c; `kill_fasync`, fs/fcntl.c). So neither a frozen nor a killed supervisor delays it.
 //!
 //! The signal, its receiver and the flag that enables it belong to the open file description of the read end (F_SETOWN,
@@ -52,7 +52,8 @@ impl HangupPipe {
         Self { read_end }
     }
 
-    /// Makes the kernel send `signal` to the process group `group` when the last write end is closed. `group` must exist.
+    /// Makes the kernel send `signal` to the process group `group` when the last write end is closed. `group` must
+    /// exist.
     ///
     /// # Errors
     /// - `BrokenPipe` if the pipe had hung up before this function returned. The group may have received the signal or

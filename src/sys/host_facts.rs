@@ -1,5 +1,5 @@
-//! Reads what the kernel and the firmware say about this machine. [`crate::lease::grade`] decides by these facts whether
-//! this host can promise to stop terraform in time.
+//! Reads what the kernel and the firmware say about this machine. [`crate::lease::grade`] decides by these facts
+//! whether this host can promise to stop terraform in time.
 
 use std::fs;
 use std::path::Path;

@@ -22,7 +22,8 @@ impl Readiness {
         Ok(Self(registered?))
     }
 
-    /// Waits until the descriptor is readable. A caller that then finds nothing to read must clear that state in the result.
+    /// Waits until the descriptor is readable. A caller that then finds nothing to read must clear that state in the
+    /// result.
     ///
     /// # Errors
     /// If the runtime ends.

@@ -133,8 +133,8 @@ impl Printed {
     }
 }
 
-/// Adds everything that is in the pipe now, and at most 64 KiB. `Receiver::try_read` could miss it: without a new poll of
-/// the runtime, it does not read a pipe that was empty at the last poll.
+/// Adds everything that is in the pipe now, and at most 64 KiB. `Receiver::try_read` could miss it: without a new poll
+/// of the runtime, it does not read a pipe that was empty at the last poll.
 fn keep_rest(printed: &mut Vec<u8>, pipe: &Receiver) {
     let mut buffer = [0; 4096];
     for _ in 0..MAX_OUTPUT_BYTES / buffer.len() {

@@ -98,8 +98,8 @@ fn small(path: &Path) -> Option<String> {
 }
 
 /// Returns the type and the attributes of the backend in a JSON file: `{"terraform": {"backend": {"s3": {...}}}}`. Each
-/// of these objects may also be a list of such objects. A cloud block is `{"terraform": {"cloud": {...}}}`. `None` if the
-/// file has neither.
+/// of these objects may also be a list of such objects. A cloud block is `{"terraform": {"cloud": {...}}}`. `None` if
+/// the file has neither.
 fn in_json(file: &Value) -> Option<(String, Map<String, Value>)> {
     let each = |value: &Value| match value {
         Value::Array(list) => list.clone(),

@@ -40,8 +40,8 @@ impl DataDirectory {
         (Path::new(&name) != Path::new(DEFAULT)).then(|| name.to_string_lossy().into_owned())
     }
 
-    /// Returns the `TF_DATA_DIR` with which terraform uses the data directory at `path` in `working_directory`. `None` if it
-    /// uses that directory without the variable, or if `path` is empty.
+    /// Returns the `TF_DATA_DIR` with which terraform uses the data directory at `path` in `working_directory`. `None`
+    /// if it uses that directory without the variable, or if `path` is empty.
     pub(crate) fn named<'a>(path: &'a str, working_directory: &Path) -> Option<&'a str> {
         (!path.is_empty() && Path::new(path) != working_directory.join(DEFAULT)).then_some(path)
     }

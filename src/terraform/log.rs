@@ -126,7 +126,8 @@ pub(crate) struct Log {
     /// Whether the log contains requests to DynamoDB or S3.
     #[serde(default)]
     has_exchanges: bool,
-    /// When the last attempt to get a lock began. With `-lock-timeout`, terraform makes several. `None` if there was none.
+    /// When the last attempt to get a lock began. With `-lock-timeout`, terraform makes several. `None` if there was
+    /// none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) attempted: Option<Timestamp>,
     /// When terraform last began to write a state. `None` if the log shows no write.

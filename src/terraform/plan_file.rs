@@ -19,8 +19,8 @@ use super::data_directory::DataDirectory;
 /// lock in the backend of the data directory.
 const MAX_PLAN_BYTES: u64 = 256 << 20;
 
-/// The maximum depth of the attributes of a backend, which is also serde_json's limit for JSON. The deepest attribute of
-/// the s3 backend, `assume_role.tags`, has 3 levels. The default of rmp_serde, 1024, needs up to 4 MiB of stack.
+/// The maximum depth of the attributes of a backend, which is also serde_json's limit for JSON. The deepest attribute
+/// of the s3 backend, `assume_role.tags`, has 3 levels. The default of rmp_serde, 1024, needs up to 4 MiB of stack.
 const MAX_DEPTH: usize = 128;
 
 /// The fields of the message `Plan` that `tf` needs. All other fields are skipped.
@@ -235,7 +235,8 @@ mod tests {
         });
     }
 
-    /// Lengths that no attribute has, and values in values. Neither may cost memory or stack that the bytes do not have.
+    /// Lengths that no attribute has, and values in values. Neither may cost memory or stack that the bytes do not
+    /// have.
     #[test]
     fn a_length_beyond_the_end_and_a_value_in_thousands_of_others_are_rejected() {
         for header in [&[0xdb_u8][..], &[0xc6], &[0xdd], &[0xdf], &[0x81, 0xa1, b'a', 0xdd], &[0x81, 0xdb]] {

@@ -32,8 +32,8 @@ fn start_with(more: &str, env: &mut TestEnv) -> Run {
     run
 }
 
-/// Waits until the run has no fuse, so that nothing can stop or kill it any more. At its deadline a fuse ends too, but it
-/// stops or kills the run first.
+/// Waits until the run has no fuse, so that nothing can stop or kill it any more. At its deadline a fuse ends too, but
+/// it stops or kills the run first.
 fn wait_until_unfenced(env: &TestEnv) {
     wait_for("the end of the fuses", || (!has_fuse(env)).then_some(()), || env.trace());
 }

@@ -426,8 +426,8 @@ impl Lease {
         }
     }
 
-    /// If the fuse is gone, the keeper sends a renewal that promises no fence, if no new fuse can be made, and one for a
-    /// terraform that is stopped. It sends none to a new fuse without a deadline.
+    /// If the fuse is gone, the keeper sends a renewal that promises no fence, if no new fuse can be made, and one for
+    /// a terraform that is stopped. It sends none to a new fuse without a deadline.
     fn send(&self, state: &mut State) -> Option<()> {
         let Keeper::Idle(known) = state.keeper else { return None };
         let gives_up_the_fence = state.fuse == Fuse::Dead && self.setup.host == Host::NoSecondFuse;
@@ -730,7 +730,8 @@ impl Lease {
                     stored.owner == Owner::Run && (stored.content == *read || stored.content.claim == ours)
                 });
                 if !may_match && !self.has(Fault::ClaimsByIdentityAlone) {
-                    // What it has read never comes back, so its claim is refused. (No claim is of a lock without record.)
+                    // What it has read never comes back, so its claim is refused. (No claim is of a lock without
+                    // record.)
                     (*read, *at) = (Content { rank: 0, claim: None }, LAPSED);
                 }
             }

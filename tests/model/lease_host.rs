@@ -1,16 +1,16 @@
-//! The model of a lease on the holder's host: terraform and the rest of its group, `tf`, its guardian, the keeper, the fuse,
-//! and the two pipes whose hang-up stops and kills terraform. It answers two questions. Does terraform ever run while its
-//! lock may be claimed? And is anything left stopped, or alive, for ever?
+//! The model of a lease on the holder's host: terraform and the rest of its group, `tf`, its guardian, the keeper, the
+//! fuse, and the two pipes whose hang-up stops and kills terraform. It answers two questions. Does terraform ever run
+//! while its lock may be claimed? And is anything left stopped, or alive, for ever?
 //!
-//! There is no time here. The fuse's timer may fire at any moment, and a request may arrive at any moment. The model of the
-//! service (`lease.rs`) shows when a lock can be taken: at the earliest after the deadline of a fuse that covers the
-//! record, which is one whose deadline follows from the stored renewal or an earlier one. So here a lock with a record can
-//! be taken at any moment at which no such fuse is alive. That is more than can happen.
+//! There is no time here. The fuse's timer may fire at any moment, and a request may arrive at any moment. The model of
+//! the service (`lease.rs`) shows when a lock can be taken: at the earliest after the deadline of a fuse that covers
+//! the record, which is one whose deadline follows from the stored renewal or an earlier one. So here a lock with a
+//! record can be taken at any moment at which no such fuse is alive. That is more than can happen.
 //!
-//! A process takes one step at a time, and any other process may take its step in between. So a process or a host that is
-//! frozen is one that takes its next step late. The kernel acts even then, and its acts are part of the step that causes
-//! them: it closes the files of a dead process, sends the signals of the pipes, and only then continues an orphaned group
-//! (kernel/exit.c, `exit_files` before `exit_notify`).
+//! A process takes one step at a time, and any other process may take its step in between. So a process or a host that
+//! is frozen is one that takes its next step late. The kernel acts even then, and its acts are part of the step that
+//! causes them: it closes the files of a dead process, sends the signals of the pipes, and only then continues an
+//! orphaned group (kernel/exit.c, `exit_files` before `exit_notify`).
 
 use std::time::Duration;
 
@@ -256,8 +256,8 @@ pub(crate) enum Action {
     Kill(Victim),
 }
 
-/// The actions of a run that nothing disturbs any more: everybody takes its next step, and the service answers. The timer
-/// fires only if nobody renews the lease.
+/// The actions of a run that nothing disturbs any more: everybody takes its next step, and the service answers. The
+/// timer fires only if nobody renews the lease.
 const UNDISTURBED: [Action; 13] = [
     Action::Foreground,
     Action::Tf(false),
@@ -557,9 +557,9 @@ impl LeaseHost {
         };
         state.keeper = match keeper {
             Keeper::Begins | Keeper::Ready(_) if before_renewal(sight) == BeforeRenewal::End => {
-                // If nobody else is left to do it, it tells the fuse. The fuse disarms the pipes before it ends. The keeper
-                // does so only if the group is empty or the lock is gone. Otherwise the fuse ends at its deadline, which
-                // this model has too: the timer may come at any moment.
+                // If nobody else is left to do it, it tells the fuse. The fuse disarms the pipes before it ends. The
+                // keeper does so only if the group is empty or the lock is gone. Otherwise the fuse ends at its
+                // deadline, which this model has too: the timer may come at any moment.
                 if sight.terraform_has_ended && !state.is_supervised() {
                     state.is_armed = false;
                     self.fuse_ends(state);
@@ -574,7 +574,8 @@ impl LeaseHost {
                     Some(fuse) if is_ours => {
                         // Only a fuse without a deadline gets one before a renewal is confirmed.
                         if fuse.deadline == Deadline::None {
-                            // A lock without a record cannot be taken before its first renewal, which has this deadline.
+                            // A lock without a record cannot be taken before its first renewal, which has this
+                            // deadline.
                             fuse.deadline =
                                 if state.lock == Lock::WithoutRecord { Deadline::Covered } else { Deadline::Uncovered };
                         }

@@ -71,9 +71,9 @@ impl Parts {
         }
     }
 
-    /// The order in which a release reads and deletes them (`LockLocation::store_keys`). An item with a lease waits after
-    /// its first read, and is read once more and deleted after the object (`Judged::Waits`). The second read of the object
-    /// is left out if the first one proves that it is gone (`must_be_read_again`).
+    /// The order in which a release reads and deletes them (`LockLocation::store_keys`). An item with a lease waits
+    /// after its first read, and is read once more and deleted after the object (`Judged::Waits`). The second read of
+    /// the object is left out if the first one proves that it is gone (`must_be_read_again`).
     fn our_order(self) -> &'static [usize] {
         match self {
             Self::Item => &[ITEM],

@@ -1,5 +1,5 @@
-//! Runs the files of shell/audit: the script of the timer, the command of the CronJob, and the script that keeps an issue
-//! open for each stale lock. `shell/ci/lint` checks their forms.
+//! Runs the files of shell/audit: the script of the timer, the command of the CronJob, and the script that keeps an
+//! issue open for each stale lock. `shell/ci/lint` checks their forms.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -189,9 +189,9 @@ pub fn takes_file(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains(".tflock")
 }
 
-/// Waits while `is_slow`, if this is a write of the state. Returns whether it has waited. The rule of a proxy must close
-/// the connection then: a terraform that is still running sends the request again, and what a dead one has sent does not
-/// arrive.
+/// Waits while `is_slow`, if this is a write of the state. Returns whether it has waited. The rule of a proxy must
+/// close the connection then: a terraform that is still running sends the request again, and what a dead one has sent
+/// does not arrive.
 pub fn holds_state(request: &Message, is_slow: &AtomicBool) -> bool {
     let is_held = writes_state(request) && is_slow.load(SeqCst);
     while is_held && is_slow.load(SeqCst) {

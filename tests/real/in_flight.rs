@@ -177,8 +177,8 @@ fn a_network_that_comes_and_goes_is_not_taken_for_a_quiet_one() {
 }
 
 /// Returns the environment of an apply whose state is larger than the buffer of a connection that nobody reads. So its
-/// write stays in terraform's kernel while the relay is stalled. It waits before it ends, as [`TestEnv::start_apply`] does,
-/// if `command` does.
+/// write stays in terraform's kernel while the relay is stalled. It waits before it ends, as [`TestEnv::start_apply`]
+/// does, if `command` does.
 pub fn with_large_state(env: &TestEnv) {
     fs::write(env.directory.join("large.txt"), "0123456789abcdef".repeat(1 << 14)).unwrap();
     let main = env.directory.join("main.tf");
@@ -295,12 +295,13 @@ fn unlocks_file(request: &Message) -> bool {
     request.start.starts_with("DELETE ") && request.header("if-match").is_none()
 }
 
-/// Another run that waits takes the free part, is refused the other one, and deletes its part again and again. Terraform
-/// does that with growing pauses, so this test does it in its place: it changes the part after each look of `tf`.
+/// Another run that waits takes the free part, is refused the other one, and deletes its part again and again.
+/// Terraform does that with growing pauses, so this test does it in its place: it changes the part after each look of
+/// `tf`.
 ///
-/// In the first case, terraform was killed during its unlock: its delete of the item is in flight, and another run takes
-/// the object. In the second case, it was killed while it undid a lock request: the item was another run's, and its
-/// delete of the object is in flight.
+/// In the first case, terraform was killed during its unlock: its delete of the item is in flight, and another run
+/// takes the object. In the second case, it was killed while it undid a lock request: the item was another run's, and
+/// its delete of the object is in flight.
 #[test]
 fn another_runs_part_does_not_prolong_the_wait() {
     std::thread::scope(|scope| {

@@ -147,8 +147,8 @@ while not os.path.exists("go"):
 #[test]
 fn with_a_shared_terminal_a_request_interrupts_terraform_alone() {
     for shared in [false, true] {
-        // Terraform kills the shell of a provisioner when it is interrupted, before or after the shell runs its trap. It
-        // does not kill a process below the shell.
+        // Terraform kills the shell of a provisioner when it is interrupted, before or after the shell runs its trap.
+        // It does not kill a process below the shell.
         let python = crate::support::cloud::tool("python3");
         let mut env =
             TestEnv::new(Lock::DynamoDb, &format!("{} notes-interrupt > /dev/null 2>&1 & wait", python.display()));

@@ -75,8 +75,8 @@ fn id(number: &str) -> String {
     format!("{number}-1111-2222-3333-444444444444")
 }
 
-/// Returns an item with a lock that has long texts, so that an output that is kept in memory is large. In the place of its
-/// number is `NUMBER`.
+/// Returns an item with a lock that has long texts, so that an output that is kept in memory is large. In the place of
+/// its number is `NUMBER`.
 fn lock_item(created: &str) -> String {
     let path = format!("bucket/env:/{}/NUMBER/{}", "w".repeat(90), "p".repeat(90));
     let info = json!({ "ID": id("NUMBER"), "Operation": "o".repeat(190), "Info": "", "Version": "1.11.4",

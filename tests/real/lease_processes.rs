@@ -22,8 +22,8 @@ use crate::support::proxy::ProxyAction;
 use crate::support::test_env::terraform;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// The guardian looks at the fuse, and then stops terraform's group. In between, `tf` may have been continued, and may have
-/// continued terraform. Here, the test sends the signal that comes too late.
+/// The guardian looks at the fuse, and then stops terraform's group. In between, `tf` may have been continued, and may
+/// have continued terraform. Here, the test sends the signal that comes too late.
 #[test]
 fn a_late_stop_of_the_guardian_neither_stops_terraform_for_ever_nor_suspends_tf() {
     let env = leased(Lock::DynamoDb, "1m");

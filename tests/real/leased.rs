@@ -353,8 +353,8 @@ fn a_terraform_whose_tf_is_dead_is_killed_before_it_writes_if_another_run_holds_
 /// A command for a provisioner that works until it is killed, and writes into the file `ticks` meanwhile.
 const BUSY: &str = "trap '' TERM; touch began; while test -e began; do echo >> ticks; sleep 0.02; done";
 
-/// The record of a dead run promises that nothing of it goes on after the lease. Its keeper and its fuse are all that is
-/// left to keep that promise.
+/// The record of a dead run promises that nothing of it goes on after the lease. Its keeper and its fuse are all that
+/// is left to keep that promise.
 #[test]
 fn what_a_killed_run_leaves_is_killed_before_its_lease_lapses() {
     for lock in Lock::ALL {
@@ -458,8 +458,9 @@ fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it(lock: Lock) {
 }
 for_each_lock!(in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it);
 
-/// An outage of two fifths of the lease begins at any moment between two renewals. This is the shortest lease of a release:
-/// after an outage, a request of the SDK may wait for 2 s until its next attempt, and a shorter lease has no time for that.
+/// An outage of two fifths of the lease begins at any moment between two renewals. This is the shortest lease of a
+/// release: after an outage, a request of the SDK may wait for 2 s until its next attempt, and a shorter lease has no
+/// time for that.
 fn an_outage_of_two_fifths_of_the_lease_goes_unnoticed(lock: Lock) {
     const LEASE: Duration = Duration::from_mins(1);
     let passes_unnoticed = |outage: Outage, begins_after: u64| {
@@ -486,9 +487,9 @@ fn an_outage_of_two_fifths_of_the_lease_goes_unnoticed(lock: Lock) {
 }
 for_each_lock!(an_outage_of_two_fifths_of_the_lease_goes_unnoticed);
 
-/// A host of the service may have a clock that is late. The records with its time replace none with a later time. So the
-/// lock must not look as if it had lapsed, while its holder is connected and works. A clock that jumps forward looks like
-/// the clock of a host that has stood still.
+/// A host of the service may have a clock that is late. The records with its time replace none with a later time. So
+/// the lock must not look as if it had lapsed, while its holder is connected and works. A clock that jumps forward
+/// looks like the clock of a host that has stood still.
 #[test]
 fn a_service_whose_clock_jumps_makes_the_record_promise_nothing() {
     for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
@@ -539,8 +540,8 @@ fn at_a_service_that_ignores_the_condition_of_a_write_a_run_has_no_lease() {
 /// Before Linux 5.3, and in a sandbox that does not know the system call.
 #[test]
 fn a_run_whose_terraform_cannot_be_watched_says_once_that_it_has_no_lease_and_doctor_says_so_too() {
-    /// Makes pidfd_open(2) fail with ENOSYS in the program that it executes, and in all that this one starts. The number of
-    /// the system call is the first field of struct seccomp_data (seccomp(2)).
+    /// Makes pidfd_open(2) fail with ENOSYS in the program that it executes, and in all that this one starts. The
+    /// number of the system call is the first field of struct seccomp_data (seccomp(2)).
     const WITHOUT_PIDFD: &str = "
 import ctypes, os, struct, sys
 code = [(0x20, 0, 0, 0), (0x15, 0, 1, 434), (0x06, 0, 0, 0x00050000 | 38), (0x06, 0, 0, 0x7FFF0000)]
@@ -892,8 +893,8 @@ fn promises_nothing(env: &TestEnv, run: Run) {
     ends_well(env, run);
 }
 
-/// While terraform is stopped, another run may get its lock. So what a dead terraform has left may not run again, not even
-/// until it gets a signal.
+/// While terraform is stopped, another run may get its lock. So what a dead terraform has left may not run again, not
+/// even until it gets a signal.
 #[test]
 fn what_a_terraform_leaves_that_was_killed_while_it_was_stopped_does_not_run_again() {
     for who in ["terraform", "terraform and tf"] {
@@ -944,8 +945,8 @@ fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
     }
 }
 
-/// Returns a directory whose runs have a lease of 2 s. Their provisioner waits for a line in the returned pipe, so terraform
-/// writes its state a few milliseconds after [`lets_go`], if it may run.
+/// Returns a directory whose runs have a lease of 2 s. Their provisioner waits for a line in the returned pipe, so
+/// terraform writes its state a few milliseconds after [`lets_go`], if it may run.
 pub fn about_to_write(lock: Lock) -> (TestEnv, PathBuf) {
     let mut env = TestEnv::new(lock, "trap '' INT; touch began; read -r _ < go");
     // Where no state is, terraform first reads again whether there is one, and then writes back what it finds
@@ -1087,8 +1088,8 @@ enum Hears {
     Later,
 }
 
-/// Another process continues a terraform that was stopped for its lease, and it writes its state over that of the run that
-/// has the lock now. `tf` and its guardian are stopped meanwhile.
+/// Another process continues a terraform that was stopped for its lease, and it writes its state over that of the run
+/// that has the lock now. `tf` and its guardian are stopped meanwhile.
 #[test]
 fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
     for hears in [Hears::AtOnce, Hears::Never, Hears::Later] {
@@ -1268,7 +1269,8 @@ pub fn suspended_at(terminal: &mut Terminal, env: &TestEnv) -> Pid {
     terraform
 }
 
-/// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and terraform.
+/// Suspends an apply with ^Z, and then takes the network away until its fuse is gone. Returns the terminal and
+/// terraform.
 fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
     let (terminal, terraform) = suspended_at_a_terminal(env);
     let fuse = named(env, "tf-fuse");
@@ -1624,7 +1626,8 @@ fn a_service_that_is_slow_when_it_is_tested_has_a_lease_later() {
             if !is_put || request.start.contains("tfstate.tflock") || !slow.load(Ordering::SeqCst) {
                 return ProxyAction::Pass;
             }
-            // A request that is held is sent again after some seconds, and a lock with two parts is tested for a shorter time.
+            // A request that is held is sent again after some seconds, and a lock with two parts is tested for a
+            // shorter time.
             if lock == Lock::File { ProxyAction::Close } else { ProxyAction::Hold }
         });
         let run = env.start_apply(Subject::Tf);
@@ -1650,8 +1653,8 @@ fn a_service_that_is_slow_when_it_is_tested_has_a_lease_later() {
     }
 }
 
-/// A second terraform of a wrapper must get the interrupt, too. The wrapper itself writes `second`: bash ignores an interrupt
-/// that comes while it waits for a child which does not die of it.
+/// A second terraform of a wrapper must get the interrupt, too. The wrapper itself writes `second`: bash ignores an
+/// interrupt that comes while it waits for a child which does not die of it.
 #[test]
 fn tf_handles_signals_while_its_keeper_ends() {
     let mut env = leased(Lock::DynamoDb, "1m");

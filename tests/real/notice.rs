@@ -69,8 +69,8 @@ fn ask_ec2<'a>(env: &'a mut TestEnv, metadata: &Metadata) -> &'a mut TestEnv {
         .set("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://127.0.0.1:{}", metadata.port))
 }
 
-/// Returns a directory whose runs have a lease, and a proxy that holds the writes of the state. An interrupted terraform
-/// ends its provisioner and writes its state, so it has its lock until [`Proxy::let_go`].
+/// Returns a directory whose runs have a lease, and a proxy that holds the writes of the state. An interrupted
+/// terraform ends its provisioner and writes its state, so it has its lock until [`Proxy::let_go`].
 fn leased_for_long(lock: Lock) -> (TestEnv, Proxy) {
     let mut env = leased(lock, "15s");
     let writes = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });

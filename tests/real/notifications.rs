@@ -1,5 +1,5 @@
-//! The commands for `TFW_ON_EVENT` in `examples/`, with a stand-in for the service. `examples/check` checks the forms of
-//! their messages.
+//! The commands for `TFW_ON_EVENT` in `examples/`, with a stand-in for the service. `examples/check` checks the forms
+//! of their messages.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -234,8 +234,8 @@ fn a_key_that_stops_a_recovery_stops_the_job_and_it_goes_on_in_the_foreground() 
 #[test]
 fn the_terminal_is_set_as_before_when_a_command_is_cut_off_or_dies() {
     for (traps, keys) in [("trap '' INT; ", 2), ("", 1)] {
-        // Without `exec`, dash loses a key that is pressed while it starts `sleep` by vfork(2): its handler does nothing then
-        // (dash, trap.c, `onsig`), and `sleep` is not there yet.
+        // Without `exec`, dash loses a key that is pressed while it starts `sleep` by vfork(2): its handler does
+        // nothing then (dash, trap.c, `onsig`), and `sleep` is not there yet.
         let env = by_a_command(Lock::File, &format!("{traps}stty -echo < /dev/tty; echo > waits; exec sleep 1000"));
         let mut shell = env.command("sh");
         shell.args(["-c", &format!("trap : INT; {APPLY}; stty -a; echo over")]);

@@ -256,8 +256,8 @@ fn while_terraform_waits_a_lock_that_cannot_be_taken_is_said_once_and_tried_once
     std::thread::scope(|scope| services.for_each(|(_, service)| drop(scope.spawn(move || refused(service)))));
 }
 
-/// The lock of a vanished host cannot be taken, before terraform starts or while it waits. Then the lock is released, and
-/// another host leaves another lock.
+/// The lock of a vanished host cannot be taken, before terraform starts or while it waits. Then the lock is released,
+/// and another host leaves another lock.
 #[test]
 fn another_lock_is_taken_although_the_one_before_it_could_not_be_taken() {
     const NEXT: &str = "44444444-2222-3333-4444-555555555555";
@@ -349,8 +349,8 @@ fn is_of_service_test(request: &Message, path: &str) -> bool {
     request.is_ours() && is_beside
 }
 
-/// An S3 service that gives every delete of an object that does not exist the same answer, whatever its condition. A test
-/// of it needs all its requests.
+/// An S3 service that gives every delete of an object that does not exist the same answer, whatever its condition. A
+/// test of it needs all its requests.
 struct UnconditionalService {
     /// Whether the object of the test is there.
     is_there: AtomicBool,
@@ -673,8 +673,8 @@ fn a_state_that_keeps_changing_does_not_delay_the_start_of_terraform_for_ever() 
     assert!(end.err.contains(&format!("type: tf locks release {LEASED}")), "{}", env.dump(&end));
 }
 
-/// Creates the lock of a vanished host whose backend sets `use_lockfile` too, as a run finds it that has the table alone.
-/// The object has this ID.
+/// Creates the lock of a vanished host whose backend sets `use_lockfile` too, as a run finds it that has the table
+/// alone. The object has this ID.
 fn with_object(env: &TestEnv, id: &str) {
     env.lock_with_lease(&record(LONG_AGO, 300));
     let mut info: Value = serde_json::from_str(&lock_json(id, &env.path())).unwrap();
@@ -682,7 +682,8 @@ fn with_object(env: &TestEnv, id: &str) {
     cloud().s3("PUT", &format!("{}.tflock", env.path()), info.to_string().as_bytes());
 }
 
-/// The record is in the item. If that was deleted alone, the object would refuse every run with `use_lockfile` for ever.
+/// The record is in the item. If that was deleted alone, the object would refuse every run with `use_lockfile` for
+/// ever.
 #[test]
 fn a_run_without_use_lockfile_takes_both_parts_of_a_lock() {
     const OTHER: &str = "44444444-2222-3333-4444-555555555555";
@@ -818,8 +819,8 @@ fn a_write_in_flight_is_waited_for() {
     assert!(begun.elapsed().as_secs() >= 2, "{:?}: {}", begun.elapsed(), env.dump(&end));
 }
 
-/// A vanished host has left the item of a lock with two parts. Terraforms on other hosts wait for it. With each attempt,
-/// they put an object and delete it again.
+/// A vanished host has left the item of a lock with two parts. Terraforms on other hosts wait for it. With each
+/// attempt, they put an object and delete it again.
 #[test]
 fn the_objects_of_waiting_terraforms_do_not_prolong_the_watch() {
     let env = leased(Lock::Both, "5s");
@@ -1014,8 +1015,8 @@ fn a_person_who_releases_it_claims_it(lock: Lock) {
 }
 for_each_lock!(a_person_who_releases_it_claims_it);
 
-/// The credentials permit the claim of the lock, and not the delete of one of its parts. The command says which part that
-/// is, that the holder stops, and whether the other part is gone.
+/// The credentials permit the claim of the lock, and not the delete of one of its parts. The command says which part
+/// that is, that the holder stops, and whether the other part is gone.
 #[test]
 fn a_release_that_cannot_delete_what_it_has_claimed_says_what_follows() {
     const CLAIMED: &str = "the lock is claimed now: its holder cannot renew the lease";
@@ -1144,8 +1145,8 @@ fn a_lock_whose_run_still_has_a_process_on_this_host_stays(lock: Lock) {
 }
 for_each_lock!(a_lock_whose_run_still_has_a_process_on_this_host_stays);
 
-/// A process that finishes a dead run may wait for a write that the kernel of this host has not delivered. It has a lock
-/// on byte 1 of the run's lock file.
+/// A process that finishes a dead run may wait for a write that the kernel of this host has not delivered. It has a
+/// lock on byte 1 of the run's lock file.
 #[test]
 fn a_lock_whose_run_is_being_finished_on_this_host_is_not_taken() {
     let waiting = ["plan", "-no-color", "-lock-timeout=50s"];
@@ -1217,8 +1218,8 @@ fn a_lock_whose_run_may_be_running_in_another_container_is_not_taken() {
     });
 }
 
-/// Everything of a run was killed at once, and its lease has lapsed. This host says why it does not release the lock. So
-/// it does not take the lock over either. Another host, which cannot know that, takes it.
+/// Everything of a run was killed at once, and its lease has lapsed. This host says why it does not release the lock.
+/// So it does not take the lock over either. Another host, which cannot know that, takes it.
 #[test]
 fn a_lock_that_this_host_has_said_not_to_release_is_not_taken_by_this_host() {
     let lapsed_run = |lock: Lock, release: &str| {

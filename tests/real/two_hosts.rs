@@ -468,8 +468,8 @@ fn a_frozen_host_whose_lock_another_host_uses_names_that_host(lock: Lock) {
 }
 for_each_lock!(a_frozen_host_whose_lock_another_host_uses_names_that_host);
 
-/// The taker has claimed the lock, and its delete is still on its way. An object has no claim, because its delete is the
-/// decision.
+/// The taker has claimed the lock, and its delete is still on its way. An object has no claim, because its delete is
+/// the decision.
 #[test]
 fn a_frozen_host_whose_lock_is_claimed_says_by_whom_and_when() {
     for lock in [Lock::DynamoDb, Lock::Both] {

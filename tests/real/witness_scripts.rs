@@ -1,5 +1,5 @@
-//! The commands for `TFW_WITNESS` in `shell/witness`: which answers of a platform prove that a holder is dead, and which
-//! do not. Each test is with the platform's real client, if that is installed, or with a stand-in for the client.
+//! The commands for `TFW_WITNESS` in `shell/witness`: which answers of a platform prove that a holder is dead, and
+//! which do not. Each test is with the platform's real client, if that is installed, or with a stand-in for the client.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};

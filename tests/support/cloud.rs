@@ -13,12 +13,12 @@ use super::http::{self, Message};
 use super::proxy::{Proxy, ProxyAction};
 use super::wait_for;
 
-/// Returns a port on 127.0.0.1 for a server that cannot choose one itself. Nothing listens on it, and for a minute only a
-/// socket that asks for this very port with `SO_REUSEADDR` gets it, as servers do.
+/// Returns a port on 127.0.0.1 for a server that cannot choose one itself. Nothing listens on it, and for a minute only
+/// a socket that asks for this very port with `SO_REUSEADDR` gets it, as servers do.
 ///
-/// A port that was merely bound and closed again would be free for the next server that takes any port, and for the next
-/// connection. But no such socket gets a port with a connection in TIME-WAIT. The end of a connection that is closed
-/// first is in that state (RFC 9293, 3.6; tcp(7)).
+/// A port that was merely bound and closed again would be free for the next server that takes any port, and for the
+/// next connection. But no such socket gets a port with a connection in TIME-WAIT. The end of a connection that is
+/// closed first is in that state (RFC 9293, 3.6; tcp(7)).
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -95,8 +95,8 @@ fn port_in(name: &str) -> Option<u16> {
     std::env::var(name).ok().map(|port| port.parse().unwrap_or_else(|error| panic!("{name}={port}: {error}")))
 }
 
-/// The loopback cloud: MiniStack and the proxy in front of it. Every request of a test, of terraform and of `tf` reaches
-/// the proxy, so all of them see the same buckets and tables.
+/// The loopback cloud: MiniStack and the proxy in front of it. Every request of a test, of terraform and of `tf`
+/// reaches the proxy, so all of them see the same buckets and tables.
 pub struct Cloud {
     pub port: u16,
     _server: Server,

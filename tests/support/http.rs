@@ -40,8 +40,8 @@ impl Message {
             .is_some_and(|(_, asked)| asked == operation)
     }
 
-    /// Returns the response of the service of this request, DynamoDB or S3, to a caller that lacks the permission. If one
-    /// service answered in the other's form, `tf` would take that for the response of a proxy.
+    /// Returns the response of the service of this request, DynamoDB or S3, to a caller that lacks the permission. If
+    /// one service answered in the other's form, `tf` would take that for the response of a proxy.
     pub fn denied(&self) -> Self {
         if self.header("x-amz-target").is_some() {
             let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not you"}"#;

@@ -1,5 +1,5 @@
-//! A listener of a test, on a port that the kernel chooses. It ends with the test: hundreds of tests are in one process,
-//! and a usual limit is 1024 descriptors.
+//! A listener of a test, on a port that the kernel chooses. It ends with the test: hundreds of tests are in one
+//! process, and a usual limit is 1024 descriptors.
 
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;

@@ -157,9 +157,9 @@ impl Run {
     }
 }
 
-/// Copies the program at `from` to `to`, in a process of its own. A process that another test forks at the same moment would
-/// inherit a descriptor of this one that can write to the copy, and until its exec, nobody could execute the copy (ETXTBSY,
-/// execve(2)).
+/// Copies the program at `from` to `to`, in a process of its own. A process that another test forks at the same moment
+/// would inherit a descriptor of this one that can write to the copy, and until its exec, nobody could execute the copy
+/// (ETXTBSY, execve(2)).
 #[track_caller]
 pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
     let status = Command::new("cp").arg(from.as_ref()).arg(to.as_ref()).status().unwrap();
@@ -167,7 +167,8 @@ pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
 }
 
 impl Drop for Run {
-    /// Kills a run that has not ended, with all its processes. The guardian of a `tf` that the test has killed works on.
+    /// Kills a run that has not ended, with all its processes. The guardian of a `tf` that the test has killed works
+    /// on.
     fn drop(&mut self) {
         if is_dying(self.pid()) {
             let _ = self.child.wait();

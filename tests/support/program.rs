@@ -1,7 +1,7 @@
 //! The modules of the program, for a test program that includes them.
 
-/// Includes the modules of the program, as src/main.rs does. Call this in the root of a program in tests/. It does not use
-/// most of their items.
+/// Includes the modules of the program, as src/main.rs does. Call this in the root of a program in tests/. It does not
+/// use most of their items.
 macro_rules! modules_of_the_program {
     () => {
         modules_of_the_program! {

@@ -278,8 +278,8 @@ impl TestEnv {
         );
     }
 
-    /// If runs have a lease here, waits until the first renewal of one was confirmed, and until the keeper has done with
-    /// the lock's other part, if there is one. Otherwise returns at once.
+    /// If runs have a lease here, waits until the first renewal of one was confirmed, and until the keeper has done
+    /// with the lock's other part, if there is one. Otherwise returns at once.
     #[track_caller]
     pub fn wait_for_lease(&self) {
         let is_leased = |(name, value): &(OsString, OsString)| name == "TFW_LEASE" && value != "off";

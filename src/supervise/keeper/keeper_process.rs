@@ -1,5 +1,5 @@
-//! The process of a keeper: it listens to the process that has started it, to terraform, and to the metadata service, and
-//! lets [`Renewals`] send the requests.
+//! The process of a keeper: it listens to the process that has started it, to terraform, and to the metadata service,
+//! and lets [`Renewals`] send the requests.
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -140,8 +140,8 @@ impl Link {
         }
     }
 
-    /// Whether the supervisor is gone, without waiting. If it died together with terraform, the end of its socket was not
-    /// read yet.
+    /// Whether the supervisor is gone, without waiting. If it died together with terraform, the end of its socket was
+    /// not read yet.
     fn is_left_alone(&self) -> bool {
         self.is_abandoned || poll::has_hung_up(self.socket.as_fd())
     }
@@ -153,10 +153,10 @@ impl Link {
         }
     }
 
-    /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease must
-    /// be renewed all the same. If the socket is full, the report is lost, or its rest is sent with the next one. The next
-    /// one says the same or is newer. Returns whether all of the report was sent, so that the supervisor can read it even
-    /// if this process ends now.
+    /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease
+    /// must be renewed all the same. If the socket is full, the report is lost, or its rest is sent with the next one.
+    /// The next one says the same or is newer. Returns whether all of the report was sent, so that the supervisor can
+    /// read it even if this process ends now.
     fn report(&mut self, report: &Report) -> bool {
         if *report != Report::Alive {
             trace!("keeper: {report:?}");
@@ -211,8 +211,8 @@ impl KeeperProcess {
             crash_point::reached("keeper: has withdrawn");
             return Ok(withdrawn.unwrap_or(false));
         }
-        // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform that
-        // nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
+        // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform
+        // that nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
         let ending = process.renew().await;
         crash_point::reached("keeper: ends");
         if ending == Ending::TerraformEnded && process.link.is_left_alone() && process.renewals.may_end_fuse().await {
@@ -290,8 +290,8 @@ impl KeeperProcess {
 }
 
 /// Starts the task that asks the metadata service whether this host is about to end. It shares the thread with the
-/// renewals, and does nothing but wait for its few requests. `None` if nothing must be asked: an interrupted terraform is
-/// not interrupted again.
+/// renewals, and does nothing but wait for its few requests. `None` if nothing must be asked: an interrupted terraform
+/// is not interrupted again.
 fn ask(orders: &Orders) -> Option<oneshot::Receiver<Notice>> {
     let provider = orders.asks.filter(|_| orders.interrupted.is_none() && !orders.withdraws)?;
     let service = Service::of(provider, |name| std::env::var_os(name));

@@ -7,18 +7,19 @@
 //! together with `tf`. Two keepers of one run do no harm: the store accepts a renewal only if it is newer than the
 //! stored one, and a stored one that is newer confirms both.
 //!
-//! The process that has started a keeper asks it for an answer every few seconds ([`Keeper::ping`]), and replaces it if it
-//! does not answer ([`super::keepers`]).
+//! The process that has started a keeper asks it for an answer every few seconds ([`Keeper::ping`]), and replaces it if
+//! it does not answer ([`super::keepers`]).
 //!
-//! A keeper ends when it is told to, when there is no lease, and when terraform has ended. It holds a pidfd of terraform,
-//! and looks at it before each renewal: the lock of a dead terraform must not look alive.
+//! A keeper ends when it is told to, when there is no lease, and when terraform has ended. It holds a pidfd of
+//! terraform, and looks at it before each renewal: the lock of a dead terraform must not look alive.
 //!
-//! A keeper also asks the metadata service of the host's cloud whether the host is about to end ([`crate::notice`]). That
-//! is a task of its own, so a service that does not answer delays no renewal. The keeper reports a notice, and the process
-//! that has started it interrupts terraform. From then on, the record says so.
+//! A keeper also asks the metadata service of the host's cloud whether the host is about to end ([`crate::notice`]).
+//! That is a task of its own, so a service that does not answer delays no renewal. The keeper reports a notice, and the
+//! process that has started it interrupts terraform. From then on, the record says so.
 //!
 //! When it is forked, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe. It
-//! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and if
+//! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and
+//! if
 //! `tf` died in that moment, the kernel would continue terraform.
 
 mod keeper_fence;
@@ -95,15 +96,15 @@ impl std::fmt::Debug for Orders {
 /// What a keeper reports to the process that has started it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    /// The service has confirmed a renewal. `fence` is what its record promises. `sent` is when the request was sent: the lock
-    /// was the run's later than that. `fuse` is the number of the fuse that has confirmed a deadline
+    /// The service has confirmed a renewal. `fence` is what its record promises. `sent` is when the request was sent:
+    /// the lock was the run's later than that. `fuse` is the number of the fuse that has confirmed a deadline
     /// ([`fuse::Answer::fuse`](super::fuse::Answer::fuse)), and that deadline. `None` if none has. The times are of
     /// `sys::boot_clock`.
     Renewed { fence: Promise, sent: Duration, fuse: Option<(u32, Duration)> },
     /// What the lock looks like while the fuse is gone. `reason` says why it is unknown.
     Looked { look: Look, loss: Option<Loss>, reason: String },
-    /// A request has failed for this reason. The keeper goes on. The same reason is not reported again until a request has
-    /// succeeded.
+    /// A request has failed for this reason. The keeper goes on. The same reason is not reported again until a request
+    /// has succeeded.
     Failed(String),
     /// The lock is not the run's any more.
     Lost(Loss),
@@ -111,11 +112,11 @@ pub(crate) enum Report {
     NoLease(String),
     /// The service refuses renewals, and the lease will lapse. Terraform should stop in time.
     Refused(String),
-    /// The fuse has not answered, although it has not ended. It may be stopped (SIGSTOP), or it is slow. No renewal is sent
-    /// until it answers.
+    /// The fuse has not answered, although it has not ended. It may be stopped (SIGSTOP), or it is slow. No renewal is
+    /// sent until it answers.
     FuseSilent,
-    /// The first renewal is about to be sent, so from now on the lock may have a record. The keeper sends no renewal before
-    /// this report: the one that replaces it must know whether a refusal means that there never was a lease.
+    /// The first renewal is about to be sent, so from now on the lock may have a record. The keeper sends no renewal
+    /// before this report: the one that replaces it must know whether a refusal means that there never was a lease.
     MayHaveRecord,
     /// This host is about to end. Terraform should stop in time. It is reported again after each renewal, until the
     /// supervisor says that it has interrupted terraform ([`Keeper::tell_of_interrupt`]).
@@ -133,7 +134,8 @@ pub(crate) struct Inherited<'a> {
     pub(crate) fence: Option<&'a Fence>,
     /// A pidfd of the terraform that holds the lock.
     pub(crate) terraform: BorrowedFd<'a>,
-    /// The write end of the kill pipe, which the keeper closes as soon as it was forked. `None` if this process has none.
+    /// The write end of the kill pipe, which the keeper closes as soon as it was forked. `None` if this process has
+    /// none.
     pub(crate) kill_write_end: Option<BorrowedFd<'a>>,
 }
 
@@ -221,8 +223,8 @@ impl Keeper {
         let _ = (&self.socket).write(&[HURRY]);
     }
 
-    /// Tells the keeper that terraform is interrupted because of the notice that the keeper has reported. The record then
-    /// says so.
+    /// Tells the keeper that terraform is interrupted because of the notice that the keeper has reported. The record
+    /// then says so.
     pub(crate) fn tell_of_interrupt(&self) {
         let _ = (&self.socket).write(&[INTERRUPTED]);
     }
@@ -259,8 +261,8 @@ impl Keeper {
         self.wait(Duration::ZERO);
     }
 
-    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone. The
-    /// first SIGINT ends the wait.
+    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
+    /// The first SIGINT ends the wait.
     pub(crate) fn withdrawn(mut self, waiter: &mut Waiter<'_>) -> bool {
         let until = Instant::now() + LAST_RENEWAL_TIMEOUT + END_TIMEOUT;
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {

@@ -42,8 +42,8 @@ const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait before the next step after the fuse has not answered.
 const FUSE_PAUSE: Duration = Duration::from_millis(250);
 
-/// The longest pause after the source of the credentials has failed while terraform is stopped: a person may have logged
-/// in again.
+/// The longest pause after the source of the credentials has failed while terraform is stopped: a person may have
+/// logged in again.
 const MAX_CREDENTIALS_PAUSE_WHILE_STOPPED: Duration = Duration::from_secs(15);
 
 /// What a keeper does after a step.
@@ -163,9 +163,9 @@ impl Renewals {
         self.promised == Promise::Stop && self.fence.as_ref().is_some_and(|fence| fence.stop_pipe.has_hung_up())
     }
 
-    /// Promises nothing any more if the fence was taken down. Then `tf` was killed before it could tell the guardian. The
-    /// fence is armed before the first keeper is started. A stopped terraform does not show that there is a fence: ^Z stops
-    /// it, too.
+    /// Promises nothing any more if the fence was taken down. Then `tf` was killed before it could tell the guardian.
+    /// The fence is armed before the first keeper is started. A stopped terraform does not show that there is a fence:
+    /// ^Z stops it, too.
     pub(super) fn note_fence(&mut self) {
         if self.fence.as_ref().is_some_and(|fence| !fence.stop_pipe.is_armed()) {
             self.promised = Promise::None;
@@ -257,12 +257,12 @@ impl Renewals {
         self.renew(last, next, has_fuse).await
     }
 
-    /// Makes sure that the fuse has a deadline, before the first renewal is sent. A fuse without a timer stops nobody, so the
-    /// records promise no fence then.
+    /// Makes sure that the fuse has a deadline, before the first renewal is sent. A fuse without a timer stops nobody,
+    /// so the records promise no fence then.
     ///
     /// # Errors
-    /// The fuse does not answer, so no renewal may be sent. The value is what to do instead. If the fuse is gone, the next
-    /// step looks at the lock.
+    /// The fuse does not answer, so no renewal may be sent. The value is what to do instead. If the fuse is gone, the
+    /// next step looks at the lock.
     async fn arm_before_renewal(&mut self, deadline: Duration) -> Result<(), Step> {
         crash_point::reached("keeper: arms the fuse");
         match self.arm_first(deadline).await {
@@ -373,8 +373,8 @@ impl Renewals {
         })
     }
 
-    /// Notes that the service has stored a record with the time in `last`, after a request that was sent at `sent`, and tells
-    /// the fuse the deadline that follows.
+    /// Notes that the service has stored a record with the time in `last`, after a request that was sent at `sent`, and
+    /// tells the fuse the deadline that follows.
     /// `has_fuse`: there was a fuse when the renewal was sent. A later fuse gets no deadline from it: that fuse waits for a
     /// renewal of its own.
     async fn confirmed(&mut self, sent: Duration, last: Response, deadline: Duration, has_fuse: bool) -> Step {
@@ -477,9 +477,9 @@ impl Renewals {
         Ok(loss)
     }
 
-    /// Whether the lock is lost of which a read over the current connection has found nothing. The credentials may belong to
-    /// another account by now, because a person has logged in there: that account can have a table of the same name,
-    /// without the lock ([`reached`]).
+    /// Whether the lock is lost of which a read over the current connection has found nothing. The credentials may
+    /// belong to another account by now, because a person has logged in there: that account can have a table of the
+    /// same name, without the lock ([`reached`]).
     async fn is_lost(&self) -> bool {
         let Some(connection) = &self.connection else { return false };
         let location = self.orders.places.get(connection.place).and_then(LockLocation::of_json);
@@ -568,10 +568,11 @@ impl Renewals {
     /// Whether the fuse of a run can end whose terraform has ended, and of which only keeper and fuse are left. What
     /// terraform has left in its group goes on then.
     ///
-    /// If the group is empty, there is nothing to stop. If the lock is gone, terraform has ended well, or a person has deleted
-    /// it. But as long as the lock is there, its record promises others that nothing of the run goes on after the lease: so
-    /// the fuse stays, and its end kills the group in time. Returns true when the group is empty or a read shows that the
-    /// lock is gone, and false when the fuse has ended. After a read that shows the lock, this looks at the group alone.
+    /// If the group is empty, there is nothing to stop. If the lock is gone, terraform has ended well, or a person has
+    /// deleted it. But as long as the lock is there, its record promises others that nothing of the run goes on after
+    /// the lease: so the fuse stays, and its end kills the group in time. Returns true when the group is empty or a
+    /// read shows that the lock is gone, and false when the fuse has ended. After a read that shows the lock, this
+    /// looks at the group alone.
     pub(super) async fn may_end_fuse(&mut self) -> bool {
         let mut is_lock_there = false;
         loop {
@@ -612,7 +613,8 @@ struct Connection {
     has_seen_lock: bool,
 }
 
-/// Decides whether a run has lost its lock if a read has not found it. `shows` is what that shows for the account of the run.
+/// Decides whether a run has lost its lock if a read has not found it. `shows` is what that shows for the account of
+/// the run.
 /// `is_of_the_run` is whether the connection has read the lock before, or is the first one for this lock, so that its
 /// settings are those with which terraform has just got the lock. That decides if no account is known: for example, a
 /// `credential_process` says none.
@@ -627,8 +629,8 @@ fn is_lost(shows: NothingFound, is_of_the_run: bool) -> bool {
 /// How often to check whether a process is left in the group of a terraform that has ended.
 const GROUP_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Whether no process of the group runs. A zombie does nothing, and in a container whose first process reaps nobody it stays
-/// for ever. Without a process list, a zombie counts as running.
+/// Whether no process of the group runs. A zombie does nothing, and in a container whose first process reaps nobody it
+/// stays for ever. Without a process list, a zombie counts as running.
 fn is_empty(group: Pid) -> bool {
     if process::list() == ProcessList::Available {
         return !Process::all().iter().any(|process| process.group == group && !process.is_dead());
@@ -667,8 +669,8 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| late())
 }
 
-/// Returns `interval`, changed by at most a tenth, so that the runs of a fleet do not renew at the same moment. `random`
-/// is any number.
+/// Returns `interval`, changed by at most a tenth, so that the runs of a fleet do not renew at the same moment.
+/// `random` is any number.
 fn jittered(interval: Duration, random: u64) -> Duration {
     let permille = u32::try_from(900 + random % 201).unwrap_or(1000);
     interval * permille / 1000

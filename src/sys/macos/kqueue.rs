@@ -44,8 +44,8 @@ impl Kqueue {
     /// Makes the exit of the process `pid` an event of this queue, with its exit status.
     ///
     /// # Errors
-    /// Those of [`Kqueue::await_exit`], and EACCES if the process is not a child of this process and this process may not
-    /// kill it.
+    /// Those of [`Kqueue::await_exit`], and EACCES if the process is not a child of this process and this process may
+    /// not kill it.
     pub(crate) fn await_status(&self, pid: Pid) -> io::Result<()> {
         self.add(pid, libc::NOTE_EXIT | libc::NOTE_EXITSTATUS)
     }

@@ -417,9 +417,9 @@ pub(crate) fn boot_time() -> Option<jiff::Timestamp> {
     jiff::Timestamp::from_microsecond(i64::try_from(start).ok().filter(|start| *start > 0)?).ok()
 }
 
-/// Returns true: macOS has no control groups. launchd ends a service by a signal to one process or to its group, and the
-/// guardian has a session of its own. So a SIGTERM of process 1 to the guardian is part of a shutdown. Then every process
-/// gets one that has a handler for it, also terraform (`proc_shutdown`, bsd/kern/kern_shutdown.c of xnu).
+/// Returns true: macOS has no control groups. launchd ends a service by a signal to one process or to its group, and
+/// the guardian has a session of its own. So a SIGTERM of process 1 to the guardian is part of a shutdown. Then every
+/// process gets one that has a handler for it, also terraform (`proc_shutdown`, bsd/kern/kern_shutdown.c of xnu).
 pub(crate) fn is_in_own_control_group(pid: Pid) -> bool {
     let _ = pid;
     true

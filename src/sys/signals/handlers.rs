@@ -15,8 +15,8 @@ use signal_hook_registry::SigId;
 use super::{Arrival, SignalOrigin, origin};
 use crate::sys::{descriptor, disposition};
 
-/// The handlers that write into the pipe of the last [`SignalSource`] of this process, or of the process from which it was
-/// forked.
+/// The handlers that write into the pipe of the last [`SignalSource`] of this process, or of the process from which it
+/// was forked.
 static INSTALLED: Mutex<Vec<SigId>> = Mutex::new(Vec::new());
 
 /// The pipe into which the handlers write.
@@ -69,7 +69,8 @@ impl SignalSource {
         Ok(Self { arrivals, _writer: writer })
     }
 
-    /// Returns the next signal, or `None` if none has arrived. A SIGTTIN or SIGTTOU wakes no poll, because it is blocked.
+    /// Returns the next signal, or `None` if none has arrived. A SIGTTIN or SIGTTOU wakes no poll, because it is
+    /// blocked.
     pub(super) fn read(&self) -> Option<Arrival> {
         let mut bytes = [0; 6];
         // The 6 bytes of a signal are written and read in one piece, because they are fewer than PIPE_BUF.

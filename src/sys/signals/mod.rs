@@ -142,8 +142,8 @@ impl Signals {
         self.queue.pop_front()
     }
 
-    /// Returns the next signal that requests `tf` to end: INT, QUIT, TERM, or HUP unless HUP was ignored at the start. All
-    /// other signals that arrived before it are discarded. `None` if there is no such signal now.
+    /// Returns the next signal that requests `tf` to end: INT, QUIT, TERM, or HUP unless HUP was ignored at the start.
+    /// All other signals that arrived before it are discarded. `None` if there is no such signal now.
     pub(crate) fn next_stop(&mut self) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
             if self.asks_for_the_end(signal) {
@@ -153,8 +153,8 @@ impl Signals {
         None
     }
 
-    /// Like [`Signals::next_stop`]. In addition, a TSTP that arrived before it stops this process until it is continued,
-    /// unless TSTP was ignored at the start.
+    /// Like [`Signals::next_stop`]. In addition, a TSTP that arrived before it stops this process until it is
+    /// continued, unless TSTP was ignored at the start.
     pub(crate) fn next_stop_after_suspending(&mut self) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
             if self.asks_for_the_end(signal) {

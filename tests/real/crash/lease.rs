@@ -144,7 +144,8 @@ impl<'a> Contender<'a> {
     fn has_ended(&mut self) -> bool {
         let Some(run) = self.run.take_if(|run| is_gone(run.pid())) else { return self.end.is_some() };
         let end = run.wait();
-        // A terraform that dies between the writes of its state and of the digest leaves this. It is repaired on request.
+        // A terraform that dies between the writes of its state and of the digest leaves this. It is repaired on
+        // request.
         let is_torn = end.err.contains("does not have the expected content");
         if end.code() != Some(0) && (end.met_a_lock_that_went() || is_torn) {
             if is_torn {
@@ -233,8 +234,8 @@ impl Hosts {
         marked(&home(&self.holder)).into_iter().map(|pid| (pid, name(pid), state(pid))).collect()
     }
 
-    /// Whether neither terraform nor a process of `tf` is left. Without `tf` and guardian, terraform dies when it writes:
-    /// its output is a pipe that nobody reads.
+    /// Whether neither terraform nor a process of `tf` is left. Without `tf` and guardian, terraform dies when it
+    /// writes: its output is a pipe that nobody reads.
     fn is_over(&self) -> bool {
         !self.left().iter().any(|(_, name, _)| name == "terraform" || name.starts_with("tf"))
     }
@@ -496,7 +497,8 @@ impl Hosts {
         let has = |names: &[&str]| victims.iter().any(|(_, name)| names.contains(&name.as_str()));
         let end = run.wait();
         let survives = matches!(situation, Situation::Whole | Situation::KeeperKilled | Situation::FuseKilled);
-        // A holder that gets too little of a processor loses its lock. It must not say then that its terraform has run on.
+        // A holder that gets too little of a processor loses its lock. It must not say then that its terraform has run
+        // on.
         assert!(!end.err.contains("ran after the deadline"), "{seen}");
         let keeps_its_lock =
             after != After::Taken && !contender.has_released() && !end.err.contains("to compare the state with");
