@@ -699,17 +699,24 @@ fn a_stop_without_an_outage_breaks_no_connection_off() {
     ends_well(&env, run);
 }
 
-/// Its lock is released when the shim has ended.
-#[test]
-fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not_stopped() {
-    let mut env = leased(Lock::Both, "5s");
+/// Starts an apply behind a program that goes on after its terraform until there is a file `over`. Returns the run and the
+/// pid of that program.
+fn start_behind_a_shim(env: &mut TestEnv) -> (Run, Pid) {
     let terraform = crate::support::test_env::terraform();
     env.stand_in(
         "tenv",
         &format!("#!/bin/sh\n'{}' \"$@\"\nwhile ! test -e over; do sleep 0.05; done\n", terraform.display()),
     );
-    let run = start(&env);
+    let run = start(env);
     let (shim, ..) = tree(run.pid()).into_iter().find(|(_, name, ..)| name == "tenv").unwrap();
+    (run, shim)
+}
+
+/// Its lock is released when the shim has ended.
+#[test]
+fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not_stopped() {
+    let mut env = leased(Lock::Both, "5s");
+    let (run, shim) = start_behind_a_shim(&mut env);
     kill(terraform_below(shim), Signal::SIGKILL).unwrap();
     env.wait_for_trace("the terraform with the lock has ended, and its shim goes on");
     for _ in 0..5 {
@@ -736,13 +743,7 @@ fn limit_descriptors(pid: Pid, number: u64) -> u64 {
 #[test]
 fn a_shim_that_cannot_be_watched_is_watched_later_and_is_not_stopped() {
     let mut env = leased(Lock::DynamoDb, "10s");
-    let terraform = crate::support::test_env::terraform();
-    env.stand_in(
-        "tenv",
-        &format!("#!/bin/sh\n'{}' \"$@\"\nwhile ! test -e over; do sleep 0.05; done\n", terraform.display()),
-    );
-    let run = start(&env);
-    let (shim, ..) = tree(run.pid()).into_iter().find(|(_, name, ..)| name == "tenv").unwrap();
+    let (run, shim) = start_behind_a_shim(&mut env);
     let is_open = |number: &u64| fs::symlink_metadata(format!("/proc/{}/fd/{number}", run.pid())).is_ok();
     let free = (0..256).find(|number| !is_open(number)).unwrap();
     // The end of the keeper frees one that is not below this.

@@ -1066,10 +1066,7 @@ fn a_recovery_and_a_takeover_release_a_lock_once() {
     for lock in Lock::ALL {
         for is_recovered_first in [false, true] {
             let mut env = killed_whole(lock);
-            let info = env.locks().first().unwrap().clone();
-            let mut lapsed = record(LONG_AGO, 300);
-            lapsed["lock"] = id_of(&info).into();
-            env.put_lease(&info, &lapsed);
+            put_lapsed_lease(&env);
             let recover_it = |env: &TestEnv, said: &str| {
                 let end = recover(env, &[]);
                 assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
@@ -1145,18 +1142,29 @@ fn a_lock_whose_run_still_has_a_process_on_this_host_stays(lock: Lock) {
 }
 for_each_lock!(a_lock_whose_run_still_has_a_process_on_this_host_stays);
 
+/// Gives the lock that is held a lease that lapsed long ago.
+fn put_lapsed_lease(env: &TestEnv) {
+    let info = env.locks().first().unwrap().clone();
+    let mut lapsed = record(LONG_AGO, 300);
+    lapsed["lock"] = id_of(&info).into();
+    env.put_lease(&info, &lapsed);
+}
+
+/// Returns a [`TestEnv`] in which a run was killed as by [`killed_whole`]. The lease of its lock lapsed long ago.
+fn killed_with_a_lease(lock: Lock) -> TestEnv {
+    let mut env = killed_whole(lock);
+    env.set("TFW_LEASE", "5m");
+    put_lapsed_lease(&env);
+    env
+}
+
 /// A process that finishes a dead run may wait for a write that the kernel of this host has not delivered. It has a
 /// lock on byte 1 of the run's lock file.
 #[test]
 fn a_lock_whose_run_is_being_finished_on_this_host_is_not_taken() {
     let waiting = ["plan", "-no-color", "-lock-timeout=50s"];
     let finished = |lock: Lock, arguments: &[&str], code: i32| {
-        let mut env = killed_whole(lock);
-        env.set("TFW_LEASE", "5m");
-        let info = env.locks().first().unwrap().clone();
-        let mut lapsed = record(LONG_AGO, 300);
-        lapsed["lock"] = id_of(&info).into();
-        env.put_lease(&info, &lapsed);
+        let env = killed_with_a_lease(lock);
         let [run] = records(&env).try_into().unwrap();
         let owner = fs::OpenOptions::new().write(true).open(run.with_file_name("lock")).unwrap();
         lock_byte(&owner, 1);
@@ -1190,12 +1198,7 @@ fn a_lock_whose_run_may_be_running_in_another_container_is_not_taken() {
     };
     let is_torn: Change = |path| fs::write(path, "{").unwrap();
     let stays = |lock: Lock, byte: i64, change: Change, why: &str| {
-        let mut env = killed_whole(lock);
-        env.set("TFW_LEASE", "5m");
-        let info = env.locks().first().unwrap().clone();
-        let mut lapsed = record(LONG_AGO, 300);
-        lapsed["lock"] = id_of(&info).into();
-        env.put_lease(&info, &lapsed);
+        let env = killed_with_a_lease(lock);
         let [path] = records(&env).try_into().unwrap();
         change(&path);
         let held = fs::OpenOptions::new().write(true).open(path.with_file_name("lock")).unwrap();
@@ -1227,10 +1230,7 @@ fn a_lock_that_this_host_has_said_not_to_release_is_not_taken_by_this_host() {
         env.set("TFW_RELEASE", release);
         kill_whole(&env);
         env.set("TFW_RELEASE", UNSET).set("TFW_LEASE", "5m");
-        let info = env.locks().first().unwrap().clone();
-        let mut lapsed = record(LONG_AGO, 300);
-        lapsed["lock"] = id_of(&info).into();
-        env.put_lease(&info, &lapsed);
+        put_lapsed_lease(&env);
         env
     };
     let stays = |env: &TestEnv, arguments: &[&str], why: &str| {
