@@ -23,6 +23,7 @@ use crate::holder::evidence::Judgement;
 use crate::holder::lease_text;
 use crate::holder::next_step::{self, NextStep, ReportKind};
 use crate::journal::history::By;
+use crate::journal::pending_requests::PENDING_WINDOW;
 use crate::journal::runs::JournalRecord;
 use crate::lease::fence::{INTERRUPTS_TO_END, LateWrite, Loss, StopCause, Trouble};
 use crate::lease::notice::{Notice, NoticeStep};
@@ -884,11 +885,16 @@ pub(crate) fn unprotected(why: &str, has_lease: bool) -> String {
 /// The reason why a lock was not released: another run, which is or may be alive, has recorded the same lock.
 pub(crate) const CLAIMED: &str = "the lock belongs to another run of tf on this host, which may still be running";
 
+/// Returns how long a request may still land.
+fn pending_time() -> String {
+    format!("{} min", PENDING_WINDOW.as_mins())
+}
+
 /// Reports that a lock was requested and not found, and that the request may still land. `kept` is true if the next
 /// `tf` looks for the lock.
 pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
-        "if the lock appears within 20 min, the next tf in this directory releases it".to_owned()
+        format!("if the lock appears within {}, the next tf in this directory releases it", pending_time())
     } else {
         format!("if the lock appears later, type: {unlock} {}", recorded.id)
     };
@@ -902,7 +908,7 @@ pub(crate) fn may_still_come(ending: &str, recorded: &RecordedLock, kept: bool, 
 /// `tf` looks for the other part.
 pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &str) -> String {
     let then = if kept {
-        "if that part appears within 20 min, the next tf in this directory releases it".to_owned()
+        format!("if that part appears within {}, the next tf in this directory releases it", pending_time())
     } else {
         format!("if that part appears, type: {unlock} {}", recorded.id)
     };
@@ -913,7 +919,10 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
 /// lock.
 pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
     let then = if kept {
-        "if the lock appears within 20 min, the next tf in this directory finds it\nto look for it now, type: tf locks recover"
+        let time = pending_time();
+        &format!(
+            "if the lock appears within {time}, the next tf in this directory finds it\nto look for it now, type: tf locks recover"
+        )
     } else {
         "to look for it later, type: tf locks"
     };

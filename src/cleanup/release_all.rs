@@ -6,7 +6,7 @@ use crate::journal::runs::Replaced;
 use crate::lock::release::Effort;
 use crate::sys::wait::Ended;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
@@ -17,7 +17,7 @@ use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
-use crate::journal::pending_requests::{PendingRequest, PendingRequests};
+use crate::journal::pending_requests::{PENDING_WINDOW, PendingRequest, PendingRequests};
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
@@ -458,9 +458,7 @@ pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, re
 /// Whether a request that was signed at `then` can still land. It cannot land after its signature has expired, because
 /// the service then rejects it. True if `then` is `None`, that is, unknown.
 pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
-    /// How long a signature counts as valid. S3 accepts a signature for 15 min, DynamoDB for 5 min.
-    const SIGNATURE_WINDOW: SignedDuration = SignedDuration::from_mins(20);
-    then.is_none_or(|then| now.duration_since(then) < SIGNATURE_WINDOW)
+    then.is_none_or(|then| now.duration_since(then) < PENDING_WINDOW)
 }
 
 #[cfg(test)]

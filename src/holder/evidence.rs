@@ -142,7 +142,7 @@ pub(crate) struct Seen {
 /// The tolerance for comparing a lock's `Created` with the boot time or the start time of a process. Terraform reads
 /// `Created` from the clock. The kernel computes the boot time and the start time in another way, so the times may
 /// differ slightly.
-const CLOCK_SLACK_WINDOW: SignedDuration = SignedDuration::from_secs(5);
+const START_TIME_TOLERANCE: SignedDuration = SignedDuration::from_secs(5);
 
 /// A verdict with its reason and its evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -385,7 +385,8 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &'s
         note("the lock's Created is not a time".into(), "nothing");
         return no_process(Verdict::Unknown, "the lock's Created is not a time".into());
     };
-    if let Some(boot_time) = seen.boot_time.filter(|boot_time| saturating_add(created, CLOCK_SLACK_WINDOW) < *boot_time)
+    if let Some(boot_time) =
+        seen.boot_time.filter(|boot_time| saturating_add(created, START_TIME_TOLERANCE) < *boot_time)
     {
         note(
             format!("the lock was created before this host was started ({boot_time:.0})"),
@@ -393,10 +394,9 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &'s
         );
         return no_process(Verdict::LikelyDead, "the lock was created before this host was started".into());
     }
-    let mut older = seen
-        .terraforms
-        .iter()
-        .filter(|process| process.started.is_none_or(|started| started <= saturating_add(created, CLOCK_SLACK_WINDOW)));
+    let mut older = seen.terraforms.iter().filter(|process| {
+        process.started.is_none_or(|started| started <= saturating_add(created, START_TIME_TOLERANCE))
+    });
     if let Some(process) = older.next() {
         let name = console::visible(&process.program);
         note(

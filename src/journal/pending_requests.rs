@@ -29,7 +29,8 @@ use crate::terraform::lock_info::is_lock_id;
 use crate::terraform::log::{Log, RecordedLock};
 use crate::trace::trace;
 
-/// How long a request may still land. This time is longer than the signature of any request is valid.
+/// How long a request may still land. This time is longer than the signature of any request is valid: S3 accepts a
+/// signature for 15 min, DynamoDB for 5 min.
 pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
 
 /// How long a pending request is stored if the service has never responded to a read of the lock.

@@ -221,7 +221,7 @@ pub(crate) fn is_start_due(waits_for: StartWaitsFor, waited: Duration) -> bool {
 }
 
 /// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
-/// away, and the requests of the holder may have been held back until it was back.
+/// away: the requests of the holder may have been held back until it was back, and the SDK may have repeated the read.
 pub(crate) const MAX_READ_GAP: Duration = Duration::from_secs(5);
 
 /// The times of one read of everything that must not change. They are counted from the begin of the watch.

@@ -7,6 +7,7 @@ use super::outcome::{AnothersLock, Because, Outcome, Write};
 use super::proof::Match;
 use super::stores::StoredLock;
 use crate::aws::failure::Failure;
+use crate::lease::takeover::MAX_READ_GAP;
 use crate::sys::connections::UNSEEN_PAUSE;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockParts, RecordedLock};
@@ -300,10 +301,6 @@ impl Look {
         }
     }
 }
-
-/// The longest time between two reads that shows nothing about the network. If it was longer, the network may have been
-/// away, and the SDK may have repeated the request until it was back.
-const MAX_READ_GAP: Duration = Duration::from_secs(5);
 
 /// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`], and the service
 /// could be reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
