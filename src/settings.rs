@@ -18,7 +18,8 @@ pub(crate) struct Settings {
     pub(crate) release: bool,
     /// `TFW_TTY=shared`: whether terraform remains in the process group of `tf`.
     pub(crate) shared_terminal: bool,
-    /// `TFW_AWAKE`: whether the machine is kept awake while terraform holds a lock (macOS). `off` is the only other value.
+    /// `TFW_AWAKE`: whether the machine is kept awake while terraform holds a lock (macOS). `off` is the only other
+    /// value.
     pub(crate) keep_awake: bool,
     /// `TFW_LOG`: the file that [`crate::trace`] writes. `None`: nothing is logged.
     pub(crate) log: Option<OsString>,
@@ -138,7 +139,7 @@ pub(crate) fn only_reports(setting: Result<Option<bool>, UnreadableSetting>, nam
 /// Reads `TFW_RELEASE`: whether a lock is released (`auto`) or only reported (`never`). `None` if it is unset or empty.
 ///
 /// # Errors
-/// [`UnreadableSetting`] if its value is invalid. Who sets it may want that nothing is released.
+/// [`UnreadableSetting`] if its value is invalid. Whoever sets it may want nothing released.
 pub(crate) fn release(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>, UnreadableSetting> {
     const NAME: &str = "TFW_RELEASE";
     match variable(NAME).filter(|value| !value.is_empty()) {

@@ -14,7 +14,7 @@ pub(crate) const NO_CREDENTIALS: u8 = 4;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How long to wait for another `tf` that finishes a dead run. After an outage it may wait for 4 min for a write of
-/// that run, and then needs the time of a release. One that is stopped (SIGSTOP) ends never.
+/// that run, and then needs the time of a release. One that is stopped (SIGSTOP) never ends.
 pub(crate) const RECOVERY_TIMEOUT: Duration = Duration::from_mins(6);
 
 /// Waits until another `tf` has exited. A second ^C kills that `tf`, and so does the end of `limit`. Nothing is lost by

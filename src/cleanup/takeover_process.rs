@@ -49,7 +49,7 @@ const NOT_TAKEN_FINALLY: u8 = 3;
 const NOT_TAKEN: u8 = 4;
 
 /// How long a taker may go on that was told to end. It finishes the delete of a lock that it has claimed, and a look at
-/// the result. A taker that is stopped (SIGSTOP) ends never.
+/// the result. A taker that is stopped (SIGSTOP) never ends.
 pub(crate) const END_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The signal of which `tf` dies if its parent has exited before terraform was started, and if that exit is a request
@@ -185,14 +185,17 @@ impl TakeoverProcess {
             }
             for signal in requests {
                 self.process.tell_to_end();
-                kill_at.get_or_insert_with(|| Instant::now() + END_TIMEOUT);
                 if asked.is_some() {
                     self.process.kill();
+                } else {
+                    kill_at = Some(Instant::now() + END_TIMEOUT);
                 }
                 asked.get_or_insert(signal);
             }
             if kill_at.is_some_and(|at| at <= Instant::now()) {
                 self.process.kill();
+                // Its end may take a moment, or for ever if it hangs in the kernel.
+                kill_at = None;
             }
             if ready.first() == Some(&true) {
                 let ended = self.process.wait().map(|status| how(status, || read_id(&mut stdout)));

@@ -88,7 +88,8 @@ pub(crate) fn is_lost_before(loss: &Loss, deadline: Timestamp) -> bool {
 /// What is known when a read shows that the lock is lost, and the log shows that terraform has begun to release it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LostInUnlock {
-    /// Whether the log shows the end of an unlock. Terraform logs it since 1.10.
+    /// Whether the log shows the end of an unlock. That of Terraform since 1.10 does. That of Terraform up to 1.5 and
+    /// of OpenTofu since 1.11 shows the requests to the services, so it does too.
     pub(crate) is_end_logged: bool,
     /// Whether the terraform with the lock has exited, so that it sends nothing more.
     pub(crate) has_exited: bool,

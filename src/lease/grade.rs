@@ -237,8 +237,8 @@ fn freezer(cgroups: Option<&str>, namespace: Option<u64>) -> Option<NoFenceReaso
 fn paused_machine(facts: &HostFacts) -> Option<&'static str> {
     // WSL's kernels are `5.15.153.1-microsoft-standard-WSL2`, and `4.4.0-19041-Microsoft` in its first version
     // (systemd, src/basic/virt.c, tests for `Microsoft` and `WSL`). Docker Desktop's are `6.10.14-linuxkit`, and
-    // OrbStack's are
-    // `6.19.13-orbstack-gbd1dc07b8cf4`. The kernels of Lima, Colima and Podman have no names of their own.
+    // OrbStack's are `6.19.13-orbstack-gbd1dc07b8cf4`. The kernels of Lima, Colima and Podman have no names of their
+    // own.
     let release = release(&facts.kernel).to_ascii_lowercase();
     for (part, kind) in [("microsoft", "WSL"), ("wsl", "WSL"), ("linuxkit", "Docker Desktop"), ("orbstack", "OrbStack")]
     {

@@ -54,9 +54,9 @@ pub(crate) struct NextRenewal {
 
 /// Returns the renewal after the response `last`. `now` is the time of this host's `CLOCK_BOOTTIME`.
 ///
-/// `stored` is the service's time in the stored record, and `fence` is what the next one promises. A record never replaces
-/// one with a later time. So a record that promises nothing gets the later one of the two times: nobody counts on its
-/// deadline.
+/// `stored` is the service's time in the stored record, and `fence` is what the next one promises. A record never
+/// replaces one with a later time. So a record that promises nothing gets the later one of the two times: nobody counts
+/// on its deadline.
 ///
 /// The record gets the service's time in `last`. The holder counts from before it sent that request. So whatever
 /// delayed the request or its response, the holder stops before others count the lease as lapsed.

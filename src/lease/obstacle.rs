@@ -17,6 +17,8 @@ pub(crate) enum Obstacle {
     NoPlace(String),
     /// No process was found that holds the lock.
     NoHolder,
+    /// This process or this host has no free descriptor.
+    NoDescriptor,
     /// The end of the terraform that holds the lock cannot be seen. The text is the kernel's error.
     Unwatchable(String),
 }
@@ -26,7 +28,7 @@ impl Obstacle {
     pub(crate) fn is_given_up(&self, lasted: Duration) -> bool {
         let is_final = match self {
             Self::Unnamed { is_final, .. } => *is_final,
-            Self::NoPlace(_) | Self::NoHolder => false,
+            Self::NoPlace(_) | Self::NoHolder | Self::NoDescriptor => false,
             Self::Unwatchable(_) => true,
         };
         is_final || lasted >= OBSTACLE_TIMEOUT
@@ -43,6 +45,7 @@ impl fmt::Display for Obstacle {
             Self::NoPlace(path) => write!(formatter, "it is not known where the lock of {path} is stored"),
             Self::NoHolder => formatter
                 .write_str("the process that holds the lock was not found; it may be the process of another user"),
+            Self::NoDescriptor => formatter.write_str("too many files are open"),
             Self::Unwatchable(error) => write!(formatter, "tf cannot see when terraform ends (pidfd_open): {error}"),
         }
     }
@@ -61,6 +64,7 @@ mod tests {
             (unnamed(true), [true, true]),
             (Obstacle::NoPlace("b/k".to_owned()), [false, true]),
             (Obstacle::NoHolder, [false, true]),
+            (Obstacle::NoDescriptor, [false, true]),
             (Obstacle::Unwatchable("ENOSYS".to_owned()), [true, true]),
         ] {
             assert_eq!([early, late].map(|lasted| obstacle.is_given_up(lasted)), expected, "{obstacle:?}");

@@ -131,7 +131,8 @@ impl Reached {
     }
 
     async fn saw(&self, location: &LockLocation) -> bool {
-        what_nothing_shows(&self.run, &self.then(&location.backend), location).await == NothingFound::IsGone
+        let now = AccountIdentity::now(&self.run, &location.backend);
+        what_nothing_shows(&self.then(&location.backend), &now, location).await == NothingFound::IsGone
     }
 }
 
@@ -146,11 +147,15 @@ pub(crate) enum NothingFound {
     UnknownAccount,
 }
 
-/// Decides what it shows that a search with the environment of this process has just not found a lock at `location`.
-/// `then` is the identity with which the run reached that location. `run` is the ID with which its hashes were made.
-pub(crate) async fn what_nothing_shows(run: &str, then: &AccountIdentity, location: &LockLocation) -> NothingFound {
+/// Decides what it shows that a search has just not found a lock at `location`. `then` is the identity with which the
+/// run reached that location, and `now` that of the search. The hashes of both were made with the same ID.
+pub(crate) async fn what_nothing_shows(
+    then: &AccountIdentity,
+    now: &AccountIdentity,
+    location: &LockLocation,
+) -> NothingFound {
     let parts = LockParts { s3: location.lock_file, dynamodb: location.table.is_some() };
-    let relation = relation(then, &AccountIdentity::now(run, &location.backend));
+    let relation = relation(then, now);
     let same = match &relation {
         Relation::Same => true,
         Relation::Ask(account) => connect::account(&location.backend).await.as_ref() == Some(account),

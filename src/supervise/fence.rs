@@ -19,8 +19,8 @@
 //!
 //! A second fuse, the spare one, is forked while terraform works, and takes the place of a fuse that has died. A
 //! process that is forked while terraform is stopped would have a copy of the kill pipe's write end until it has closed
-//! it. If
-//! `tf` died meanwhile, the kernel would continue terraform first. Only a process that was forked before cannot do that.
+//! it. If `tf` died meanwhile, the kernel would continue terraform first. Only a process that was forked before cannot
+//! do that.
 //!
 //! One write end in a wrong process would keep a pipe silent. So every write end is closed on exec, and every process
 //! that `tf` forks without exec closes it: [`crate::sys::detached`] and [`crate::sys::group_signal_watcher`] close all

@@ -140,8 +140,7 @@ pub(crate) enum Heard {
     /// group for the lease any more.
     StopsNoMore,
     /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once
-    /// while
-    /// `tf` is suspended.
+    /// while `tf` is suspended.
     LockIsLost,
     /// The guardian has exited, or was killed.
     Gone,
@@ -850,8 +849,9 @@ impl<'a> Watch<'a> {
 
     /// Returns what to do with terraform right after the death of `tf`.
     ///
-    /// `tf` may have decided to kill terraform and died before it did. And as long as `tf` was alive, nobody carried out what
-    /// the guardian's own [`Stop`] had decided. So a decision to kill is carried out now, perhaps for the second time.
+    /// `tf` may have decided to kill terraform and died before it did. And as long as `tf` was alive, nobody carried
+    /// out what the guardian's own [`Stop`] had decided. So a decision to kill is carried out now, perhaps for the
+    /// second time.
     fn first_effects(&mut self) -> Vec<Effect> {
         let begun = self.context.run.begun;
         if let Some(why) = self.context.stop.killed() {

@@ -22,6 +22,7 @@ use crate::aws::identity::AccountIdentity;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::waiter::Waiter;
+use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
@@ -120,7 +121,9 @@ impl LockPhase {
         match log.unreleased().find(|lock| lock.id == id) {
             None => Self::Gone,
             Some(lock) if lock.progress.is_before_unlock() => Self::Held,
-            Some(_) => Self::Unlocking { is_end_logged: log.log_detail() == Some(LogDetail::Full) },
+            Some(_) => Self::Unlocking {
+                is_end_logged: matches!(log.log_detail(), Some(LogDetail::Full | LogDetail::HttpTraffic)),
+            },
         }
     }
 }
@@ -226,10 +229,6 @@ pub(crate) struct RunLease {
     has_reported_lock: bool,
     /// What keeps the lease from beginning. `None` if no lock is held, or if its lease has begun.
     blocked: Option<Blocked>,
-    /// The ID of the named lock that gets no lease. `None` if there was none.
-    given_up: Option<String>,
-    /// Whether it was reported that a lock gets no lease.
-    has_said_no_lease: bool,
     /// The reason that was reported last since terraform was stopped, and when, on the clock of [`boot_clock::now`].
     reported: Option<(String, Duration)>,
     /// Whether the orders have changed since the guardian got them.
@@ -273,8 +272,6 @@ impl RunLease {
             leased: None,
             has_reported_lock: false,
             blocked: None,
-            given_up: None,
-            has_said_no_lease: false,
             has_new_orders: false,
             is_over: false,
         }
@@ -395,10 +392,9 @@ impl RunLease {
             }
             return Followed::Nothing;
         }
-        let is_next = |lock: &&RecordedLock| lock.is_in_use() && self.given_up.as_ref() != Some(&lock.id);
-        let Some(lock) = log.unreleased().find(is_next) else {
-            let unnamed = if self.has_said_no_lease { None } else { unnamed_obstacle(log, candidates) };
-            return unnamed.map_or(Followed::Nothing, |obstacle| self.is_blocked(None, obstacle));
+        let Some(lock) = log.unreleased().find(|lock| lock.is_in_use()) else {
+            return unnamed_obstacle(log, candidates)
+                .map_or(Followed::Nothing, |obstacle| self.is_blocked(None, obstacle));
         };
         match self.begin(lock, &candidates(), tree) {
             Ok(()) => Followed::Begun,
@@ -417,12 +413,8 @@ impl RunLease {
             return Followed::Nothing;
         }
         trace!("no lease: {obstacle:?}");
-        self.given_up = lock.map(ToOwned::to_owned);
-        // A later lock meets the same obstacle.
-        self.is_over = matches!(obstacle, Obstacle::Unwatchable(_));
-        if std::mem::replace(&mut self.has_said_no_lease, true) {
-            return Followed::Nothing;
-        }
+        // The run says that it goes on without a lease, so a later lock gets none either.
+        self.is_over = true;
         Followed::NoLease(obstacle.to_string())
     }
 
@@ -464,13 +456,15 @@ impl RunLease {
         self.leased = Some(lock.id.clone());
         let deadline = Deadline::at(boot_clock::now() + self.terms.working_time());
         (self.renewed, self.deadline) = (Some(Timestamp::now()), Some(deadline));
+        // Relative paths of the shared files are relative to terraform's working directory.
+        let there = Within::enter(&candidates.working_directory);
+        let identity = |location: &LockLocation| AccountIdentity::at_start(&lock.id, &location.backend);
+        let identities = locations.iter().map(identity).collect();
+        drop(there);
         self.orders = Some(Orders {
             lock: lock.id.clone(),
             places: locations.iter().map(LockLocation::to_json).collect(),
-            identities: locations
-                .iter()
-                .map(|location| AccountIdentity::at_start(&lock.id, &location.backend))
-                .collect(),
+            identities,
             length: self.terms.length(),
             fence: self.promise,
             holder: self.holder.clone(),
@@ -539,8 +533,8 @@ impl RunLease {
     }
 
     /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`].
-    /// `phase` as in [`RunLease::step`]. Returns whether the lock is lost and terraform must be killed: it writes its state
-    /// even after an interrupt. Until then, it is stopped. A lock that is only gone does not kill it, as under
+    /// `phase` as in [`RunLease::step`]. Returns whether the lock is lost and terraform must be killed: it writes its
+    /// state even after an interrupt. Until then, it is stopped. A lock that is only gone does not kill it, as under
     /// [`RunLease::step`]; the fuse ends it at its deadline.
     pub(crate) fn step_as_guardian(&mut self, mut phase: impl FnMut(&str) -> LockPhase) -> bool {
         let mut is_lost = false;
@@ -562,7 +556,7 @@ impl RunLease {
                         Some(LockPhase::Gone) => self.let_go(),
                         // While `tf` is suspended, it decides that itself when it goes on.
                         Some(LockPhase::Unlocking { is_end_logged })
-                            if self.tf == TfState::Dead && self.is_unlock_over(is_end_logged) =>
+                            if self.tf == TfState::Dead && self.is_unlock_over(Some(&loss), is_end_logged) =>
                         {
                             self.let_go();
                         }
@@ -690,7 +684,7 @@ impl RunLease {
             return effects;
         }
         // What a keeper has reported before the end of the fuse was noticed is heard before that is judged: `tf` may
-        // have been stopped for hours, and then what it knows of the lease is as old.
+        // have been stopped for hours, and its knowledge of the lease is then that old.
         let is_new_stop = self.stopped.is_none() && self.is_blown();
         if let Some(stopped) = &mut self.stopped
             && stopped.is_rearmed
@@ -712,6 +706,10 @@ impl RunLease {
         }
         if is_new_stop && self.stopped.is_none() && !self.is_over {
             self.note_stop(&mut effects);
+        }
+        if effects.contains(&LeaseEffect::ContinueWithoutLock) {
+            // The lease is over, so nothing here ends the run.
+            return effects;
         }
         if self.keepers.is_restart_due() {
             crash_point::reached("lease: replaces the keeper");
@@ -790,9 +788,14 @@ impl RunLease {
         self.is_shim_watched || self.terraform.as_ref().is_some_and(ProcessHandle::has_exited)
     }
 
-    /// Counts a read that shows the loss of a lock that terraform has begun to release, and returns whether the unlock
-    /// is over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
-    fn is_unlock_over(&mut self, is_end_logged: bool) -> bool {
+    /// Counts a read that shows the `loss` of a lock that terraform has begun to release, and returns whether the
+    /// unlock is over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
+    fn is_unlock_over(&mut self, loss: Option<&Loss>, is_end_logged: bool) -> bool {
+        // A claimed lock is still there, so the request that deletes it may be on its way.
+        if matches!(loss, Some(Loss::Claimed(_))) {
+            self.reads_in_unlock = 0;
+            return false;
+        }
         self.reads_in_unlock = self.reads_in_unlock.saturating_add(1);
         let holder = self.orders.as_ref().and_then(|orders| Process::look_up(Pid::from_raw(orders.terraform)));
         let step = unlock_step(LostInUnlock {
@@ -821,7 +824,7 @@ impl RunLease {
             // the log shows that by now. Then the lock of another run may be there as well.
             match phase(&orders.lock) {
                 LockPhase::Gone => return self.released(),
-                LockPhase::Unlocking { is_end_logged } if self.is_unlock_over(is_end_logged) => {
+                LockPhase::Unlocking { is_end_logged } if self.is_unlock_over(report.loss(), is_end_logged) => {
                     trace!("the unlock is over, although the log does not show its end");
                     return self.released();
                 }
@@ -831,11 +834,7 @@ impl RunLease {
                 LockPhase::Unlocking { .. } if self.stopped.is_none() || self.has_holder_exited() => return None,
                 LockPhase::Unlocking { .. } => {
                     let is_gone = |loss: &Loss| *loss == Loss::Gone;
-                    self.is_lost_in_unlock = match &report {
-                        Report::Lost(loss) => is_gone(loss),
-                        Report::Looked { loss, .. } => loss.as_ref().is_some_and(is_gone),
-                        _ => false,
-                    };
+                    self.is_lost_in_unlock = report.loss().is_some_and(is_gone);
                 }
                 LockPhase::Held => {}
             }
@@ -1195,12 +1194,12 @@ fn wall_time(at: Duration) -> Timestamp {
 }
 
 /// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended
-/// is looked for again.
+/// is looked for again, and a descriptor may be free later.
 fn unwatchable(error: &io::Error) -> Obstacle {
-    if error.raw_os_error() == Some(libc::ESRCH) {
-        Obstacle::NoHolder
-    } else {
-        Obstacle::Unwatchable(error.to_string())
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => Obstacle::NoHolder,
+        Some(libc::EMFILE | libc::ENFILE) => Obstacle::NoDescriptor,
+        _ => Obstacle::Unwatchable(error.to_string()),
     }
 }
 
@@ -1469,7 +1468,6 @@ mod tests {
     #[test]
     fn that_a_run_has_no_lease_is_said_once_and_each_lock_has_its_own_time() {
         let mut lease = lease_of_a_stopped_run();
-        let unnamed = |is_final| Obstacle::Unnamed { program: None, is_final };
         assert_eq!(lease.is_blocked(Some("a"), Obstacle::NoHolder), Followed::Nothing);
         let since = |lease: &RunLease| lease.blocked.as_ref().unwrap().since;
         let first = since(&lease);
@@ -1481,16 +1479,20 @@ mod tests {
         lease.blocked.as_mut().unwrap().since = Duration::ZERO;
         let Followed::NoLease(reason) = lease.is_blocked(Some("b"), Obstacle::NoHolder) else { panic!() };
         assert_eq!(reason, Obstacle::NoHolder.to_string());
-        assert_eq!((lease.given_up.as_deref(), lease.is_over), (Some("b"), false));
-        assert_eq!(lease.is_blocked(None, unnamed(true)), Followed::Nothing);
-        assert_eq!(lease.is_blocked(Some("c"), unwatchable(&io::ErrorKind::Other.into())), Followed::Nothing);
         assert!(lease.is_over);
+        // The next call of `follow` does nothing, whatever the log shows.
+        let candidates = || unreachable!("nothing is looked for");
+        let tree = Tree::new("run").unwrap().0;
+        assert_eq!(lease.follow(&Log::default(), candidates, &tree), Followed::Nothing);
     }
 
     #[test]
     fn a_terraform_that_has_just_ended_is_looked_for_again() {
         assert_eq!(unwatchable(&io::Error::from_raw_os_error(libc::ESRCH)), Obstacle::NoHolder);
-        for error in [libc::ENOSYS, libc::EPERM, libc::EMFILE] {
+        for error in [libc::EMFILE, libc::ENFILE] {
+            assert_eq!(unwatchable(&io::Error::from_raw_os_error(error)), Obstacle::NoDescriptor);
+        }
+        for error in [libc::ENOSYS, libc::EPERM] {
             let error = io::Error::from_raw_os_error(error);
             assert_eq!(unwatchable(&error), Obstacle::Unwatchable(error.to_string()));
         }

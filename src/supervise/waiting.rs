@@ -98,7 +98,8 @@ impl Waiting {
     pub(crate) fn new(before: BeforeTerraform) -> Self {
         let BeforeTerraform { recovers, tried, takes_over, taker } = before;
         let now = Instant::now();
-        let lacks_credentials = tried.iter().any(|tried| tried.lacks_credentials);
+        let lacks_credentials =
+            taker == Some(Ended::NoCredentials) || tried.iter().any(|tried| tried.lacks_credentials);
         let no_credentials_until = lacks_credentials.then(|| now + retry_interval(true));
         let given_up = taker.and_then(|ended| after_taker(ended, now).given_up);
         let tried =

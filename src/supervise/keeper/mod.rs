@@ -19,8 +19,7 @@
 //!
 //! When it is forked, a new keeper holds a copy of everything that `tf` holds, and so a write end of the kill pipe. It
 //! closes that copy first, and not only when it calls exec: while terraform is stopped, the lease may have lapsed, and
-//! if
-//! `tf` died in that moment, the kernel would continue terraform.
+//! if `tf` died in that moment, the kernel would continue terraform.
 
 mod keeper_fence;
 pub(crate) mod keeper_process;
@@ -123,6 +122,17 @@ pub(crate) enum Report {
     Notice(Notice),
     /// The answer to [`Keeper::ping`].
     Alive,
+}
+
+impl Report {
+    /// Returns how the lock was lost. `None` if the report is not about a loss, or does not say how.
+    pub(crate) fn loss(&self) -> Option<&Loss> {
+        match self {
+            Self::Lost(loss) => Some(loss),
+            Self::Looked { loss, .. } => loss.as_ref(),
+            _ => None,
+        }
+    }
 }
 
 /// The descriptors that a keeper inherits.

@@ -14,6 +14,7 @@ use super::{Orders, Report};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
+use crate::aws::identity::AccountIdentity;
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages::ANOTHER_ACCOUNT;
 use crate::crash_point;
@@ -374,16 +375,15 @@ impl Renewals {
     }
 
     /// Notes that the service has stored a record with the time in `last`, after a request that was sent at `sent`, and
-    /// tells the fuse the deadline that follows.
-    /// `has_fuse`: there was a fuse when the renewal was sent. A later fuse gets no deadline from it: that fuse waits for a
-    /// renewal of its own.
+    /// tells the fuse the deadline that follows. `has_fuse`: there was a fuse when the renewal was sent. A later fuse
+    /// gets no deadline from it: that fuse waits for a renewal of its own.
     async fn confirmed(&mut self, sent: Duration, last: Response, deadline: Duration, has_fuse: bool) -> Step {
         self.confirmed = last.sent;
         self.history.has_interrupted = false;
         let fuse = if self.promised == Promise::Stop && has_fuse { self.arm(deadline).await } else { None };
         crash_point::reached("keeper: told the deadline");
-        // `tf` continues a stopped terraform only after the answer of its new fuse. Another keeper may have read it, or it may
-        // come late.
+        // `tf` continues a stopped terraform only after the answer of its new fuse. Another keeper may have read it, or
+        // it may come late.
         let lacks_answer = self.promised == Promise::Stop && has_fuse && fuse.is_none() && self.terraform_is_stopped();
         self.is_armed &= !lacks_answer;
         let pause = if lacks_answer { FUSE_PAUSE } else { self.until_next_renewal() };
@@ -486,7 +486,7 @@ impl Renewals {
         let (Some(location), Some(then)) = (location, self.orders.identities.get(connection.place)) else {
             return false;
         };
-        let shows = Box::pin(reached::what_nothing_shows(&self.orders.lock, then, &location));
+        let shows = Box::pin(reached::what_nothing_shows(then, &connection.identity, &location));
         let shows = tokio::time::timeout(SERVICE_TIMEOUT, shows).await.unwrap_or(NothingFound::Nothing);
         let is_first = !self.has_connected && !self.orders.may_have_a_record;
         is_lost(shows, connection.has_seen_lock || is_first)
@@ -497,6 +497,7 @@ impl Renewals {
         let mut reason = (Answer::Refused, "the place of the lock is not known".to_owned());
         for (place, location) in self.orders.places.iter().enumerate() {
             let Some(location) = LockLocation::of_json(location) else { continue };
+            let identity = AccountIdentity::now(&self.orders.lock, &location.backend);
             let stores = match Stores::connect(&location.backend, Purpose::Work).await {
                 Ok(stores) => stores,
                 Err(unreachable) => {
@@ -510,6 +511,12 @@ impl Renewals {
                 }
             };
             self.lacks_credentials.set(false);
+            if AccountIdentity::now(&self.orders.lock, &location.backend) != identity {
+                // A person has logged in meanwhile, so it is not known which of the two the connection has.
+                connect::forget_credentials(&location.backend);
+                reason = (Answer::None, "the credentials changed while tf connected".to_owned());
+                continue;
+            }
             // The item has the record if there is one.
             let Some(key) = location.store_keys(&stores).into_iter().next() else { continue };
             self.is_testing.set(true);
@@ -534,12 +541,12 @@ impl Renewals {
                 }
             }
             if self.orders.places.len() == 1 {
-                return Ok(Connection { stores, key, place, has_seen_lock: false });
+                return Ok(Connection { stores, key, place, has_seen_lock: false, identity });
             }
             match within(self.request_timeout(), stores.read(&key)).await {
                 Ok(found) => {
                     if found.and_then(|found| found.info()).is_some_and(|info| info.id == self.orders.lock) {
-                        return Ok(Connection { stores, key, place, has_seen_lock: true });
+                        return Ok(Connection { stores, key, place, has_seen_lock: true, identity });
                     }
                 }
                 Err(failure) => reason = answer(&failure),
@@ -611,13 +618,14 @@ struct Connection {
     place: usize,
     /// Whether the lock was seen over this connection.
     has_seen_lock: bool,
+    /// The identity that it has. Its credentials do not change, whoever logs in later.
+    identity: AccountIdentity,
 }
 
 /// Decides whether a run has lost its lock if a read has not found it. `shows` is what that shows for the account of
-/// the run.
-/// `is_of_the_run` is whether the connection has read the lock before, or is the first one for this lock, so that its
-/// settings are those with which terraform has just got the lock. That decides if no account is known: for example, a
-/// `credential_process` says none.
+/// the run. `is_of_the_run` is whether the connection has read the lock before, or is the first one for this lock, so
+/// that its settings are those with which terraform has just got the lock. That decides if no account is known: for
+/// example, a `credential_process` says none.
 fn is_lost(shows: NothingFound, is_of_the_run: bool) -> bool {
     match shows {
         NothingFound::IsGone => true,
