@@ -374,7 +374,9 @@ impl Cleaned {
     pub(crate) fn unfinished(self, log: &Log, is_read: bool) -> Unfinished {
         let Self { locks, results, replaced, non_s3, lost_log_is_left, .. } = self;
         let is_left = |result: &ReleaseResult| {
-            let kept = |because: &Because| !is_read || !matches!(because, Because::Doubt | Because::Claimed);
+            let kept = |because: &Because| {
+                !is_read || !matches!(because, Because::Doubt | Because::Settings | Because::Claimed)
+            };
             result.may_exist && matches!(&result.outcome, Some(Outcome::Kept { because, .. }) if kept(because))
         };
         let in_doubt = !locks.suspects.is_empty() && !is_read;
@@ -435,6 +437,7 @@ mod tests {
             (Some(Outcome::Released(released)), false, false),
             (Some(Outcome::Absent { anothers: None, excluded: false }), false, false),
             (kept(Because::Doubt), false, true),
+            (kept(Because::Settings), false, true),
             (kept(Because::Claimed), false, true),
             (kept(Because::NotYet), true, true),
             (kept(Because::StillRunning { several: true }), true, true),
@@ -469,6 +472,7 @@ mod tests {
             (Some(Outcome::Absent { anothers: None, excluded: false }), false),
             (Some(Outcome::Absent { anothers: None, excluded: true }), false),
             (kept(Because::Doubt), true),
+            (kept(Because::Settings), false),
             (kept(Because::Never), true),
             (kept(Because::StillRunning { several: false }), true),
             (kept(Because::Unseen), true),

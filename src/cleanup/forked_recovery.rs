@@ -154,8 +154,7 @@ pub(super) fn in_a_process(
 
 /// Handles requests to stop. The first request is answered with a message, and its signal is stored in `asked`. After
 /// that, a ^C kills the recovery. Nothing is lost: the run stays in the journal. A ^Z stops this process. If the
-/// recovery
-/// `shares_terminal`, the ^Z stops the recovery too, and the caller notices that.
+/// recovery `shares_terminal`, the ^Z stops the recovery too, and the caller notices that.
 fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid, shares_terminal: bool) {
     let next = if shares_terminal { Signals::next_stop } else { Signals::next_stop_after_suspending };
     while let Some(signal) = next(signals) {

@@ -497,7 +497,7 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
             format!("released the lock: {}, because {}", lock(&lapsed.info), lapsed_lease(lapsed))
         }
         Progress::LeftObject(object) => format!(
-            "there is an object that tf could not look at: {}\npermission denied: s3:GetObject\nif it is a part of the \
+            "there may be an object that tf could not look at: {}\npermission denied: s3:GetObject\nif it is a part of the \
              released lock, it still refuses every run whose backend sets use_lockfile\nwith that permission, type: {}",
             visible(&object.describe()),
             command("list")
@@ -532,7 +532,7 @@ pub(crate) fn takeover(progress: Progress<'_>, command: impl Fn(&str) -> String)
                 Reason::Obstacle(Obstacle::Claimed | Obstacle::ClaimLapsedEarly) => unfinished_claim(lapsed),
                 Reason::Obstacle(Obstacle::RunsHere) => {
                     "tf does not release it, because a process on this host is or may be working for that run, or because \
-                     tf on this host keeps that lock on purpose"
+                     tf on this host has said that it does not release that lock"
                         .to_owned()
                 }
                 Reason::Obstacle(_) => {

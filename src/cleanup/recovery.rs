@@ -116,8 +116,9 @@ pub(crate) struct Tried {
     pub(crate) lacks_credentials: bool,
 }
 
-/// The most dead runs that one `tf` finishes in the background. A process keeps a descriptor for each of them. Later
-/// `tf` finish the others.
+/// The most dead runs that one `tf` finishes in the background, because a process keeps a descriptor for each of them.
+/// An attempt that fails writes the record anew, and the oldest records come first. So a later `tf` finishes the
+/// others.
 const FAR_LIMIT: usize = 16;
 
 /// A run in the journal.
@@ -133,8 +134,9 @@ struct DueWork<'a> {
     /// The dead runs that are finished before terraform starts. There can be any number of them, and each
     /// [`JournalEntry`] needs a descriptor. So each run is looked at again when it is its turn.
     near: Vec<Entry<'a>>,
-    /// The dead runs that are finished in the background.
-    far: Vec<Dead>,
+    /// The dead runs that are finished in the background, each with the time at which its record was written. `None` if
+    /// that is not known.
+    far: Vec<(Option<Timestamp>, Entry<'a>)>,
     /// A run that no process holds, and whose record cannot be read because of an error of this host, with that error.
     /// `None` if there is no such run.
     unread: Option<(PathBuf, String)>,
@@ -170,7 +172,7 @@ impl<'a> DueWork<'a> {
     fn add_run(&mut self, found: Entry<'a>, here: &CandidateBackends, signals: &mut Signals) {
         let Entry { journal, name, .. } = &found;
         match look(journal, name, |record| is_of(record, here), WaitLimits::BEFORE_TERRAFORM, signals) {
-            FoundRun::Dead(record, entry, standpoint) => {
+            FoundRun::Dead(record, entry, _) => {
                 let turn = recovery_plan::turn(DeadRun {
                     is_near: is_of(&record, here),
                     was_tried: record.over,
@@ -178,10 +180,8 @@ impl<'a> DueWork<'a> {
                 });
                 match turn {
                     Turn::BeforeTerraform => self.near.push(found),
-                    Turn::InBackground if self.far.len() < FAR_LIMIT => {
-                        self.far.push(found.dead(record, entry, standpoint));
-                    }
-                    Turn::InBackground | Turn::Later => {}
+                    Turn::InBackground => self.far.push((entry.written_at(), found)),
+                    Turn::Later => {}
                 }
             }
             FoundRun::Broken(_) => {
@@ -210,6 +210,18 @@ impl Entry<'_> {
     }
 }
 
+/// Returns those of the dead runs that are finished in the background now: the ones with the oldest records. Leaves out
+/// a run that another process has begun to finish meanwhile.
+fn oldest(mut far: Vec<(Option<Timestamp>, Entry<'_>)>) -> Vec<Dead> {
+    far.sort_by_key(|(written, _)| *written);
+    let far = far.into_iter().take(FAR_LIMIT);
+    let dead = far.filter_map(|(_, found)| match found.journal.look(&found.name) {
+        FoundRun::Dead(record, entry, standpoint) => Some(found.dead(record, entry, standpoint)),
+        _ => None,
+    });
+    dead.collect()
+}
+
 /// Finishes dead runs before terraform starts. `here` are the candidate backends of the new run. This process must have
 /// only one thread, because it forks.
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
@@ -217,6 +229,7 @@ pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, si
     if let Some((path, error)) = unread {
         console::say(&messages::unread(&path, &error));
     }
+    let far = oldest(far);
     if !far.is_empty() {
         finish_without_waiting(far);
     }
@@ -1177,9 +1190,10 @@ mod tests {
     }
 
     /// Each reason for not releasing a lock.
-    fn reasons() -> [Because; 11] {
+    fn reasons() -> [Because; 12] {
         [
             Because::Doubt,
+            Because::Settings,
             Because::Never,
             Because::StillRunning { several: false },
             Because::Unseen,

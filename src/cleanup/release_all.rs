@@ -167,7 +167,7 @@ pub(crate) fn release_locks(
                 {
                     Some(not_believed(&candidates, release_context, waiter).unwrap_or(absent))
                 }
-                outcome => outcome.or_else(|| named(Outcome::kept(messages::NO_PLACE))),
+                outcome => outcome.or_else(|| named(no_place())),
             }
         };
         trace!("lock {}: {outcome:?}", recorded.id);
@@ -203,7 +203,7 @@ pub(crate) fn only_name(
             waiter.block_on(release::may_exist(location, &recorded.id)).unwrap_or(true)
         };
         let outcome = if candidates.is_empty() {
-            Outcome::kept(messages::NO_PLACE)
+            no_place()
         } else if candidates.iter().any(|location| may_exist(location, waiter)) {
             Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never }
         } else {
@@ -446,6 +446,12 @@ pub(crate) fn check_pending(
         history::record(&LockEvent::of_recorded(What::Released, By::Recovery, &pending.lock, why, None));
     }
     outcome
+}
+
+/// Returns the outcome for a lock whose place is not known. A later `tf` may know it, in another directory or after an
+/// `init`.
+fn no_place() -> Outcome {
+    Outcome::Kept { reason: messages::NO_PLACE.to_owned(), because: Because::Settings }
 }
 
 /// Writes the releases among `results` into the history.

@@ -69,7 +69,8 @@ impl Reporter for TerminalReporter<'_> {
                 console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
             }
             Some(Outcome::Kept { reason, because }) => {
-                let later = has_journal && !matches!(because, Because::Doubt | Because::Claimed | Because::Never);
+                let later = has_journal
+                    && !matches!(because, Because::Doubt | Because::Settings | Because::Claimed | Because::Never);
                 let location = candidates.of(lock).into_iter().next();
                 let workspace = location.as_ref().and_then(|location| unselected_workspace(location, candidates));
                 let removal = Removal {

@@ -168,6 +168,7 @@ impl Release {
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
             }
+            let is_recovered = matches!(step, Step::Finish);
             let released = match step {
                 Step::Finish => self.finish(&reach, &lock).await,
                 Step::Refuse => {
@@ -204,7 +205,8 @@ impl Release {
                     ));
                     Ok(Finding::Failed)
                 }
-                (Ok(Finding::Nothing), None) if self.place.bucket.is_some() => {
+                // A recovery looks at both parts.
+                (Ok(Finding::Nothing), None) if self.place.bucket.is_some() && !is_recovered => {
                     console::say(&format!(
                         "tf has looked at the object alone: if the backend names a DynamoDB table too, every run may still \
                          be refused by the item there\nto release that, replace TABLE with its name and type: {} {}",

@@ -461,7 +461,8 @@ impl SegmentReader {
                 limit = Some(next_limit(rate, Cost { scanned, consumed }));
                 #[expect(clippy::cast_precision_loss, reason = "a page has few items")]
                 let used = consumed + read_again as f64;
-                until = begun + Duration::from_secs_f64((used / rate).clamp(0.0, 3600.0));
+                // A service may send any number, or none.
+                until = begun + Duration::try_from_secs_f64((used / rate).clamp(0.0, 3600.0)).unwrap_or_default();
             }
             if from.is_none() {
                 let owed = plan.rate.map(|_| until.saturating_duration_since(Instant::now()));

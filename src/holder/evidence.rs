@@ -133,6 +133,8 @@ pub(crate) struct Seen {
     pub(crate) is_plain: bool,
     /// Whether the journal has a run that may be running and whose record cannot be read. That run may hold the lock.
     pub(crate) has_unread_run: bool,
+    /// Whether `tf` on this host has said that it does not release the lock.
+    pub(crate) is_kept: bool,
     /// The running processes that may be a terraform, or that a terraform may have started.
     pub(crate) terraforms: Vec<PossibleHolder>,
     /// When this machine was started. `None` if that is not known.
@@ -194,6 +196,12 @@ pub(crate) fn judge(lock: &LockInfo, seen: &Seen) -> Judgement {
             by_lease(lease, likelihood, &mut note)
         }
     };
+    if seen.is_kept {
+        evidence.push(Evidence {
+            seen: "tf on this host has said that it does not release this lock, so no run here does".to_owned(),
+            proves: "nothing about the holder",
+        });
+    }
     Judgement { verdict, reason, evidence, is_settled }
 }
 
@@ -235,10 +243,10 @@ fn by_lease(
             format!("the {length} lease of the lock was renewed {age} ago, by the service's clock"),
             "that the holder is alive",
         );
-        let Some(KnownClaim { claim, age, .. }) = lease.claim else { return (Verdict::Alive, reason) };
-        let shown = format!("{} claimed the lock {} ago", lease_text::claimant(claim), length_of_time(age));
-        note(shown.clone(), "that the holder stops before its lease lapses");
-        return (Verdict::Alive, format!("{reason}; {shown}, so it stops before its lease lapses"));
+        let Some(claim) = lease.claim else { return (Verdict::Alive, reason) };
+        let (shown, then) = (claimed(claim), after_claim(lease.fence()));
+        note(shown.clone(), if then.is_promised { "that the holder stops before its lease lapses" } else { "nothing" });
+        return (Verdict::Alive, format!("{reason}; {shown}; {}", then.text));
     }
     if !lease.is_same_region {
         let region = console::visible(&lease.record.region);
@@ -251,16 +259,31 @@ fn by_lease(
     if here.may_run_here { undecided(shown) } else { (Verdict::LikelyDead, shown) }
 }
 
+/// What follows for the holder of a lock that was claimed before its lease has lapsed.
+struct AfterClaim {
+    text: &'static str,
+    /// Whether its host has promised that.
+    is_promised: bool,
+}
+
+fn after_claim(fence: Promise) -> AfterClaim {
+    match fence {
+        Promise::Stop => AfterClaim { text: "the holder stops before its lease lapses", is_promised: true },
+        Promise::None => AfterClaim { text: "the holder cannot renew its lease", is_promised: false },
+    }
+}
+
+/// Returns who claimed the lock and when, and whether the claim has lapsed.
+fn claimed(KnownClaim { claim, age, has_lapsed }: KnownClaim<'_>) -> String {
+    let rest = if has_lapsed { ", but has not released it" } else { "" };
+    format!("{} claimed the lock {} ago{rest}", lease_text::claimant(claim), length_of_time(age))
+}
+
 /// Returns what a lapsed lease shows, and what that proves. `length` and `age` are those of the lease, in words.
 fn lapsed(lease: &KnownLease<'_>, length: &str, age: &str) -> (String, &'static str) {
     const NO_PROMISE: &str = "its host does not promise to stop terraform in time";
     match (lease.claim, lease.fence()) {
-        (Some(KnownClaim { claim, age, has_lapsed }), _) => {
-            let by = lease_text::claimant(claim);
-            let rest = if has_lapsed { ", but has not released it" } else { "" };
-            let age = length_of_time(age);
-            (format!("{by} claimed the lock {age} ago{rest}"), "that the holder is likely dead")
-        }
+        (Some(claim), _) => (claimed(claim), "that the holder is likely dead"),
         (None, Promise::Stop) => (
             format!("its {length} lease was last renewed {age} ago"),
             "that the holder is likely dead: its host stops terraform before the lease lapses",
@@ -774,8 +797,14 @@ mod tests {
             ),
             (
                 lease("id", 40, Some(5), Promise::Stop),
-                "its lease was renewed 40 s ago, by the service's clock; bert@ci-8 claimed the lock 5 s ago, so it stops \
-                 before its lease lapses"
+                "its lease was renewed 40 s ago, by the service's clock; bert@ci-8 claimed the lock 5 s ago; the \
+                 holder stops before its lease lapses"
+                    .to_owned(),
+            ),
+            (
+                lease("id", 200, Some(100), Promise::None),
+                "its lease was renewed 3 min 20 s ago, by the service's clock; bert@ci-8 claimed the lock 1 min 40 s ago, \
+                 but has not released it; the holder cannot renew its lease"
                     .to_owned(),
             ),
             (

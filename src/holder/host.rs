@@ -106,6 +106,8 @@ pub(crate) struct HostView {
     /// The IDs of the locks of dead runs that `tf` on this host keeps on purpose ([`KeptLocks`], or because
     /// `TFW_RELEASE` was `never` for the run and is not set now).
     kept: HashSet<String>,
+    /// Whether it is not known which locks those are, because of an error of this host.
+    has_unread_kept: bool,
     /// What is the same for all locks, without the processes.
     seen: Seen,
     /// The running processes that may be a terraform. They are listed for the first lock whose verdict depends on them,
@@ -119,7 +121,7 @@ impl HostView {
     pub(crate) fn look() -> Self {
         let mut recorded: HashMap<String, (RunState, Box<JournalRecord>)> = HashMap::new();
         let mut kept = HashSet::new();
-        let mut has_unread_run = false;
+        let (mut has_unread_run, mut has_unread_kept) = (false, false);
         let mut late = HashMap::new();
         for directory in StateDirectory::existing() {
             let pending = PendingRequests::of(&directory).read(Timestamp::now());
@@ -127,7 +129,7 @@ impl HostView {
             match KeptLocks::of(&directory).ids() {
                 Ok(ids) => kept.extend(ids),
                 // Each lock may be one of these.
-                Err(_) => has_unread_run = true,
+                Err(_) => has_unread_kept = true,
             }
             let Some(journal) = Journal::there(&directory) else { continue };
             let names = journal.list();
@@ -162,10 +164,11 @@ impl HostView {
             sees_all: process::pid_namespace().is_some_and(|(_, first)| first),
             is_plain: plain_host::is_plain(),
             has_unread_run,
+            is_kept: false,
             terraforms: Vec::new(),
             boot_time: process::boot_time(),
         };
-        Self { recorded, late, kept, seen, terraforms: OnceCell::new() }
+        Self { recorded, late, kept, has_unread_kept, seen, terraforms: OnceCell::new() }
     }
 
     /// Leaves out the process `tf` and its descendants. A run that waits for a lock does not hold it.
@@ -180,7 +183,8 @@ impl HostView {
     /// Judges the holder of `lock`, which must have been read before this `HostView` was made. `lease` is the lease
     /// record that was read with the lock. `None` if there is none.
     pub(crate) fn judge(&self, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
-        let mut seen = Seen { claim: self.claim(lock), lease: lease.cloned(), ..self.seen.clone() };
+        let is_kept = self.kept.contains(&lock.id);
+        let mut seen = Seen { claim: self.claim(lock), lease: lease.cloned(), is_kept, ..self.seen.clone() };
         if depends_on_processes(lock, &seen) {
             seen.terraforms.clone_from(self.terraforms.get_or_init(terraforms));
         }
@@ -200,6 +204,7 @@ impl HostView {
     /// purpose. This host has said that it does not release such a lock, or will say so.
     pub(crate) fn stays(&self, lock: &LockInfo) -> bool {
         self.runs_here(lock)
+            || self.has_unread_kept
             || self.kept.contains(&lock.id)
             || self.claim(lock).is_some_and(|claim| claim.is_in_doubt())
     }
@@ -323,6 +328,7 @@ mod tests {
             recorded: recorded.into_iter().collect(),
             late: late.into_iter().collect(),
             kept: HashSet::new(),
+            has_unread_kept: false,
             seen: Seen::default(),
             terraforms: OnceCell::new(),
         }

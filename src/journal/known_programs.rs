@@ -170,8 +170,8 @@ pub(crate) fn version_of(path: &Path) -> Option<Version> {
 }
 
 /// Runs `terraform version`. Returns the version, and whether the program could write its log to a file of this user.
-/// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`]. Does not wait for a
-/// process that the program has left in the background, even if it keeps the pipe open.
+/// `None` if the program cannot be run, prints no version, or takes longer than [`VERSION_TIMEOUT`]. Does not wait for
+/// a process that the program has left in the background, even if it keeps the pipe open.
 #[expect(clippy::disallowed_methods, reason = "this command requests no lock, and only `tf` reads its output")]
 fn ask(path: &Path) -> Option<(Version, bool)> {
     let log = MemoryFile::create(&format!("tf-{}.version", std::process::id())).ok()?;

@@ -548,18 +548,20 @@ impl Journal {
 
     /// Whether a run other than `own` may still hold the lock `id`. True if the record of such a run contains the lock
     /// as not released, and a process of that run is alive or may be alive ([`FoundRun::Living`],
-    /// [`FoundRun::Doubtful`], or [`FoundRun::Foreign`] with a lock file that a process holds).
+    /// [`FoundRun::Doubtful`], or [`FoundRun::Foreign`] with a lock file that a process holds). Also true if a record
+    /// cannot be read whose lock file a process holds, or if an error of the host hides that.
     pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
-        self.names().iter().filter(|name| *name != own).any(|name| match self.look(name) {
+        let Ok(names) = self.list() else { return true };
+        names.iter().filter(|name| *name != own).any(|name| match self.look(name) {
             FoundRun::Living(record) | FoundRun::Doubtful(record, _) => record.has_unreleased(id),
             FoundRun::Foreign(_, Some(record)) => record.has_unreleased(id) && self.is_held(name).unwrap_or(true),
-            _ => false,
+            FoundRun::Foreign(_, None) | FoundRun::Unread { .. } => self.is_held(name).unwrap_or(true),
+            FoundRun::Dead(..) | FoundRun::Recovering(_) | FoundRun::Broken(_) | FoundRun::Gone => false,
         })
     }
 
     /// Moves an invalid record ([`FoundRun::Broken`]) to `set-aside/`, where a person can inspect it. Returns the new
-    /// path of the record.
-    /// `None` if the record cannot be moved.
+    /// path of the record. `None` if the record cannot be moved.
     pub(crate) fn set_aside(&self, name: &str) -> Option<PathBuf> {
         let directory = self.runs.with_file_name("set-aside");
         let _ = DirBuilder::new().mode(0o700).create(&directory);

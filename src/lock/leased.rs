@@ -433,10 +433,11 @@ impl Stores {
         Ok(Removed::Refused)
     }
 
-    /// Whether a listing shows the object. False if it cannot be listed.
+    /// Whether the object may be there: a listing shows it, or fails, for example because a policy permits it only for
+    /// the prefix of the state.
     async fn is_listed(&self, object: &StoreKey) -> bool {
         let StoreKey::S3 { bucket, key, .. } = object else { return false };
-        s3::is_listed(&self.s3, bucket, key).await.unwrap_or_default()
+        s3::is_listed(&self.s3, bucket, key).await.unwrap_or(true)
     }
 
     /// Deletes the object if it is a part of the lock `id`. Returns [`Removed::Anothers`] if it is a part of another

@@ -63,6 +63,9 @@ pub(crate) enum Because {
     NoLock,
     /// The lock belongs to another run, which is or may be alive. A later attempt has the same result.
     Claimed,
+    /// The settings of the backend or of the profile are incomplete, or are not supported, so no service can be
+    /// reached. A person can change that.
+    Settings,
     /// The lock was not found, but the current credentials may belong to another account than those of the run.
     OtherAccount,
 }
@@ -73,7 +76,12 @@ impl Because {
     pub(crate) fn is_on_purpose(self) -> bool {
         match self {
             Self::Doubt | Self::Never | Self::StillRunning { .. } | Self::Unseen | Self::NoLock | Self::Claimed => true,
-            Self::NotYet | Self::NoAnswer | Self::NoCredentials | Self::Denied(_) | Self::OtherAccount => false,
+            Self::NotYet
+            | Self::NoAnswer
+            | Self::NoCredentials
+            | Self::Denied(_)
+            | Self::Settings
+            | Self::OtherAccount => false,
         }
     }
 }

@@ -327,7 +327,7 @@ fn unreached(unreachable: &Unreachable) -> Outcome {
     let because = match unreachable {
         Unreachable::Credentials(_) => Because::NoCredentials,
         unreachable if unreachable.may_pass() => Because::NoAnswer,
-        _ => Because::Doubt,
+        _ => Because::Settings,
     };
     Outcome::Kept { reason: unreachable.to_string(), because }
 }
@@ -1129,11 +1129,11 @@ mod tests {
             (Unreachable::Profile(text()), Because::NoAnswer),
             (Unreachable::SharedFiles(text()), Because::NoAnswer),
             (Unreachable::Certificates { path: text(), reason: text() }, Because::NoAnswer),
-            (Unreachable::Attribute(text()), Because::Doubt),
-            (Unreachable::ProfileKey("x"), Because::Doubt),
-            (Unreachable::Incomplete("x"), Because::Doubt),
-            (Unreachable::Metadata(text()), Because::Doubt),
-            (Unreachable::Duration(text()), Because::Doubt),
+            (Unreachable::Attribute(text()), Because::Settings),
+            (Unreachable::ProfileKey("x"), Because::Settings),
+            (Unreachable::Incomplete("x"), Because::Settings),
+            (Unreachable::Metadata(text()), Because::Settings),
+            (Unreachable::Duration(text()), Because::Settings),
         ] {
             let reason = unreachable.to_string();
             assert_eq!(unreached(&unreachable), Outcome::Kept { reason, because: expected }, "{unreachable:?}");

@@ -87,8 +87,8 @@ pub(crate) struct RefusedLock {
 }
 
 impl RefusedLock {
-    /// `id` is the ID of the lock. `None` if it is the lock that the first read shows. The lock may be tried again after
-    /// the time `left`. `is_final` is as [`NotTaken::is_final`].
+    /// `id` is the ID of the lock. `None` if it is the lock that the first read shows. The lock may be tried again
+    /// after the time `left`. `is_final` is as [`NotTaken::is_final`].
     pub(crate) fn new(id: Option<String>, left: Duration, is_final: bool) -> Self {
         Self { id: RefCell::new(id), until: Instant::now() + left, is_final }
     }

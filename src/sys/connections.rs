@@ -80,9 +80,9 @@ fn unconfirmed(line: &str, ports: (u16, u16)) -> Option<Connection> {
 }
 
 /// Breaks off every TCP connection of a process: the kernel discards what the peer has not confirmed and sends a reset,
-/// and the process gets `ECONNRESET` (connect(2) with `AF_UNSPEC`, RFC 793 "ABORT"). `process` is the handle of
-/// `pid` ([`super::process::ProcessHandle`]), so this never reaches a later process with the same pid. Returns the number
-/// of connections. 0 also if this process may not trace that one (pidfd_getfd(2), Linux 5.6; ptrace(2)), and on systems
+/// and the process gets `ECONNRESET` (connect(2) with `AF_UNSPEC`, RFC 793 "ABORT"). `process` is the handle of `pid`
+/// ([`super::process::ProcessHandle`]), so this never reaches a later process with the same pid. Returns the number of
+/// connections. 0 also if this process may not trace that one (pidfd_getfd(2), Linux 5.6; ptrace(2)), and on systems
 /// other than Linux.
 ///
 /// The process must be stopped, or else it may open another connection meanwhile.

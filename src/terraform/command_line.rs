@@ -87,9 +87,8 @@ impl CommandLine {
     }
 
     /// Whether the command locks the state of the selected workspace, unless it has the argument `-lock=false`. `init`
-    /// and
-    /// `workspace` commands lock too, but only while they create or migrate a state. `arguments` is the whole command
-    /// line. `variable` returns the value of an environment variable: the words of `TF_CLI_ARGS` and of
+    /// and `workspace` commands lock too, but only while they create or migrate a state. `arguments` is the whole
+    /// command line. `variable` returns the value of an environment variable: the words of `TF_CLI_ARGS` and of
     /// `TF_CLI_ARGS_COMMAND` are arguments, too.
     pub(crate) fn locks_selected_state(
         &self,
@@ -189,8 +188,7 @@ pub(crate) fn backend_configs(arguments: &[OsString]) -> Vec<OsString> {
 
 /// Returns the words of the `TF_CLI_ARGS` variables for `command`, in the order in which terraform inserts them before
 /// the arguments of the command line: first those for the command, and then those for all commands (main.go,
-/// `mergeEnvArgs`).
-/// `variable` returns the value of an environment variable.
+/// `mergeEnvArgs`). `variable` returns the value of an environment variable.
 pub(crate) fn words_of_variables(command: &str, variable: impl Fn(&str) -> Option<String>) -> Vec<OsString> {
     let of_command = format!("TF_CLI_ARGS_{}", command.replace(['-', ' '], "_"));
     [&of_command, "TF_CLI_ARGS"].into_iter().filter_map(variable).flat_map(|text| words_of_variable(&text)).collect()
