@@ -38,10 +38,10 @@ fn wait_until_unfenced(env: &TestEnv) {
     wait_for("the end of the fuses", || (!has_fuse(env)).then_some(()), || env.trace());
 }
 
-/// The second terraform works for longer than the lease of the first lock would have lasted.
+/// A fuse that is left would stop the second terraform at the deadline of the first lock.
 #[test]
 fn what_follows_a_release_that_is_not_logged_is_neither_stopped_nor_killed() {
-    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "4s");
+    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "12s");
     let again = format!("'{}' apply -auto-approve -no-color -replace=terraform_data.a", program(LOGS_NO_END).display());
     let run = start_with(&format!("rm go began\n{again}"), &mut env);
     env.unblock();
@@ -58,7 +58,7 @@ fn what_follows_a_release_that_is_not_logged_is_neither_stopped_nor_killed() {
 
 #[test]
 fn nor_is_it_killed_when_tf_dies() {
-    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "4s");
+    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "12s");
     let _kill_on_drop = KillOnDrop(home(&env));
     let works = "trap '' INT\ntouch works\nwhile ! test -e over; do sleep 0.05; done\ntouch worked";
     let run = start_with(works, &mut env);
@@ -77,7 +77,7 @@ fn nor_is_it_killed_when_tf_dies() {
 /// The delete is unconditional, so it must not arrive when another run has the lock.
 #[test]
 fn a_release_that_hangs_in_the_network_stays_fenced() {
-    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "4s");
+    let mut env = leased(LOGS_NO_END, Lock::DynamoDb, "12s");
     let proxy = Proxy::start(cloud::cloud().port, |request| {
         let deletes = request.header("x-amz-target").is_some_and(|target| target.ends_with(".DeleteItem"));
         if deletes { ProxyAction::Hold } else { ProxyAction::Pass }

@@ -9,11 +9,12 @@ use crate::support::processes::named;
 use crate::support::test_env::{WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-/// Returns a directory with the lock of a host that is gone. A run waits for 13 s until it releases the lock.
+/// Returns a directory with the lock of a host that is gone. A run watches it for more than a minute before it releases
+/// the lock.
 fn with_a_lapsed_lease() -> TestEnv {
     let mut env = TestEnv::new(Lock::DynamoDb, WAITS);
-    env.set("TFW_LEASE", "1m").set("TFW_CLOCK", "steady");
-    env.lock_with_lease(&record(75, 60));
+    env.set("TFW_LEASE", "5m").set("TFW_CLOCK", "steady");
+    env.lock_with_lease(&record(320, 300));
     env
 }
 

@@ -699,8 +699,8 @@ fn a_stop_without_an_outage_breaks_no_connection_off() {
     ends_well(&env, run);
 }
 
-/// Starts an apply behind a program that goes on after its terraform until there is a file `over`. Returns the run and the
-/// pid of that program.
+/// Starts an apply behind a program that goes on after its terraform until there is a file `over`. Returns the run and
+/// the pid of that program.
 fn start_behind_a_shim(env: &mut TestEnv) -> (Run, Pid) {
     let terraform = crate::support::test_env::terraform();
     env.stand_in(
@@ -1152,10 +1152,13 @@ fn a_run_whose_stopped_terraform_was_continued_and_wrote_says_so() {
     }
 }
 
-/// `tf` was stopped meanwhile, so it hears of the loss when the deadline is long over. But the loss was found before it.
+/// `tf` was stopped meanwhile, so it hears of the loss when the deadline is long over. But the loss was found before
+/// it.
 #[test]
 fn a_run_that_wrote_while_tf_was_stopped_and_its_lock_another_runs_says_so() {
     let (mut env, go) = about_to_write(Lock::DynamoDb);
+    // Terraform must write before the deadline.
+    env.set("TFW_LEASE", "20s");
     // Terraform writes the digest after the state. Without a response, it does not go on to its unlock.
     let proxy = through(&mut env, |request| {
         let puts_digest = is_dynamodb(request, ".PutItem") && request.text().contains("-md5");

@@ -555,7 +555,7 @@ fn a_lease_shows_who_holds_a_lock_and_whether_the_holder_is_alive() {
             (lease_record(A, 2820), "lapsed", "likely_dead", 2, "its 5 min lease was last renewed 47 min"),
             (weak, "lapsed", "likely_dead", 2, "does not promise to stop terraform in time"),
             (claimed, "claimed", "likely_dead", 2, "bert@ci-8 claimed the lock"),
-            (fresh, "claimed", "alive", 0, "so it stops before its lease lapses"),
+            (fresh, "claimed", "alive", 0, "the holder stops before its lease lapses"),
         ] {
             put(&record);
             for words in [vec!["list"], scan.clone(), vec!["show"]] {

@@ -576,8 +576,7 @@ fn on_hosts<T: Sync>(locks: &[Lock], cases: &[(Lock, T)], play: impl Fn(&Hosts, 
 }
 
 /// The sets of processes that are killed with the one at point number `place`: none, and another one for every second
-/// place. With
-/// `TF_TEST_DEATHS=all`, every one.
+/// place. With `TF_TEST_DEATHS=all`, every one.
 fn subsets(place: usize) -> Vec<Vec<&'static str>> {
     let of = |bits: usize| {
         PROCESSES.iter().enumerate().filter(move |(bit, _)| bits & (1 << bit) != 0).map(|(_, name)| *name).collect()
