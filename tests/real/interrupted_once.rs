@@ -336,7 +336,8 @@ fn when_the_reader_leaves_terraform_stops_gracefully_with_its_state_saved() {
     let (env, end) = apply_whose_reader_leaves(Subject::Tf);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     env.assert_unlocked();
-    assert!(env.state().is_some_and(|state| state.contains("terraform_data")), "{:?}", env.state());
+    let state = env.state();
+    assert!(state.as_ref().is_some_and(|state| state.contains("terraform_data")), "{state:?} {}", env.dump(&end));
     assert!(!end.err.contains("released the lock"), "terraform unlocked by itself: {}", end.err);
 }
 
