@@ -647,7 +647,7 @@ fn taker_on(lock: Lock, taker: Taker, point: &str) -> (TestEnv, Ended) {
     env.set("TFW_LEASE", format!("{}s", lease())).set("TFW_CLOCK", "steady");
     let (age, length, arguments) = match taker {
         Taker::Plan => (LONG_AGO, 300, vec!["plan", "-no-color"]),
-        Taker::WaitingPlan => (0, 5, vec!["plan", "-no-color", "-lock-timeout=1m"]),
+        Taker::WaitingPlan => (0, 5, vec!["plan", "-no-color", "-lock-timeout=20s"]),
         Taker::Person => (LONG_AGO, 300, vec!["locks", "release", "--force", LEASED]),
     };
     env.lock_with_lease(&lapsed_record(age, length));
