@@ -22,7 +22,7 @@ use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, Cloud, FenceReason, Grade};
 use crate::lease::notice::NoticeSetting;
-use crate::lease::obstacle::Obstacle;
+use crate::lease::obstacle::LeaseObstacle;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::s3::ObjectKey;
@@ -294,7 +294,7 @@ fn lease(findings: &mut Findings, settings: LeaseSettings, shares_terminal: bool
     let length = length_of_time(terms.length());
     // The keeper of a lease must see when terraform ends.
     if let Err(error) = ProcessHandle::open(nix::unistd::getpid()) {
-        let obstacle = Obstacle::Unwatchable(error.to_string());
+        let obstacle = LeaseObstacle::Unwatchable(error.to_string());
         let text = format!("{length}, but a run has no lease: {obstacle}");
         findings.note("lease", &text, Next::Do("use Linux 5.3 or later, and a sandbox that allows pidfd_open"));
         return;

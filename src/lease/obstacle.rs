@@ -9,7 +9,7 @@ const OBSTACLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a lock that terraform holds has no lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Obstacle {
+pub(crate) enum LeaseObstacle {
     /// The log of `program` does not name the lock, so no renewal could have its condition. `is_final`: no later record
     /// names it either. `program` is `None` if it is unknown.
     Unnamed { program: Option<String>, is_final: bool },
@@ -23,7 +23,7 @@ pub(crate) enum Obstacle {
     Unwatchable(String),
 }
 
-impl Obstacle {
+impl LeaseObstacle {
     /// Whether the run gives up waiting for the end of this obstacle, which has lasted for `lasted`.
     pub(crate) fn is_given_up(&self, lasted: Duration) -> bool {
         let is_final = match self {
@@ -35,7 +35,7 @@ impl Obstacle {
     }
 }
 
-impl fmt::Display for Obstacle {
+impl fmt::Display for LeaseObstacle {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unnamed { program: Some(program), .. } => {
@@ -57,15 +57,15 @@ mod tests {
 
     #[test]
     fn only_an_obstacle_that_may_disappear_is_waited_for() {
-        let unnamed = |is_final| Obstacle::Unnamed { program: None, is_final };
+        let unnamed = |is_final| LeaseObstacle::Unnamed { program: None, is_final };
         let [early, late] = [Duration::from_millis(4999), Duration::from_secs(5)];
         for (obstacle, expected) in [
             (unnamed(false), [false, true]),
             (unnamed(true), [true, true]),
-            (Obstacle::NoPlace("b/k".to_owned()), [false, true]),
-            (Obstacle::NoHolder, [false, true]),
-            (Obstacle::NoDescriptor, [false, true]),
-            (Obstacle::Unwatchable("ENOSYS".to_owned()), [true, true]),
+            (LeaseObstacle::NoPlace("b/k".to_owned()), [false, true]),
+            (LeaseObstacle::NoHolder, [false, true]),
+            (LeaseObstacle::NoDescriptor, [false, true]),
+            (LeaseObstacle::Unwatchable("ENOSYS".to_owned()), [true, true]),
         ] {
             assert_eq!([early, late].map(|lasted| obstacle.is_given_up(lasted)), expected, "{obstacle:?}");
         }

@@ -31,7 +31,7 @@ use crate::lease::fence::{
     unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
-use crate::lease::obstacle::Obstacle;
+use crate::lease::obstacle::LeaseObstacle;
 use crate::lease::record::{Holder, Promise};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
@@ -98,7 +98,7 @@ pub(crate) enum Followed {
 struct Blocked {
     /// The ID of the lock. `None` if the log does not name it.
     lock: Option<String>,
-    obstacle: Obstacle,
+    obstacle: LeaseObstacle,
     /// Since when, on the clock of [`boot_clock::now`].
     since: Duration,
 }
@@ -404,7 +404,7 @@ impl RunLease {
 
     /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if
     /// the log does not name it.
-    fn is_blocked(&mut self, lock: Option<&str>, obstacle: Obstacle) -> Followed {
+    fn is_blocked(&mut self, lock: Option<&str>, obstacle: LeaseObstacle) -> Followed {
         let now = boot_clock::now();
         let is_same = |blocked: &Blocked| blocked.lock.as_deref() == lock && blocked.obstacle == obstacle;
         let since = self.blocked.take().filter(is_same).map_or(now, |blocked| blocked.since);
@@ -431,16 +431,16 @@ impl RunLease {
     ///
     /// # Errors
     /// What keeps it from beginning.
-    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> Result<(), Obstacle> {
-        let group = self.group.ok_or(Obstacle::NoHolder)?;
+    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> Result<(), LeaseObstacle> {
+        let group = self.group.ok_or(LeaseObstacle::NoHolder)?;
         let locations = candidates.of(lock);
         if locations.is_empty() {
-            return Err(Obstacle::NoPlace(lock.path.clone()));
+            return Err(LeaseObstacle::NoPlace(lock.path.clone()));
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
         // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
         // found, for example because it is just starting or ending, the next call looks again.
-        let holder = tree.logging().into_iter().next().ok_or(Obstacle::NoHolder)?;
+        let holder = tree.logging().into_iter().next().ok_or(LeaseObstacle::NoHolder)?;
         let is_reached = holder.group == group && holder.has_our_user();
         let (pid, start) = (holder.pid, holder.start);
         self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
@@ -1195,17 +1195,17 @@ fn wall_time(at: Duration) -> Timestamp {
 
 /// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended
 /// is looked for again, and a descriptor may be free later.
-fn unwatchable(error: &io::Error) -> Obstacle {
+fn unwatchable(error: &io::Error) -> LeaseObstacle {
     match error.raw_os_error() {
-        Some(libc::ESRCH) => Obstacle::NoHolder,
-        Some(libc::EMFILE | libc::ENFILE) => Obstacle::NoDescriptor,
-        _ => Obstacle::Unwatchable(error.to_string()),
+        Some(libc::ESRCH) => LeaseObstacle::NoHolder,
+        Some(libc::EMFILE | libc::ENFILE) => LeaseObstacle::NoDescriptor,
+        _ => LeaseObstacle::Unwatchable(error.to_string()),
     }
 }
 
 /// Returns the obstacle if terraform holds a lock of the S3 backend that the log does not name. `None` if it holds
 /// none.
-fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -> Option<Obstacle> {
+fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -> Option<LeaseObstacle> {
     let is_in_use = |lock: &&UnnamedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
     let lock = log.unreleased_unnamed().find(is_in_use)?;
     let mut places = candidates().of_unnamed(lock);
@@ -1217,7 +1217,7 @@ fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -
     }
     // With a table, the log names the lock when terraform requests the item, after the object.
     let is_final = is_of_workspace || places.iter().all(|place| place.table.is_none());
-    Some(Obstacle::Unnamed { program: log.program.as_ref().map(ToString::to_string), is_final })
+    Some(LeaseObstacle::Unnamed { program: log.program.as_ref().map(ToString::to_string), is_final })
 }
 
 /// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
@@ -1437,7 +1437,7 @@ mod tests {
         };
         let life = tofu_life(true);
         let program = Some("OpenTofu 1.11.5".to_owned());
-        let unnamed = |is_final| Some(Obstacle::Unnamed { program: program.clone(), is_final });
+        let unnamed = |is_final| Some(LeaseObstacle::Unnamed { program: program.clone(), is_final });
         for (steps, settings, expected) in [
             // The object was requested, and then put.
             (2, file, None),
@@ -1457,7 +1457,7 @@ mod tests {
         .map(|line| format!("2026-11-23T01:46:07.000Z {line}\n"))
         .into();
         let program = Some("OpenTofu 1.6.2".to_owned());
-        let held = Some(Obstacle::Unnamed { program, is_final: true });
+        let held = Some(LeaseObstacle::Unnamed { program, is_final: true });
         for (steps, settings, expected) in [(2, table, None), (3, table, held.clone()), (3, file, held), (3, "", None)]
         {
             let seen = unnamed_obstacle(&read(&of_workspace[..steps]), || candidates(settings));
@@ -1468,17 +1468,17 @@ mod tests {
     #[test]
     fn that_a_run_has_no_lease_is_said_once_and_each_lock_has_its_own_time() {
         let mut lease = lease_of_a_stopped_run();
-        assert_eq!(lease.is_blocked(Some("a"), Obstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
         let since = |lease: &RunLease| lease.blocked.as_ref().unwrap().since;
         let first = since(&lease);
-        assert_eq!(lease.is_blocked(Some("a"), Obstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
         assert_eq!(since(&lease), first);
         while boot_clock::now() == first {}
-        assert_eq!(lease.is_blocked(Some("b"), Obstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.is_blocked(Some("b"), LeaseObstacle::NoHolder), Followed::Nothing);
         assert!(since(&lease) > first);
         lease.blocked.as_mut().unwrap().since = Duration::ZERO;
-        let Followed::NoLease(reason) = lease.is_blocked(Some("b"), Obstacle::NoHolder) else { panic!() };
-        assert_eq!(reason, Obstacle::NoHolder.to_string());
+        let Followed::NoLease(reason) = lease.is_blocked(Some("b"), LeaseObstacle::NoHolder) else { panic!() };
+        assert_eq!(reason, LeaseObstacle::NoHolder.to_string());
         assert!(lease.is_over);
         // The next call of `follow` does nothing, whatever the log shows.
         let candidates = || unreachable!("nothing is looked for");
@@ -1488,13 +1488,13 @@ mod tests {
 
     #[test]
     fn a_terraform_that_has_just_ended_is_looked_for_again() {
-        assert_eq!(unwatchable(&io::Error::from_raw_os_error(libc::ESRCH)), Obstacle::NoHolder);
+        assert_eq!(unwatchable(&io::Error::from_raw_os_error(libc::ESRCH)), LeaseObstacle::NoHolder);
         for error in [libc::EMFILE, libc::ENFILE] {
-            assert_eq!(unwatchable(&io::Error::from_raw_os_error(error)), Obstacle::NoDescriptor);
+            assert_eq!(unwatchable(&io::Error::from_raw_os_error(error)), LeaseObstacle::NoDescriptor);
         }
         for error in [libc::ENOSYS, libc::EPERM] {
             let error = io::Error::from_raw_os_error(error);
-            assert_eq!(unwatchable(&error), Obstacle::Unwatchable(error.to_string()));
+            assert_eq!(unwatchable(&error), LeaseObstacle::Unwatchable(error.to_string()));
         }
     }
 
