@@ -932,11 +932,9 @@ impl<'a> Watch<'a> {
             };
         }
         let left = after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
-        if let Some(lease) = lease
-            && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), &mut Waiter::Unattended)
-            && let Some(journal) = run.journal()
-        {
-            left.kept_on_purpose.iter().for_each(|id| journal.kept_locks().add(id));
+        if let Some(lease) = lease {
+            // Nobody reads what the guardian says.
+            lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), &mut Waiter::Unattended);
         }
         left.unfinished
     }

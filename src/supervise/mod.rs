@@ -406,12 +406,8 @@ impl<'a> Prepared<'a> {
             let left = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
             // Nobody may take a lock that stays on purpose without being asked.
             if let Some(lease) = &mut self.lease
-                && !lease.withdraw(|id| left.kept_on_purpose.iter().any(|kept| kept == id), waiter)
+                && !lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter)
             {
-                // A later run on this host knows better than the lease.
-                if let Some(journal) = self.context.journal() {
-                    left.kept_on_purpose.iter().for_each(|id| journal.kept_locks().add(id));
-                }
                 console::say(messages::LEASE_STANDS);
             }
             left.unfinished

@@ -25,6 +25,7 @@ use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
+use crate::journal::runs::Journal;
 use crate::lease::fence::{
     EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun,
     Trouble, UnlockStep, are_requests_aborted, is_lost_before, is_reason_due, late_write, next_step, stop_cause,
@@ -1143,6 +1144,24 @@ impl RunLease {
         if let Some(mut fence) = self.fence.take() {
             self.ending_fuses = fence.end(self.group);
         }
+    }
+
+    /// Withdraws the promise if the lock of the lease is one of `kept`, the locks that the cleanup keeps on purpose
+    /// ([`Self::withdraw`]). If that fails, `journal` remembers these locks, because a later run on this host knows
+    /// better than the lease. Returns false then.
+    pub(crate) fn withdraw_or_remember(
+        &mut self,
+        kept: &[String],
+        journal: Option<&Journal>,
+        waiter: &mut Waiter<'_>,
+    ) -> bool {
+        let is_withdrawn = self.withdraw(|id| kept.iter().any(|kept| kept == id), waiter);
+        if !is_withdrawn && let Some(journal) = journal {
+            for id in kept {
+                journal.kept_locks().add(id);
+            }
+        }
+        is_withdrawn
     }
 
     /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its

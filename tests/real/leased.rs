@@ -712,6 +712,16 @@ fn start_behind_a_shim(env: &mut TestEnv) -> (Run, Pid) {
     (run, shim)
 }
 
+/// Ends the program of [`start_behind_a_shim`], and checks that `tf` then releases the lock of its terraform.
+#[track_caller]
+fn end_the_shim(env: &TestEnv, run: Run) {
+    env.write("over", "");
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    wait_until_all_is_gone(env);
+}
+
 /// Its lock is released when the shim has ended.
 #[test]
 fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not_stopped() {
@@ -724,11 +734,7 @@ fn a_shim_that_goes_on_after_its_terraform_was_killed_keeps_the_lease_and_is_not
         wait_for_renewal_after(&env, &last);
         assert_ne!(state(shim), Some('T'), "{}", env.trace());
     }
-    env.write("over", "");
-    let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
-    env.assert_unlocked();
-    wait_until_all_is_gone(&env);
+    end_the_shim(&env, run);
 }
 
 /// Sets the number of descriptors that a process may have open. Returns what it was.
@@ -757,11 +763,7 @@ fn a_shim_that_cannot_be_watched_is_watched_later_and_is_not_stopped() {
         last = wait_for_renewal_after(&env, &last);
         assert_ne!(state(shim), Some('T'), "{}", env.trace());
     }
-    env.write("over", "");
-    let end = run.wait();
-    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
-    env.assert_unlocked();
-    wait_until_all_is_gone(&env);
+    end_the_shim(&env, run);
 }
 
 #[test]

@@ -618,7 +618,7 @@ struct Connection {
     place: usize,
     /// Whether the lock was seen over this connection.
     has_seen_lock: bool,
-    /// The identity that it has. Its credentials do not change, whoever logs in later.
+    /// The identity that it has. Its credentials do not change when a person logs in later.
     identity: AccountIdentity,
 }
 
