@@ -139,7 +139,7 @@ pub(crate) fn only_reports(setting: Result<Option<bool>, UnreadableSetting>, nam
 /// Reads `TFW_RELEASE`: whether a lock is released (`auto`) or only reported (`never`). `None` if it is unset or empty.
 ///
 /// # Errors
-/// [`UnreadableSetting`] if its value is invalid. Whoever sets it may want nothing released.
+/// [`UnreadableSetting`] if its value is invalid. A user who sets it may want nothing released.
 pub(crate) fn release(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<bool>, UnreadableSetting> {
     const NAME: &str = "TFW_RELEASE";
     match variable(NAME).filter(|value| !value.is_empty()) {

@@ -244,9 +244,15 @@ fn by_lease(
             "that the holder is alive",
         );
         let Some(claim) = lease.claim else { return (Verdict::Alive, reason) };
-        let (shown, then) = (claimed(claim), after_claim(lease.fence()));
-        note(shown.clone(), if then.is_promised { "that the holder stops before its lease lapses" } else { "nothing" });
-        return (Verdict::Alive, format!("{reason}; {shown}; {}", then.text));
+        let (then, proves) = match lease.fence() {
+            Promise::Stop => {
+                ("the holder stops before its lease lapses", "that the holder stops before its lease lapses")
+            }
+            Promise::None => ("the holder cannot renew its lease", "nothing"),
+        };
+        let shown = claimed(claim);
+        note(shown.clone(), proves);
+        return (Verdict::Alive, format!("{reason}; {shown}; {then}"));
     }
     if !lease.is_same_region {
         let region = console::visible(&lease.record.region);
@@ -257,20 +263,6 @@ fn by_lease(
     let (shown, proves) = lapsed(&lease, &length, &age);
     note(format!("{shown}, by the service's clock"), proves);
     if here.may_run_here { undecided(shown) } else { (Verdict::LikelyDead, shown) }
-}
-
-/// What follows for the holder of a lock that was claimed before its lease has lapsed.
-struct AfterClaim {
-    text: &'static str,
-    /// Whether its host has promised that.
-    is_promised: bool,
-}
-
-fn after_claim(fence: Promise) -> AfterClaim {
-    match fence {
-        Promise::Stop => AfterClaim { text: "the holder stops before its lease lapses", is_promised: true },
-        Promise::None => AfterClaim { text: "the holder cannot renew its lease", is_promised: false },
-    }
 }
 
 /// Returns who claimed the lock and when, and whether the claim has lapsed.

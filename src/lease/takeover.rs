@@ -54,7 +54,7 @@ pub(crate) fn state(record: Result<&Record, NotBelieved>, now: Timestamp) -> Lea
     }
 }
 
-/// Whether the holder did not renew its lease in time, whoever has claimed the lock. `now` is as for [`state`].
+/// Whether the holder did not renew its lease in time. A claim changes nothing about that. `now` is as for [`state`].
 pub(crate) fn holder_has_lapsed(record: &Record, now: Timestamp) -> bool {
     record.renewed_at().zip(record.terms()).is_some_and(|(renewed, terms)| terms.has_lapsed(renewed, now))
 }
