@@ -201,7 +201,9 @@ class Container:
     def __init__(self, engine, image, arguments, directory, options=(), environment=None, volumes=(), entrypoint=None):
         with Container.counting:
             Container.count += 1
-            self.name = f"c{Container.count}"
+            # An engine that knows no container of a name takes the name as the beginning of an ID, which has the letters
+            # a to f. "c21" could so remove a container of another test.
+            self.name = f"run-{Container.count}"
         self.engine = engine
         mounts = [(directory, "/work", "rw"), *volumes]
         words = ["run", "--detach", "--name", self.name, "--network", "host"]
