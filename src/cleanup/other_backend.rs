@@ -26,6 +26,7 @@ use crate::lock::outcome::Because;
 use crate::lock::proof::{Match, Run, judge_unnamed};
 use crate::lock::release_step::QUIET_WINDOW;
 use crate::terraform::backend::CachedBackend;
+use crate::terraform::kubernetes_cluster::FINGERPRINT;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockIdentity, Log, UnnamedLock};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
@@ -49,9 +50,8 @@ pub(crate) struct NonS3Release<'a> {
     current: &'a Path,
     chdir: Option<&'a Path>,
     workspace: String,
-    /// Whether the backend of the run's directory was changed during or after the run. If so, a terraform command in
-    /// this directory may not reach the lock of the run.
-    moved: bool,
+    /// Why a terraform command in the run's directory may not reach the lock of the run. `None` if it reaches the lock.
+    moved: Option<&'static str>,
     /// The last lock in the run's log. `None` if the log shows no lock.
     pub(crate) had: Option<UnnamedLock>,
 }
@@ -60,6 +60,19 @@ pub(crate) struct NonS3Release<'a> {
 pub(crate) fn may_be_left(places: &CandidateBackends) -> bool {
     let backend = places.directories.iter().find_map(|directory| directory.backend.as_ref());
     backend.and_then(OtherBackend::of).is_some_and(|other| other.unlock_policy != UnlockPolicy::Nothing)
+}
+
+/// Returns why the blocks `one` and `other`, which the same directory had at two moments, may not reach the same lock.
+/// `None` if they reach the same lock. `kind` is the entry for `one`.
+fn moved(kind: &OtherBackend, one: &CachedBackend, other: &CachedBackend) -> Option<&'static str> {
+    if one.kind != other.kind || kind.place(one) != kind.place(other) {
+        return Some("the run's directory has been set up for another backend since");
+    }
+    // A block from a plan or from the configuration has no fingerprint. The data directory's block has one at each
+    // moment.
+    let clusters = one.string(FINGERPRINT).zip(other.string(FINGERPRINT));
+    let is_other = clusters.is_some_and(|(one, other)| one != other);
+    is_other.then_some("a kubeconfig, or a variable that selects the cluster, has changed since the run")
 }
 
 /// The result of a release in a backend other than S3.
@@ -93,7 +106,7 @@ impl<'a> NonS3Release<'a> {
         let mut backends = places.directories.iter().filter_map(|directory| directory.backend.as_ref());
         let backend = backends.next()?;
         let kind = OtherBackend::of(backend)?;
-        let moved = backends.any(|other| other.kind != backend.kind || kind.place(other) != kind.place(backend));
+        let moved = backends.find_map(|other| moved(kind, backend, other));
         let had = log.of_workspaces().last().cloned();
         let workspace = match had.as_ref().map(|lock| &lock.identity) {
             Some(LockIdentity::Workspace(name)) => name.clone(),
@@ -129,11 +142,8 @@ impl<'a> NonS3Release<'a> {
         if unlock_policy == UnlockPolicy::Name {
             return named("an unlock could remove the lock of another run", Because::Doubt, None);
         }
-        if self.moved {
-            return NonS3Result {
-                later: true,
-                ..named("the run's directory has been set up for another backend since", Because::Doubt, None)
-            };
+        if let Some(why) = self.moved {
+            return NonS3Result { later: true, ..named(why, Because::Doubt, None) };
         }
         if let Some((why, because)) = keep {
             return NonS3Result { later: true, ..named(why, because, None) };
@@ -380,7 +390,27 @@ mod tests {
             let places = candidates([azure("k")].into_iter().chain(others).collect());
             let log = log(None);
             let release = NonS3Release::of(&places, &log, Path::new("t"), Path::new("/"), None).unwrap();
-            assert_eq!(release.moved, expected, "{:?}", places.directories.last());
+            assert_eq!(release.moved.is_some(), expected, "{:?}", places.directories.last());
+        }
+    }
+
+    /// With the wrong cluster, the question whether the lock is held would be answered with no, and would write there.
+    #[test]
+    fn a_kubeconfig_that_has_changed_since_the_run_keeps_tf_from_asking_another_cluster() {
+        let cluster = |fingerprint: &str| {
+            directory("kubernetes", &format!(r#""secret_suffix":"s","{FINGERPRINT}":"{fingerprint}""#))
+        };
+        let planned = directory("kubernetes", r#""secret_suffix":"s""#);
+        for (directories, expected) in [
+            (vec![cluster("1"), cluster("1")], None),
+            (vec![cluster("1"), cluster("1"), planned], None),
+            (vec![cluster("1"), cluster("2")], Some("a kubeconfig")),
+        ] {
+            let places = candidates(directories.clone());
+            let log = log(Some("default"));
+            let release = NonS3Release::of(&places, &log, Path::new("t"), Path::new("/"), None).unwrap();
+            assert!(release.moved.map(|why| &why[..12]) == expected, "{:?}", release.moved);
+            assert_eq!(settled(directories, [true, true, false]), (1, true));
         }
     }
 

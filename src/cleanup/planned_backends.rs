@@ -16,9 +16,9 @@ use crate::terraform::{configuration, plan_file};
 /// The backends that follow from the command line of one run.
 #[derive(Debug, Default)]
 pub(crate) struct PlannedBackends {
-    /// The backend of the configuration. `None` if the command is not `init`, or the configuration has no backend that
+    /// The backends of the configuration. Empty if the command is not `init`, or the configuration has no backend that
     /// can be read.
-    configured: Option<CachedBackend>,
+    configured: Vec<CachedBackend>,
     /// The path of the plan file, and the open file. The file is opened before the run, because it may be deleted
     /// during the run. `None` if there is no plan file that can be opened.
     plan: Option<(PathBuf, File)>,
@@ -28,18 +28,19 @@ impl PlannedBackends {
     /// Returns the planned backends of `command_line`, which was given in the directory `current`.
     pub(crate) fn of(command_line: &CommandLine, current: &Path) -> Self {
         let plan = command_line.plan(current).and_then(|path| Some((path.clone(), plain_file::open(&path).ok()?)));
-        let configured = (command_line.command() == "init").then(|| {
+        let mut configured = Vec::new();
+        if command_line.command() == "init" {
             let mut given = backend_configs_of_environment();
             given.extend(command_line.backend_configs.iter().cloned());
-            configuration::backend(&command_line.working_directory(current), &given)
-        });
-        Self { configured: configured.flatten(), plan }
+            configured = configuration::backends(&command_line.working_directory(current), &given);
+        }
+        Self { configured, plan }
     }
 
     /// Returns the planned backends of an earlier run with the plan file `path`. There are none if the file cannot be
     /// opened.
     pub(crate) fn of_plan(path: &Path) -> Self {
-        Self { configured: None, plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
+        Self { configured: Vec::new(), plan: plain_file::open(path).ok().map(|file| (path.to_owned(), file)) }
     }
 
     /// Returns the path of the plan file. `None` if there is no plan file that could be opened.
@@ -53,11 +54,11 @@ impl PlannedBackends {
         self.plan.as_ref().map(|(_, file)| file.as_fd())
     }
 
-    /// Returns the backend that an `init` will set up, with `workspace` as its workspace. `None` if there is no such
-    /// backend.
-    pub(crate) fn configured(&self, workspace: &str) -> Option<DataDirectory> {
-        let backend = self.configured.clone()?;
-        Some(DataDirectory { backend: Some(backend), workspace: workspace.to_owned() })
+    /// Returns the backends that an `init` may set up, with `workspace` as their workspace.
+    pub(crate) fn configured(&self, workspace: &str) -> Vec<DataDirectory> {
+        let with =
+            |backend: &CachedBackend| DataDirectory { backend: Some(backend.clone()), workspace: workspace.to_owned() };
+        self.configured.iter().map(with).collect()
     }
 
     /// Reads the backend and the workspace in the plan. Call this only if they are needed, because reading a large plan

@@ -1105,7 +1105,7 @@ fn left_because(because: Because) -> Left {
 /// Returns the candidate backends of a dead run, and the backend attributes that are no longer available. A backend
 /// that cannot be reached without such an attribute is not among the candidates.
 fn candidates_of(record: &JournalRecord) -> (CandidateBackends, Vec<String>) {
-    let after = DataDirectory::read(Path::new(&record.data_directory));
+    let after = DataDirectory::read(Path::new(&record.data_directory), Path::new(&record.working_directory()));
     let mut missing = Vec::new();
     let directories = record.access.iter().filter_map(|access| match access.backend(after.backend.as_ref()) {
         Ok(backend) => Some(DataDirectory { backend: Some(backend), workspace: after.workspace.clone() }),

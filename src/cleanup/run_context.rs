@@ -49,7 +49,8 @@ impl<'a> RunContext<'a> {
     pub(crate) fn new(invocation: &'a Invocation, release: bool, begun: Instant) -> Self {
         let current = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
         let data_directory = DataDirectory::path(&current, &invocation.command_line);
-        let before = DataDirectory::read(&data_directory);
+        let working_directory = invocation.command_line.working_directory(&current);
+        let before = DataDirectory::read(&data_directory, &working_directory);
         let planned_backends = PlannedBackends::of(&invocation.command_line, &current);
         let candidates =
             CandidateBackends::new(&current, &before, before.clone(), &invocation.command_line, &planned_backends);
@@ -78,7 +79,7 @@ impl<'a> RunContext<'a> {
     /// Returns the candidate backends after the run. They also contain the backend and the workspace that are in the
     /// data directory now.
     pub(crate) fn candidates_after(&self) -> CandidateBackends {
-        let after = DataDirectory::read(&self.data_directory);
+        let after = DataDirectory::read(&self.data_directory, &self.candidates.working_directory);
         let command_line = &self.invocation.command_line;
         CandidateBackends::new(&self.current, &self.before, after, command_line, &self.planned_backends)
     }

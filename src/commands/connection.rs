@@ -285,7 +285,7 @@ impl LocationArgs {
         let data_directory = DataDirectory::path(&current, &command_line);
         // Relative paths in the backend are relative to the directory in which terraform runs.
         let _ = std::env::set_current_dir(&path);
-        let read = DataDirectory::read(&data_directory);
+        let read = DataDirectory::read(&data_directory, &path);
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|name| !name.is_empty()).unwrap_or(read.workspace);
         let Some(backend) = read.backend else {
             return Err(Trouble::Said(format!(

@@ -142,7 +142,7 @@ impl Doctor {
         }
         lease(&mut findings, lease_settings, shares_terminal);
         notice(&mut findings, lease_settings)?;
-        let backend_there = DataDirectory::read(&own_files).backend;
+        let backend_there = DataDirectory::read(&own_files, Path::new("")).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
             let said = format!("{}, {}", other.kind, visible(&other.place(backend)));
@@ -230,7 +230,7 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
 fn is_local(place: &LocationArgs) -> bool {
     let directory = place.chdir.clone().unwrap_or_else(|| PathBuf::from("."));
     configuration::is_there(&directory)
-        && configuration::backend(&directory, &[]).is_none_or(|there| there.kind == "local")
+        && configuration::backends(&directory, &[]).iter().all(|there| there.kind == "local")
 }
 
 /// Returns terraform's data directory for the working directory `chdir`, or for the current directory if `chdir` is

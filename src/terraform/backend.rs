@@ -83,6 +83,11 @@ impl CachedBackend {
         Some(Self { kind, config, origin: serde_json::from_value(block.remove("origin")?).ok()? })
     }
 
+    /// Adds `value` under `name`, which is not the name of an attribute.
+    pub(crate) fn add(&mut self, name: &str, value: String) {
+        self.config.insert(name.to_owned(), Value::String(value));
+    }
+
     /// Whether OpenTofu wrote the block.
     pub(crate) fn is_opentofu(&self) -> bool {
         self.origin.opentofu

@@ -23,21 +23,36 @@ use crate::sys::plain_file;
 /// The maximum size of a configuration file: 8 MiB, in bytes. Larger files are ignored.
 const MAX_FILE_BYTES: u64 = 8 << 20;
 
-/// Returns the backend of the configuration in `directory`, with the values of `-backend-config` applied. `None` if no
+/// Returns the backends of the configuration in `directory`, with the values of `-backend-config` applied: the backend
+/// that OpenTofu reads, and that of Terraform if it is another one. Terraform does not read `.tofu` files. Empty if no
 /// file has a backend block or a cloud block that can be parsed. A cloud block is a backend of the type `cloud`
 /// (internal/configs/cloud.go).
-pub(crate) fn backend(directory: &Path, backend_configs: &[OsString]) -> Option<CachedBackend> {
-    let mut found = None;
-    let (plain, overriding): (Vec<_>, Vec<_>) = files(directory).into_iter().partition(|path| !overrides(path));
-    for path in plain.iter().chain(&overriding) {
-        // A block in an override file replaces the earlier block as a whole (internal/configs/module.go).
-        found = in_file(path).or(found);
-    }
-    let (kind, mut config) = found?;
-    for given in backend_configs {
-        config.extend(of_argument(directory, given));
-    }
-    Some(CachedBackend::of_parts(&kind, config, ""))
+pub(crate) fn backends(directory: &Path, backend_configs: &[OsString]) -> Vec<CachedBackend> {
+    let files = files(directory);
+    let (for_both, for_tofu): (Vec<_>, Vec<_>) = files.into_iter().partition(|path| !is_for_tofu(path));
+    let mut found: Vec<_> =
+        [in_files(for_both.iter().chain(&for_tofu)), in_files(for_both.iter())].into_iter().flatten().collect();
+    found.dedup();
+    let with_arguments = |(kind, mut config): (String, Map<String, Value>)| {
+        for given in backend_configs {
+            config.extend(of_argument(directory, given));
+        }
+        CachedBackend::of_parts(&kind, config, "")
+    };
+    found.into_iter().map(with_arguments).collect()
+}
+
+/// Returns the type and the attributes of the backend in `files`. `None` if they have none.
+fn in_files<'a>(files: impl Iterator<Item = &'a PathBuf>) -> Option<(String, Map<String, Value>)> {
+    let (plain, overriding): (Vec<_>, Vec<_>) = files.partition(|path| !overrides(path));
+    // A block in an override file replaces the earlier block as a whole (internal/configs/module.go).
+    plain.into_iter().chain(overriding).filter_map(|path| in_file(path)).last()
+}
+
+/// Whether only OpenTofu reads the file.
+fn is_for_tofu(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    [&b".tofu"[..], b".tofu.json"].iter().any(|ending| name.ends_with(ending))
 }
 
 /// Whether `directory` contains any configuration file.
@@ -181,12 +196,16 @@ mod tests {
     use super::*;
 
     fn backend_of(files: &[(&str, &str)], given: &[&str]) -> Option<CachedBackend> {
+        backends_of(files, given).into_iter().next()
+    }
+
+    fn backends_of(files: &[(&str, &str)], given: &[&str]) -> Vec<CachedBackend> {
         let directory = tempfile::tempdir().unwrap();
         for (name, text) in files {
             fs::write(directory.path().join(name), text).unwrap();
         }
         let given: Vec<OsString> = given.iter().map(OsString::from).collect();
-        backend(directory.path(), &given)
+        backends(directory.path(), &given)
     }
 
     const MAIN: &str = r#"
@@ -271,6 +290,26 @@ mod tests {
         }
         for name in [".hidden.tf", "x.tf~", "x.txt"] {
             assert!(backend_of(&[(name, MAIN)], &[]).is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_only_opentofu_reads_does_not_hide_the_backend_of_terraform() {
+        let of = |key: &str| format!("terraform {{\n backend \"s3\" {{\n key = \"{key}\"\n }}\n}}\n");
+        let json = r#"{"terraform":{"backend":{"s3":{"key":"j"}}}}"#;
+        let (a, b, none) = (of("a"), of("b"), "locals {}".to_owned());
+        for (files, expected) in [
+            (vec![("main.tf", &a), ("main.tofu", &b)], vec!["b", "a"]),
+            (vec![("main.tf", &a), ("override.tofu", &b)], vec!["b", "a"]),
+            (vec![("main.tf", &a), ("x.tofu.json", &json.to_owned())], vec!["j", "a"]),
+            (vec![("main.tf", &a), ("main.tofu", &a)], vec!["a"]),
+            (vec![("main.tf", &a), ("main.tofu", &none)], vec!["a"]),
+            (vec![("main.tf", &none), ("main.tofu", &b)], vec!["b"]),
+        ] {
+            let files: Vec<(&str, &str)> = files.into_iter().map(|(name, text)| (name, text.as_str())).collect();
+            let found = backends_of(&files, &["bucket=b"]);
+            assert_eq!(found.iter().map(|one| one.string("key").unwrap()).collect::<Vec<_>>(), expected, "{files:?}");
+            assert!(found.iter().all(|one| one.string("bucket") == Some("b")), "the arguments belong to each");
         }
     }
 

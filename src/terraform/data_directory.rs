@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::backend::CachedBackend;
 use super::command_line::CommandLine;
+use super::kubernetes_cluster::{self, FINGERPRINT};
 use crate::console::{option, quoted, visible_whole};
 use crate::sys::plain_file;
 
@@ -46,12 +47,18 @@ impl DataDirectory {
         (!path.is_empty() && Path::new(path) != working_directory.join(DEFAULT)).then_some(path)
     }
 
-    /// Reads the current content of the data directory.
-    pub(crate) fn read(path: &Path) -> Self {
-        let backend = plain_file::read(&path.join("terraform.tfstate")).ok();
+    /// Reads the current content of the data directory at `path`, which terraform uses in `working_directory`. To a
+    /// block of the backend `kubernetes`, adds the [`FINGERPRINT`] of the cluster that it names now.
+    pub(crate) fn read(path: &Path, working_directory: &Path) -> Self {
+        let json = plain_file::read(&path.join("terraform.tfstate")).ok();
+        let mut backend = json.and_then(|json| CachedBackend::parse(&json));
+        if let Some(block) = backend.as_mut().filter(|block| block.kind == "kubernetes") {
+            let variable = |name: &str| std::env::var(name).ok();
+            block.add(FINGERPRINT, kubernetes_cluster::fingerprint(block, working_directory, variable));
+        }
         let workspace = plain_file::read_text(&path.join("environment")).unwrap_or_default();
         Self {
-            backend: backend.and_then(|json| CachedBackend::parse(&json)),
+            backend,
             workspace: match workspace.trim() {
                 "" => "default".to_owned(),
                 name => name.to_owned(),

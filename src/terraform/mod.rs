@@ -10,6 +10,7 @@ pub(crate) mod configuration;
 pub(crate) mod data_directory;
 pub(crate) mod errored_state;
 pub(crate) mod exchange;
+pub(crate) mod kubernetes_cluster;
 pub(crate) mod lock_info;
 pub(crate) mod log;
 pub(crate) mod logged_lock;

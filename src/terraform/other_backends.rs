@@ -7,6 +7,7 @@
 use serde_json::Value;
 
 use super::backend::{CachedBackend, is_unset};
+use super::kubernetes_cluster::FINGERPRINT;
 
 /// What `tf` does about a lock that a killed terraform has left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,9 +171,10 @@ impl OtherBackend {
         if self.kind == "gcs" && elsewhere { UnlockPolicy::Name } else { self.unlock_policy }
     }
 
-    /// Whether an attribute may be recorded: it contains the lock's location or the service's address, and no secret.
+    /// Whether an attribute may be recorded: it contains the lock's location, the service's address or the fingerprint of
+    /// a cluster, and no secret.
     pub(crate) fn may_keep(&self, name: &str, value: &Value) -> bool {
-        let known = self.place.contains(&name) || name == ENDPOINT;
+        let known = self.place.contains(&name) || [ENDPOINT, FINGERPRINT].contains(&name);
         known && value.as_str().is_none_or(|text| without_secrets(text) == text)
     }
 
@@ -209,7 +211,8 @@ pub(crate) fn document() -> String {
          For gcs, azurerm, kubernetes and oci, `tf` releases the lock. It first tries to take the lock itself (`terraform taint`\n\
          of a resource that does not exist, which changes nothing). The error message of that command has the ID of the lock. If\n\
          the creation time shows that the lock belongs to its run, `tf` waits 10 s and runs `terraform force-unlock` with that\n\
-         ID, with the same program, directory and environment. Then it checks again.\n\n\
+         ID, with the same program, directory and environment. Then it checks again. For kubernetes, it only reports the lock\n\
+         if a kubeconfig, or a variable that selects the cluster, has changed since the run.\n\n\
          For http, cos, oss, remote and cloud, `tf` reports the lock and prints how to see who holds it. For local, pg, consul\n\
          and inmem it does nothing, because no lock remains.\n\n\
          This page is generated from src/terraform/other_backends.rs by `make generated`.\n\n\
