@@ -9,7 +9,7 @@ use crate::console::{self, option, visible, visible_whole};
 use crate::holder::host::HostView;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey};
-use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::lock_info::{is_lock_id, split_path};
 
 /// The result of [`choose`].
 pub(super) enum Choice {
@@ -114,7 +114,7 @@ async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredP
 /// each of them alone refuses every run. The user has named the table alone, so the object need not be readable.
 async fn read_both(reach: &Connection, table: &str, path: &str) -> Result<Vec<ListedEntry>, Trouble> {
     let item = read(reach, &reach.stores.item(table, path)).await?;
-    let object = match path.split_once('/') {
+    let object = match split_path(path) {
         Some((bucket, key)) => reach.stores.read_part(&reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await,
         None => Ok(None),
     };
@@ -162,7 +162,7 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
     let matches = |entry: &ListedEntry| {
         let Some(word) = which.filter(|_| select) else { return true };
         let is_shown = |text: &str| text == word || visible_whole(text) == word;
-        let in_bucket = |path: &str| path.split_once('/').is_some_and(|(_, key)| key == word);
+        let in_bucket = |path: &str| split_path(path).is_some_and(|(_, key)| key == word);
         match entry {
             ListedEntry::Lock(lock) => {
                 // The word may be the stored text, or that text as `tf` prints it with special characters escaped.

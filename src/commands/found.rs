@@ -12,7 +12,7 @@ use crate::lease::observed::ObservedLease;
 use crate::lock::leased::StoredPart;
 use crate::lock::probe;
 use crate::lock::stores::{StoreKey, StoredLock};
-use crate::terraform::lock_info::LockInfo;
+use crate::terraform::lock_info::{LockInfo, split_path};
 use crate::time::saturating_add;
 
 /// One lock, with those of its parts that exist.
@@ -224,7 +224,7 @@ fn why_unreadable(stored: &StoredLock) -> String {
 /// Returns the workspace in a path that has terraform's default prefix for workspaces, `env:`. `None` for any other
 /// path: a prefix that a user chose cannot be recognised.
 fn guess_workspace(path: &str) -> Option<String> {
-    let (_, key) = path.split_once('/')?;
+    let (_, key) = split_path(path)?;
     let (name, _) = key.strip_prefix("env:/")?.split_once('/')?;
     Some(name.to_owned())
 }

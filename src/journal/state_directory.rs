@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::sys::{filesystem, ownership};
+use crate::terraform::lock_info;
 
 /// A location where the state directory may be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +107,7 @@ fn candidates(variable: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item
 /// Returns the home directory of `uid` in /etc/passwd. It is used if HOME is not a directory of this user, for example
 /// under sudo. `None` if /etc/passwd cannot be read, or has no entry for `uid`.
 fn home_in_passwd(uid: u32) -> Option<PathBuf> {
-    let passwd = fs::read_to_string("/etc/passwd").ok()?;
+    let passwd = lock_info::passwd()?;
     passwd.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(PathBuf::from)).flatten()

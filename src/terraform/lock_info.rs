@@ -149,6 +149,22 @@ pub(crate) fn new_id() -> String {
     )
 }
 
+/// Splits the path of a lock, `BUCKET/KEY`, into the bucket and the key. `None` if it has no slash.
+///
+/// The bucket may be the ARN of an access point, which can contain slashes itself: `arn:...:accesspoint/NAME`, and on
+/// Outposts `arn:...:outpost/ID/accesspoint/NAME` (Amazon S3 User Guide, "Referencing access points").
+pub(crate) fn split_path(path: &str) -> Option<(&str, &str)> {
+    // An ARN has five fields before the resource.
+    let resource = path.strip_prefix("arn:").and_then(|rest| rest.splitn(5, ':').nth(4)).unwrap_or_default();
+    let slashes_in_bucket = match resource.split('/').next() {
+        Some("accesspoint") => 1,
+        Some("outpost") => 3,
+        _ => 0,
+    };
+    let (end, _) = path.match_indices('/').nth(slashes_in_bucket)?;
+    Some((&path[..end], &path[end + 1..]))
+}
+
 /// Returns the `Who` that a terraform started by this process writes into a lock: `user@host`.
 ///
 /// Release builds of Terraform do not use the C library. So Go searches /etc/passwd for the user ID. If it is not
@@ -156,8 +172,7 @@ pub(crate) fn new_id() -> String {
 /// statemgr.NewLockInfo). On macOS this function searches the system's user database before it uses `$USER`.
 pub(crate) fn who() -> String {
     let uid = nix::unistd::getuid();
-    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let user = user_in_passwd(&passwd, uid.as_raw()).or_else(|| {
+    let user = passwd().and_then(|passwd| user_in_passwd(&passwd, uid.as_raw())).or_else(|| {
         #[cfg(target_os = "macos")]
         if let Ok(Some(user)) = nix::unistd::User::from_uid(uid) {
             return Some(user.name);
@@ -167,6 +182,17 @@ pub(crate) fn who() -> String {
     });
     let host = nix::unistd::gethostname().map(|host| host.to_string_lossy().into_owned());
     format!("{}@{}", user.unwrap_or_default(), host.unwrap_or_default())
+}
+
+/// Returns the text of /etc/passwd. `None` if it cannot be read. The real names in it may be in any encoding, which
+/// terraform does not read, so a byte that is not UTF-8 is replaced.
+pub(crate) fn passwd() -> Option<String> {
+    let bytes = std::fs::read("/etc/passwd").ok()?;
+    Some(text_of(&bytes))
+}
+
+fn text_of(passwd: &[u8]) -> String {
+    String::from_utf8_lossy(passwd).into_owned()
 }
 
 fn user_in_passwd(passwd: &str, uid: u32) -> Option<String> {
@@ -206,6 +232,31 @@ mod tests {
         assert_eq!(user_in_passwd(passwd, 1000).as_deref(), Some("anna"));
         assert_eq!(user_in_passwd(passwd, 7), None);
         assert_eq!(user_in_passwd(passwd, 5), None);
+        let latin1 = text_of(b"m:x:1001:1001:M\xfcller:/home/m:/bin/sh\nanna:x:1000:1000::/home/anna:/bin/sh\n");
+        assert_eq!(user_in_passwd(&latin1, 1000).as_deref(), Some("anna"));
+        assert_eq!(user_in_passwd(&latin1, 1001).as_deref(), Some("m"));
+    }
+
+    #[test]
+    fn a_path_is_split_behind_the_bucket_which_may_be_an_access_point() {
+        let arn = "arn:aws:s3:eu-west-1:123456789012:";
+        for (path, expected) in [
+            ("b/k".to_owned(), Some(("b".to_owned(), "k"))),
+            ("b/env:/green/k".to_owned(), Some(("b".into(), "env:/green/k"))),
+            (format!("{arn}accesspoint/ap/dir/k"), Some((format!("{arn}accesspoint/ap"), "dir/k"))),
+            (format!("{arn}accesspoint:ap/dir/k"), Some((format!("{arn}accesspoint:ap"), "dir/k"))),
+            ("arn:aws:s3::1:accesspoint/m.mrap/k".into(), Some(("arn:aws:s3::1:accesspoint/m.mrap".into(), "k"))),
+            (
+                "arn:aws:s3-outposts:r:1:outpost/op-1/accesspoint/ap/k".into(),
+                Some(("arn:aws:s3-outposts:r:1:outpost/op-1/accesspoint/ap".into(), "k")),
+            ),
+            (format!("{arn}accesspoint/ap"), None),
+            ("b".into(), None),
+            ("arn:/k".into(), Some(("arn:".into(), "k"))),
+        ] {
+            let found = split_path(&path);
+            assert_eq!(found, expected.as_ref().map(|(bucket, key)| (bucket.as_str(), *key)), "{path}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::exchange::{Exchange, Exchanges, LOCK_FILE};
-use super::lock_info::{LockInfo, is_lock_id};
+use super::lock_info::{LockInfo, is_lock_id, split_path};
 pub(crate) use super::logged_lock::{LockIdentity, LockParts, LoggedLock, RecordedLock, UnnamedLock};
 use super::logged_lock::{Part, two_lists};
 use super::record::LogRecord;
@@ -536,7 +536,7 @@ impl Log {
     }
 
     fn put_item(&mut self, info: &LockInfo, text: &str, time: Timestamp) {
-        let Some((bucket, key)) = info.path.split_once('/').filter(|_| is_lock_id(&info.id)) else { return };
+        let Some((bucket, key)) = split_path(&info.path).filter(|_| is_lock_id(&info.id)) else { return };
         if self.named().any(|known| known.id == info.id) {
             return;
         }
