@@ -20,18 +20,20 @@ use crate::sys::locale;
 const WRITE_TIMEOUT_MS: u16 = 2000;
 
 /// Writes `text` to stderr, with `tf: ` before each line. `tf:` is bold if stderr is a terminal and NO_COLOR is unset
-/// or empty (no-color.org).
+/// or empty (no-color.org). A message can contain text of anyone, for example of a lock service, so each line is
+/// escaped as by [`visible_whole`].
 pub(crate) fn say(text: &str) {
     let stderr = std::io::stderr();
     let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let mut message = String::new();
-    for line in text.lines() {
-        let prefix = if colour { "\u{1b}[1mtf:\u{1b}[0m" } else { "tf:" };
-        let _ = writeln!(message, "{prefix} {line}");
-    }
+    let message = message(text, if colour { "\u{1b}[1mtf:\u{1b}[0m" } else { "tf:" });
     let mut unsaid = UNSAID.lock().unwrap_or_else(PoisonError::into_inner);
     unsaid.push_str(&message);
     write_to(&stderr, &mut unsaid, WRITE_TIMEOUT_MS);
+}
+
+/// Returns the lines of `text`, escaped, with `prefix` and a space before each.
+fn message(text: &str, prefix: &str) -> String {
+    text.lines().fold(String::new(), |message, line| message + prefix + " " + &visible_whole(line) + "\n")
 }
 
 /// The text that a full stderr has not accepted yet.
@@ -63,9 +65,16 @@ fn write_to(stderr: &std::io::Stderr, text: &mut String, wait: u16) {
     }
 }
 
-/// Writes `text`, without its trailing whitespace, and a newline to stdout. `text` is the result of a command of `tf`
-/// itself. If this is the first write that fails, [`print_failure`] returns the reason.
+/// Writes `text`, which a person reads, to stdout, as [`print_for_program`] does. Each line is escaped as by
+/// [`visible_whole`].
 pub(crate) fn print(text: &str) {
+    print_for_program(&text.lines().map(visible_whole).collect::<Vec<_>>().join("\n"));
+}
+
+/// Writes `text`, without its trailing whitespace, and a newline to stdout. `text` is the result of a command of `tf`
+/// itself, in a format that a program reads. If this is the first write that fails, [`print_failure`] returns the
+/// reason.
+pub(crate) fn print_for_program(text: &str) {
     use std::io::Write as _;
     let write = || {
         stdout_is_open()?;
@@ -198,6 +207,15 @@ mod tests {
             assert!(shown.chars().all(|character| character.is_ascii_graphic() || character == ' '), "{shown:?}");
         }
         assert!(visible(&"x".repeat(300_000)).chars().count() <= 203);
+    }
+
+    #[test]
+    fn a_message_with_a_strangers_text_changes_nothing_but_the_lines() {
+        assert_eq!(message("a\nb 'c' \\d\n", "tf:"), "tf: a\ntf: b 'c' \\d\n");
+        assert_eq!(
+            message("x\u{1b}]0;title\u{7}\r\ny\u{9b}31m", "tf:"),
+            "tf: x\\u{1b}]0;title\\u{7}\ntf: y\\u{9b}31m\n"
+        );
     }
 
     #[test]

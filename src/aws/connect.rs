@@ -176,7 +176,22 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         resolved().push(Resolved { backend: backend.clone(), purpose, at: Instant::now(), result: result.clone() });
         result?
     };
+    if let Some(what) = unsendable(config.region().map(AsRef::as_ref), &credentials) {
+        return Err(Unreachable::Unsendable(what));
+    }
     Ok(config.into_builder().credentials_provider(SharedCredentialsProvider::new(credentials)).build())
+}
+
+/// Returns what contains a character that no header of a request can contain, for example the carriage return of a file
+/// from Windows. `None` if there is no such character. The SDK panics if it must sign a request with one.
+fn unsendable(region: Option<&str>, credentials: &Credentials) -> Option<&'static str> {
+    let parts = [
+        ("region", region),
+        ("access key ID", Some(credentials.access_key_id())),
+        ("session token", credentials.session_token()),
+    ];
+    let is_sendable = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
+    parts.into_iter().find(|(_, text)| !text.is_none_or(is_sendable)).map(|(what, _)| what)
 }
 
 fn not_followed(backend: &CachedBackend) -> Option<String> {
@@ -267,6 +282,23 @@ mod tests {
             (r#"{"assume_role":{"role_arn":"a","tomorrow":"x"}}"#, Some("assume_role.tomorrow")),
         ] {
             assert_eq!(not_followed(&backend(config)).as_deref(), expected, "{config}");
+        }
+    }
+
+    #[test]
+    fn what_the_sdk_cannot_sign_is_named_and_its_value_is_not() {
+        let credentials =
+            |key: &str, token: Option<&str>| Credentials::new(key, "s\r", token.map(Into::into), None, "test");
+        for (region, key, token, expected) in [
+            (Some("eu-west-1"), "AKIA", Some("t/+="), None),
+            (None, "AKIA", None, None),
+            (Some("eu-west-1\r"), "AKIA", None, Some("region")),
+            (Some("eu west"), "AKIA", None, Some("region")),
+            (None, "AKIA\r", None, Some("access key ID")),
+            (None, "AKI\u{c4}", None, Some("access key ID")),
+            (None, "AKIA", Some("t\n"), Some("session token")),
+        ] {
+            assert_eq!(unsendable(region, &credentials(key, token)), expected, "{region:?} {key:?} {token:?}");
         }
     }
 

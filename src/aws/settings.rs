@@ -47,6 +47,10 @@ pub(crate) enum Unreachable {
     /// Neither the backend, nor the environment, nor the profile names a region.
     #[error("no region is set")]
     Region,
+    /// The region or a part of the credentials contains a character that no request can contain. The text says which of
+    /// them, without its value.
+    #[error("the {0} contains a space, a line break or another character that it cannot have")]
+    Unsendable(&'static str),
     /// The `duration` of a role is not a duration in Go's format.
     #[error("the backend's duration {0:?} for a role is not a time such as 1h30m")]
     Duration(String),
@@ -64,6 +68,7 @@ impl Unreachable {
                 | Self::Credentials(_)
                 | Self::Silent(_)
                 | Self::Region
+                | Self::Unsendable(_)
         )
     }
 }

@@ -1181,6 +1181,10 @@ pub(crate) const NEVER: &str = "TFW_RELEASE is set to never";
 pub(crate) const NO_RESOURCES: &str =
     "could not ask the lock service: this system has no free thread or file descriptor";
 
+/// The reason why a lock was not released: the client for the lock service has panicked. In most cases, it could not
+/// start a thread.
+pub(crate) const CLIENT_FAILED: &str = "could not ask the lock service: the AWS client has failed\nto see why, set TFW_LOG to the path of a file, and try again";
+
 /// The reason why a lock was not released: a person interrupted the wait.
 pub(crate) const INTERRUPTED: &str = "^C ended the wait for the lock service";
 

@@ -68,7 +68,7 @@ impl Waiter<'_> {
                 trace!("no runtime: {error}");
                 Err(messages::NO_RESOURCES)
             }
-            None => Err(messages::NO_RESOURCES),
+            None => Err(messages::CLIENT_FAILED),
         }
     }
 

@@ -263,7 +263,7 @@ impl Audit {
         if self.json {
             print_json(&count)?;
         } else if self.prometheus {
-            console::print(&metrics(&[(String::new(), &count, false)]));
+            console::print_for_program(&metrics(&[(String::new(), &count, false)]));
         }
         Ok(match (count.tally().needs_attention(), count.complete) {
             (true, _) => Finding::Stale,
@@ -337,7 +337,7 @@ impl Audit {
                 ("_bad_lines", "Lines of the file with targets that name no target.", fleet.bad_lines.len()),
             ];
             let gauges = gauges.map(|(name, help, value)| family(name, help, &[(String::new(), value.to_string())]));
-            console::print(&(metrics(&rows) + &gauges.concat()));
+            console::print_for_program(&(metrics(&rows) + &gauges.concat()));
         } else {
             console::say(&fleet.total(total.tally(), failed));
         }
@@ -346,7 +346,7 @@ impl Audit {
 }
 
 fn print_json(value: &impl Serialize) -> Result<(), Trouble> {
-    console::print(&json::to_string(value).map_err(|error| Trouble::Said(error.to_string()))?);
+    console::print_for_program(&json::to_string(value).map_err(|error| Trouble::Said(error.to_string()))?);
     Ok(())
 }
 

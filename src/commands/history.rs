@@ -108,7 +108,7 @@ impl History {
         }
         if self.json {
             let text = json::to_string(&All { events: &events, unreadable });
-            console::print(&text.map_err(|error| Trouble::Said(error.to_string()))?);
+            console::print_for_program(&text.map_err(|error| Trouble::Said(error.to_string()))?);
             return Ok(Finding::Nothing);
         }
         for event in &events {
@@ -127,7 +127,7 @@ impl History {
 /// Fails if the file cannot be written.
 fn write(file: &Path, html: &str) -> Result<Finding, Trouble> {
     if file == Path::new("-") {
-        console::print(html);
+        console::print_for_program(html);
         return Ok(Finding::Nothing);
     }
     let shown = visible_whole(&file.display().to_string());

@@ -28,6 +28,7 @@ mod targets;
 mod version;
 mod watch;
 
+use crate::cleanup::messages;
 use crate::cleanup::recovery_process;
 use crate::cleanup::takeover_process;
 use crate::cleanup::wait_explanation;
@@ -40,6 +41,7 @@ use clap::{Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
+use crate::panics;
 use crate::runtime;
 use crate::settings::{self, LeaseSettings, UnreadableSetting};
 use crate::supervise::{keeper, outcome};
@@ -235,7 +237,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
             return Finding::Failed.code();
         }
         Err(help) => {
-            console::print(&help.render().to_string());
+            console::print_for_program(&help.render().to_string());
             Ok(Finding::Nothing)
         }
     };
@@ -266,9 +268,13 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
 /// Runs `work`, which sends requests to AWS, on a new single-threaded tokio runtime.
 ///
 /// # Errors
-/// Fails if the runtime cannot be created, or if `work` fails.
+/// Fails if the runtime cannot be created, if `work` fails, or if it panics.
 fn block_on(work: impl Future<Output = Result<Finding, Trouble>>) -> Result<Finding, Trouble> {
-    runtime::block_on(work).map_err(|error| Trouble::Said(format!("could not start the AWS client: {error}")))?
+    match panics::caught(|| runtime::block_on(work)) {
+        Some(Ok(found)) => found,
+        Some(Err(error)) => Err(Trouble::Said(format!("could not start the AWS client: {error}"))),
+        None => Err(Trouble::Said(messages::CLIENT_FAILED.to_owned())),
+    }
 }
 
 #[cfg(test)]

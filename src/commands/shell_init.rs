@@ -48,7 +48,7 @@ impl ShellInit {
                 .to_str()
                 .ok_or_else(|| Trouble::Said(format!("the path of tf is not UTF-8: {}", own.path.display())))?
         };
-        console::print(&text(self.shell, program, !self.no_alias));
+        console::print_for_program(&text(self.shell, program, !self.no_alias));
         Ok(Finding::Nothing)
     }
 }

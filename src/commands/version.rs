@@ -66,7 +66,7 @@ impl Version {
         if self.json {
             let text =
                 json::to_string(&report).map_err(|error| Trouble::Said(format!("could not write JSON: {error}")))?;
-            console::print(&text);
+            console::print_for_program(&text);
         } else {
             console::print(&report.text());
         }

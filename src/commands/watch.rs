@@ -18,7 +18,7 @@ use super::output::{self, Widths};
 use super::scan::{self, Scan, unless_stopped};
 use super::staleness::Staleness;
 use super::targets::Speed;
-use crate::console::{self, ellipsis, length_of_time, visible};
+use crate::console::{self, ellipsis, length_of_time, visible, visible_whole};
 use crate::lock::stores::StoreKey;
 use crate::settings;
 use crate::sys::signals::Signals;
@@ -366,7 +366,7 @@ impl Screen {
         let (height, width) = (usize::from(self.size.0), usize::from(self.size.1));
         let text = |text: &str| ::console::truncate_str(text, width, ellipsis()).into_owned();
         let mut lines = vec![text(&self.title)];
-        lines.extend(note.map(text));
+        lines.extend(note.map(|note| text(&visible_whole(note))));
         if !rows.is_empty() {
             let entries: Vec<&ListedEntry> = rows.iter().map(|row| &row.entry).collect();
             let (head, blocks) = output::table_of(width.saturating_sub(2), &entries, Timestamp::now());

@@ -127,6 +127,45 @@ fn a_strangers_text_cannot_do_anything() {
     }
 }
 
+/// A repository that somebody has cloned can contain a `.terraform` with any text.
+#[test]
+fn a_cached_backend_with_escapes_reaches_no_terminal() {
+    let env = TestEnv::new(Lock::File, "true");
+    let mut cached: Value = serde_json::from_str(&env.read(".terraform/terraform.tfstate")).unwrap();
+    let good = cached["backend"]["config"].clone();
+    let active = "x\u{1b}]0;owned\u{7}\u{9b}31m\u{202e}";
+    for name in ["profile", "key", active] {
+        cached["backend"]["config"] = good.clone();
+        cached["backend"]["config"][name] = active.into();
+        env.write(".terraform/terraform.tfstate", &cached.to_string());
+        for words in [&["list"][..], &["show"], &["doctor"], &["release", "--dry-run"]] {
+            let end = locks(&env, words);
+            let shown = end.out.clone() + &end.err;
+            // A pipe gets nothing if there is no lock, and `doctor` does not show a profile.
+            let is_shown = name == active || words == ["show"];
+            assert!(shown.contains("]0;owned") || !is_shown, "{name:?} {words:?} {shown}");
+            let is_active = |one: char| one.is_control() && one != '\n' || one == '\u{202e}';
+            assert!(!shown.contains(is_active), "{name:?} {words:?} {shown:?}");
+        }
+    }
+}
+
+/// An env file from Windows ends each line with a carriage return.
+#[test]
+fn credentials_that_cannot_be_sent_are_an_error_and_not_a_panic() {
+    for (variable, what) in [("AWS_ACCESS_KEY_ID", "access key ID"), ("AWS_SESSION_TOKEN", "session token")] {
+        let mut env = TestEnv::new(Lock::Both, "true");
+        env.set(variable, "AKIAXXXX\r");
+        for words in [&["list"][..], &["show"], &table(&env, &[]), &["doctor"]] {
+            let end = locks(&env, words);
+            let shown = end.out.clone() + &end.err;
+            assert!(shown.contains(&format!("the {what} contains a space, a line break")), "{words:?} {shown}");
+            assert_eq!(end.code(), Some(if words == ["doctor"] { 2 } else { 1 }), "{words:?} {shown}");
+            assert!(!shown.contains("AKIAXXXX") && !shown.contains("panicked"), "{shown}");
+        }
+    }
+}
+
 /// Returns the width of a line without its colors.
 fn console_width(line: &str) -> usize {
     let mut width = 0;
