@@ -46,7 +46,7 @@ pub(crate) fn backends(directory: &Path, backend_configs: &[OsString]) -> Vec<Ca
 fn in_files<'a>(files: impl Iterator<Item = &'a PathBuf>) -> Option<(String, Map<String, Value>)> {
     let (plain, overriding): (Vec<_>, Vec<_>) = files.partition(|path| !overrides(path));
     // A block in an override file replaces the earlier block as a whole (internal/configs/module.go).
-    plain.into_iter().chain(overriding).filter_map(|path| in_file(path)).last()
+    plain.into_iter().chain(overriding).rev().find_map(|path| in_file(path))
 }
 
 /// Whether only OpenTofu reads the file.

@@ -86,11 +86,11 @@ mod tests {
             })
         };
         let absolute = format!("{home}/d");
-        let ways: [(&str, Vec<(&str, &str)>, &str); 6] = [
+        let ways = [
             (r#""config_path":"a""#, vec![], "a"),
             (r#""config_path":"~/b""#, vec![], "b"),
             (r#""config_paths":["a","c"]"#, vec![], "c"),
-            ("", vec![("KUBE_CONFIG_PATH", &absolute)], "d"),
+            ("", vec![("KUBE_CONFIG_PATH", absolute.as_str())], "d"),
             ("", vec![("KUBE_CONFIG_PATHS", "~/a:e")], "e"),
             (r#""config_path":"/no/such/file""#, vec![("KUBE_CONFIG_PATH", "~/f")], "f"),
         ];
