@@ -88,7 +88,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l json -d 'Print one JSON object with the counts'
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l json -d 'Print one JSON object with the counts and the stale locks'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l prometheus -d 'Print metrics in the Prometheus text format'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l chdir -d 'The working directory, as terraform\'s own -chdir' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l fix-digest -d 'Make the recorded digest of a workspace\'s state match the state, while holding its lock' -r

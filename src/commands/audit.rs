@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use jiff::Timestamp;
 use serde::Serialize;
+use serde_json::Value;
 
 use nix::sys::signal::Signal;
 
@@ -47,7 +48,7 @@ pub(super) struct Audit {
     targets: TargetArgs,
     #[command(flatten)]
     speed: Speed,
-    /// Print one JSON object with the counts
+    /// Print one JSON object with the counts and the stale locks
     #[arg(long)]
     json: bool,
     /// Print metrics in the Prometheus text format
@@ -141,6 +142,33 @@ impl Count {
     }
 }
 
+/// The counts of one target, and what JSON shows of its stale locks.
+#[derive(Debug, Serialize)]
+struct Audited {
+    #[serde(flatten)]
+    count: Count,
+    /// The first [`MAX_DESCRIBED`] stale locks, in the form of `tf locks list --json`. Empty if JSON is not wanted.
+    stale_locks: Vec<Value>,
+}
+
+/// How many stale locks of a target JSON describes. A table can have any number of them, and the audit needs no more
+/// memory for a large table.
+const MAX_DESCRIBED: usize = 100;
+
+impl Audited {
+    /// Adds `entry` to the counts. If `describes` is true, adds a stale lock to the description too.
+    fn add(&mut self, entry: &ListedEntry, now: Timestamp, describes: bool) {
+        self.count.add(entry, now);
+        if let ListedEntry::Lock(lock) = entry
+            && describes
+            && lock.stale
+            && self.stale_locks.len() < MAX_DESCRIBED
+        {
+            self.stale_locks.extend(serde_json::to_value(lock));
+        }
+    }
+}
+
 /// The counts of one of several targets.
 #[derive(Debug, Serialize)]
 struct TargetCount {
@@ -148,7 +176,7 @@ struct TargetCount {
     /// Why the target could not be read; `None` if it was read. The counts are then those of the part that was read.
     error: Option<String>,
     #[serde(flatten)]
-    count: Count,
+    audited: Audited,
 }
 
 /// The counts of several targets.
@@ -225,6 +253,10 @@ impl Audit {
         Count { older_than_seconds: self.older_than.as_secs(), complete: true, ..Count::default() }
     }
 
+    fn nothing_audited(&self) -> Audited {
+        Audited { count: self.empty_count(), stale_locks: Vec::new() }
+    }
+
     /// With `--json` and `--prometheus`, only the counts are printed.
     fn is_silent(&self) -> bool {
         self.json || self.prometheus
@@ -233,35 +265,36 @@ impl Audit {
     async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
         let begun = Instant::now();
         let connection = place.reach().await?;
-        let mut count = self.empty_count();
+        let mut audited = self.nothing_audited();
         let mut output = Output::new(false, Widths::USUAL)?;
         if let ScanTarget::Directory(directory) = &connection.target {
             let staleness = Staleness { older_than: Some(self.older_than) };
             let mut inventory = inventory::take(directory, &connection.stores, &staleness).await?;
             staleness.ask_witness(&mut inventory.entries).await;
             for entry in &inventory.entries {
-                count.add(entry, Timestamp::now());
+                audited.add(entry, Timestamp::now(), self.json);
                 if !self.is_silent() && entry.is_stale() {
                     output.put(&output.render(entry)?)?;
                 }
             }
-            count.scanned = inventory.states.len() as u64;
+            audited.count.scanned = inventory.states.len() as u64;
             if let Some(why) = inventory.incomplete {
                 console::say(&why);
-                count.complete = false;
+                audited.count.complete = false;
             }
         } else {
-            let counted = self.scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut count).await?;
+            let counted = self.scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut audited).await?;
             if let Some(signal) = counted {
                 return Ok(Finding::Stopped(signal));
             }
         }
-        if count.unread > 0 {
-            console::say(&not_whole(count.unread));
+        if audited.count.unread > 0 {
+            console::say(&not_whole(audited.count.unread));
         }
-        count.scan_seconds = begun.elapsed().as_secs_f64();
+        audited.count.scan_seconds = begun.elapsed().as_secs_f64();
+        let count = audited.count;
         if self.json {
-            print_json(&count)?;
+            print_json(&audited)?;
         } else if self.prometheus {
             console::print_for_program(&metrics(&[(String::new(), &count, false)]));
         }
@@ -279,18 +312,18 @@ impl Audit {
         speed: Speed,
         signals: &mut Signals,
         output: &mut Output,
-        count: &mut Count,
+        audited: &mut Audited,
     ) -> Result<Option<Signal>, Trouble> {
         let now = Timestamp::now();
         let staleness = Staleness { older_than: Some(self.older_than) };
         let scan = Scan { target, stores, speed, staleness, is_silent: false };
         let scanned = scan
             .run(signals, output, |entry| {
-                count.add(entry, now);
+                audited.add(entry, now, self.json);
                 !self.is_silent() && entry.is_stale()
             })
             .await?;
-        count.scanned = scanned.items;
+        audited.count.scanned = scanned.items;
         scanned.failed.map_or(Ok(scanned.stopped), Err)
     }
 
@@ -302,13 +335,13 @@ impl Audit {
         let mut counts = Vec::new();
         for target in &fleet.targets {
             let begun = Instant::now();
-            let mut count = self.empty_count();
+            let mut audited = self.nothing_audited();
             let connection = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
                 Err(signal) => return Ok(Finding::Stopped(signal)),
                 Ok(connection) => connection,
             };
             let counted = match connection {
-                Ok(connection) => self.scan(connection, target.speed, &mut signals, &mut output, &mut count).await,
+                Ok(connection) => self.scan(connection, target.speed, &mut signals, &mut output, &mut audited).await,
                 Err(trouble) => Err(trouble),
             };
             let name = target.name();
@@ -318,11 +351,11 @@ impl Audit {
                 Ok(None) => None,
                 Err(trouble) => Some(trouble.to_string()),
             };
-            count.complete &= error.is_none();
-            count.scan_seconds = begun.elapsed().as_secs_f64();
-            name.report(count.tally(), error.as_deref(), self.is_silent());
-            total.add_target(&count);
-            counts.push(TargetCount { target: name, error, count });
+            audited.count.complete &= error.is_none();
+            audited.count.scan_seconds = begun.elapsed().as_secs_f64();
+            name.report(audited.count.tally(), error.as_deref(), self.is_silent());
+            total.add_target(&audited.count);
+            counts.push(TargetCount { target: name, error, audited });
         }
         total.scan_seconds = begun.elapsed().as_secs_f64();
         let failed = counts.iter().filter(|target| target.error.is_some()).count();
@@ -330,7 +363,7 @@ impl Audit {
             print_json(&FleetCount { total, targets: &counts, bad_lines: &fleet.bad_lines })?;
         } else if self.prometheus {
             let rows: Vec<_> =
-                counts.iter().map(|one| (one.target.labels(), &one.count, one.error.is_some())).collect();
+                counts.iter().map(|one| (one.target.labels(), &one.audited.count, one.error.is_some())).collect();
             let gauges = [
                 ("_targets", "Tables and buckets to read.", fleet.targets.len()),
                 ("_targets_failed", "Tables and buckets that could not be read.", failed),
