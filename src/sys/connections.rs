@@ -96,7 +96,8 @@ pub(crate) fn abort(pid: Pid, process: impl AsFd) -> usize {
             let is_socket = std::fs::read_link(format!("/proc/{pid}/fd/{}", name.to_str()?)).ok()?;
             is_socket.to_str()?.starts_with("socket:").then_some(())?;
             let socket = pidfd_getfd(&process, name.to_str()?.parse().ok()?, PidfdGetfdFlags::empty()).ok()?;
-            (socket_protocol(&socket).ok()? == Some(ipproto::TCP)).then_some(())?;
+            // Go uses MPTCP if it is told to (GODEBUG=multipathtcp=1).
+            [Some(ipproto::TCP), Some(ipproto::MPTCP)].contains(&socket_protocol(&socket).ok()?).then_some(())?;
             // A listening socket has no peer.
             getpeername(&socket).ok()??;
             connect_unspec(&socket).ok()
@@ -217,15 +218,36 @@ mod tests {
         }
 
         #[test]
-        #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
         fn an_aborted_connection_delivers_no_more_and_is_not_seen_after_its_end() {
             // The process of the tests has other connections. So the connection is one of a child's.
             const SENT: usize = 100_000_000;
+            let over_tcp = |port| {
+                let mut command = std::process::Command::new("bash");
+                command.args(["-c", &format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero")]);
+                command
+            };
+            is_broken_off(over_tcp, SENT);
+            // Go makes such connections if it is told to. A kernel without MPTCP has none.
+            let over_mptcp = |port| {
+                let mut command = std::process::Command::new("python3");
+                let script = "import socket, sys\nport, count = map(int, sys.argv[1:])\n\
+                              connection = socket.socket(proto=262)\nconnection.connect(('127.0.0.1', port))\n\
+                              connection.sendall(bytes(count))";
+                command.args(["-c", script, &format!("{port}"), &SENT.to_string()]);
+                command
+            };
+            let kind = (rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM);
+            if rustix::net::socket(kind.0, kind.1, Some(rustix::net::ipproto::MPTCP)).is_ok() {
+                is_broken_off(over_mptcp, SENT);
+            }
+        }
+
+        /// Checks that the connection of a process that sends `count` bytes to a port is broken off.
+        #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
+        fn is_broken_off(sends: impl Fn(u16) -> std::process::Command, count: usize) {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = listener.local_addr().unwrap().port();
-            let script = format!("exec >/dev/tcp/127.0.0.1/{port} && exec head -c {SENT} /dev/zero");
-            let stderr = std::process::Stdio::piped();
-            let mut child = std::process::Command::new("bash").args(["-c", &script]).stderr(stderr).spawn().unwrap();
+            let mut child = sends(port).stderr(std::process::Stdio::piped()).spawn().unwrap();
             let server = listener.accept().unwrap().0;
             // It is sending, and soon it must wait.
             server.peek(&mut [0]).unwrap();
@@ -234,7 +256,7 @@ mod tests {
             assert_eq!(abort(pid, &process), 1);
             let (arrived, error) = drain(&server).unwrap_err();
             assert_eq!(error, std::io::ErrorKind::ConnectionReset);
-            assert!(arrived < SENT);
+            assert!(arrived < count);
             let mut reason = String::new();
             child.stderr.take().unwrap().read_to_string(&mut reason).unwrap();
             assert!(["reset by peer", "Broken pipe"].iter().any(|text| reason.contains(text)), "{reason}");
