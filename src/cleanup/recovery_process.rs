@@ -17,16 +17,22 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// that run, and then needs the time of a release. One that is stopped (SIGSTOP) never ends.
 pub(crate) const RECOVERY_TIMEOUT: Duration = Duration::from_mins(6);
 
+/// How long to wait for another `tf` after SIGKILL. One that hangs in the kernel, for example in a mount whose server is
+/// gone, or that is frozen, does not exit.
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Waits until another `tf` has exited. A second ^C kills that `tf`, and so does the end of `limit`. Nothing is lost by
-/// this: a dead run is still in the journal.
+/// this: a dead run is still in the journal. If it does not exit then either, this gives up, and init reaps it later.
 pub(crate) fn wait_for(mut child: Child, limit: Duration, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     let end = Instant::now() + limit;
-    while matches!(child.try_wait(), Ok(None)) {
+    let mut given_up_at = None;
+    while matches!(child.try_wait(), Ok(None)) && given_up_at.is_none_or(|at| Instant::now() < at) {
         waiter.wait(POLL_INTERVAL);
         interrupts += waiter.interrupts();
         if interrupts > 1 || Instant::now() >= end {
             let _ = child.kill();
+            given_up_at.get_or_insert_with(|| Instant::now() + KILL_TIMEOUT);
         }
     }
 }
