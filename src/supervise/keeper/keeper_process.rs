@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::unistd::Pid;
-use tokio::io::AsyncReadExt;
+use tokio::io::Interest;
 use tokio::sync::oneshot;
 
 use super::keeper_fence::KeeperFence;
@@ -30,6 +30,9 @@ use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::readiness::Readiness;
 use crate::sys::{descriptor, environment, poll, session};
 use crate::trace::trace;
+
+/// The maximum length of the reports that wait for room in the socket, in bytes.
+const MAX_UNSENT_BYTES: usize = 1 << 16;
 
 /// How long to wait before a report is sent again that the supervisor must read.
 const REPORT_PAUSE: Duration = Duration::from_millis(250);
@@ -109,7 +112,8 @@ impl Link {
     /// Waits until `due`, or for the next event. With `None`, there is no such time.
     async fn wake(&mut self, due: Option<tokio::time::Instant>) -> Wake {
         loop {
-            let mut byte = [0];
+            let interest =
+                if self.unsent.is_empty() { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
             let is_due = async {
                 match due {
                     Some(due) => tokio::time::sleep_until(due).await,
@@ -119,18 +123,12 @@ impl Link {
             tokio::select! {
                 biased;
                 _ = self.terraform.readable() => return Wake::End(Ending::TerraformEnded),
-                read = self.socket.read(&mut byte), if !self.is_abandoned => match (read, byte[0]) {
-                    (Ok(1), END) => return Wake::End(Ending::Left),
-                    (Ok(1), PING) => {
-                        self.report(&Report::Alive);
+                _ = self.socket.ready(interest), if !self.is_abandoned => {
+                    self.flush();
+                    if let Some(wake) = self.read() {
+                        return wake;
                     }
-                    (Ok(1), INTERRUPTED) => {
-                        self.interrupted.set(self.notice.take().or(self.interrupted.get()));
-                        return Wake::Hurry;
-                    }
-                    (Ok(1), _) => return Wake::Hurry,
-                    _ => self.is_abandoned = true,
-                },
+                }
                 notice = announced(&mut self.answer) => {
                     self.notice = Some(notice);
                     self.report_notice();
@@ -138,6 +136,23 @@ impl Link {
                 () = is_due => return Wake::Due,
             }
         }
+    }
+
+    /// Reads one message of the supervisor, without waiting. `None` if there is none, or if it needs no wake.
+    fn read(&mut self) -> Option<Wake> {
+        let mut byte = [0];
+        match (self.socket.try_read(&mut byte), byte[0]) {
+            (Ok(1), END) => return Some(Wake::End(Ending::Left)),
+            (Ok(1), PING) => drop(self.report(&Report::Alive)),
+            (Ok(1), INTERRUPTED) => {
+                self.interrupted.set(self.notice.take().or(self.interrupted.get()));
+                return Some(Wake::Hurry);
+            }
+            (Ok(1), _) => return Some(Wake::Hurry),
+            (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => self.is_abandoned = true,
+        }
+        None
     }
 
     /// Whether the supervisor is gone, without waiting. If it died together with terraform, the end of its socket was
@@ -154,27 +169,37 @@ impl Link {
     }
 
     /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease
-    /// must be renewed all the same. If the socket is full, the report is lost, or its rest is sent with the next one.
-    /// The next one says the same or is newer. Returns whether all of the report was sent, so that the supervisor can
-    /// read it even if this process ends now.
+    /// must be renewed all the same. If the socket is full, the report is lost if a later one says the same or is newer
+    /// ([`says_something_once`]). Otherwise it is sent as soon as there is room. Returns whether all of the report was
+    /// sent, so that the supervisor can read it even if this process ends now.
     fn report(&mut self, report: &Report) -> bool {
         if *report != Report::Alive {
             trace!("keeper: {report:?}");
         }
         let Ok(line) = serde_json::to_vec(report) else { return false };
-        let has_room = self.unsent.is_empty();
-        if has_room {
+        let has_room = self.flush();
+        if has_room || (says_something_once(report) && self.unsent.len() < MAX_UNSENT_BYTES) {
             self.unsent.extend(line);
             self.unsent.push(b'\n');
         }
+        self.flush() && has_room
+    }
+
+    /// Sends what is left of earlier reports, without waiting. Returns whether nothing is left.
+    fn flush(&mut self) -> bool {
         while !self.unsent.is_empty() {
             match self.socket.try_write(&self.unsent) {
                 Ok(length) => drop(self.unsent.drain(..length)),
                 Err(_) => return false,
             }
         }
-        has_room
+        true
     }
+}
+
+/// Whether no later report says the same for a long time, or at all.
+fn says_something_once(report: &Report) -> bool {
+    matches!(report, Report::Lost(_) | Report::Refused(_) | Report::Failed(_))
 }
 
 /// The process of a keeper.
@@ -309,4 +334,61 @@ enum Ending {
     TerraformEnded,
     /// The supervisor wants it, or there is nothing to renew.
     Left,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+    use crate::lease::record::Promise;
+    use crate::supervise::keeper::Loss;
+
+    /// Returns the reports that a supervisor reads which was suspended while `reports` were sent until its socket was
+    /// full, and then `last`.
+    fn read_after_a_suspension(last: &[Report]) -> Vec<Report> {
+        let (own, supervisors) = UnixStream::pair().unwrap();
+        own.set_nonblocking(true).unwrap();
+        let (terraform, _lives) = descriptor::pipe().unwrap();
+        runtime::block_on(async {
+            let mut link = Link {
+                socket: tokio::net::UnixStream::from_std(own).unwrap(),
+                is_abandoned: false,
+                terraform: Readiness::of(terraform).unwrap(),
+                unsent: Vec::new(),
+                answer: None,
+                notice: None,
+                interrupted: Rc::default(),
+            };
+            let renewed =
+                Report::Renewed { fence: Promise::Stop, sent: Duration::ZERO, fuse: Some((7, Duration::ZERO)) };
+            link.socket.writable().await.unwrap();
+            while link.report(&renewed) {}
+            for report in last {
+                assert!(!link.report(report), "there is no room");
+            }
+            let reader = std::thread::spawn(move || {
+                let lines = BufReader::new(supervisors).lines();
+                lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect::<Vec<Report>>()
+            });
+            while !link.unsent.is_empty() {
+                let soon = tokio::time::Instant::now() + Duration::from_millis(10);
+                assert!(matches!(link.wake(Some(soon)).await, Wake::Due));
+            }
+            drop(link);
+            reader.join().unwrap()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_supervisor_that_was_suspended_learns_what_is_said_only_once() {
+        let once = [Report::Refused("denied".into()), Report::Failed("x".into()), Report::Lost(Loss::Gone)];
+        let read = read_after_a_suspension(&once);
+        assert_eq!(read[read.len() - once.len()..], once);
+        // What the next one says as well is not kept.
+        let read = read_after_a_suspension(&[Report::Alive, Report::Lost(Loss::Gone), Report::Alive]);
+        assert_eq!(read.last(), Some(&Report::Lost(Loss::Gone)));
+        assert!(!read.contains(&Report::Alive));
+    }
 }
