@@ -17,7 +17,7 @@ use crate::cleanup::end_of_run::EndOfRun;
 use crate::cleanup::messages;
 use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
-use crate::cleanup::process_tree::{SurvivorRecord, Termination, Tree};
+use crate::cleanup::process_tree::{GroupFence, Manner, SurvivorRecord, Termination, Tree};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
@@ -79,20 +79,20 @@ enum Operation {
 }
 
 /// Determines whether locks may be released after `operation`. Returns `None` if so, and otherwise the outcome with the
-/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree. There is no
-/// grace period if `at_once` is true. If terraform exited by itself, this kills no process, because terraform may have
-/// left a process running on purpose.
+/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree in this
+/// `manner`. If terraform exited by itself, this kills no process, because terraform may have left a process running on
+/// purpose.
 fn reason_to_keep(
     tree: &Tree,
     operation: Operation,
-    at_once: bool,
+    manner: Manner<'_>,
     record: &SurvivorRecord<'_>,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let died = operation == Operation::Died;
     // Another terraform may be running: one that a provisioner started without `tf`, or one whose shim has exited. It
     // writes into the recorder of this run, and may hold a lock that is in the recorder.
-    if !died || (tree.is_behind_a_shim() && !at_once) {
+    if !died || (tree.is_behind_a_shim() && !manner.at_once) {
         let logging = tree.logging();
         let living = tree.living();
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
@@ -102,7 +102,7 @@ fn reason_to_keep(
         }
     }
     if died {
-        return match tree.end(waiter, at_once, record) {
+        return match tree.end(waiter, manner, record) {
             Termination::Dead(_) => None,
             Termination::Alive(processes) => Some(still_running(messages::still_alive(&processes), true)),
             Termination::LifelineHeld => Some(still_running(messages::LIFELINE_HELD, false)),
@@ -213,23 +213,23 @@ impl AfterRun<'_> {
         }
     }
 
-    /// Releases the locks that the run has left, and reports the results to `reporter`. Returns what is left.
-    pub(crate) fn clean_up(
+    /// Determines whether the locks of the run may be released. If terraform died, this ends what is left of it.
+    pub(crate) fn permission(
         &self,
-        Ending { died, log_state, non_s3 }: Ending,
+        Ending { died, log_state, .. }: Ending,
         candidates: &CandidateBackends,
         by: By,
-        reporter: &mut dyn Reporter,
+        fence: &dyn GroupFence,
         waiter: &mut Waiter<'_>,
-    ) -> CleanUpResult {
-        let context = self.context;
-        let permission = if context.release {
+    ) -> Permission {
+        let permission = if self.context.release {
             let operation = match died {
                 true => Operation::Died,
                 false if unlock_is_begun(self.log, candidates, waiter) => Operation::Unlocking,
                 false => Operation::Over,
             };
-            reason_to_keep(self.tree, operation, self.end.killed.is_some(), self.survivor_record, waiter)
+            let manner = Manner { at_once: self.end.killed.is_some(), fence };
+            reason_to_keep(self.tree, operation, manner, self.survivor_record, waiter)
                 .map_or(Permission::Release, Permission::Keep)
         } else {
             Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
@@ -239,6 +239,20 @@ impl AfterRun<'_> {
             By::Guardian => crash_point::reached("guardian: tree judged"),
             _ => crash_point::reached("tf: tree judged"),
         }
+        permission
+    }
+
+    /// Releases the locks that the run has left, if `permission` allows it, and reports the results to `reporter`.
+    /// Returns what is left.
+    pub(crate) fn clean_up(
+        &self,
+        Ending { died, log_state, non_s3 }: Ending,
+        candidates: &CandidateBackends,
+        (by, permission): (By, Permission),
+        reporter: &mut dyn Reporter,
+        waiter: &mut Waiter<'_>,
+    ) -> CleanUpResult {
+        let context = self.context;
         let ending = messages::ending(&self.end);
         let command_line = &context.invocation.command_line;
         let program = &context.invocation.terraform.path;

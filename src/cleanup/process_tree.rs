@@ -147,6 +147,36 @@ pub(crate) fn identities<'a>(processes: impl IntoIterator<Item = &'a Process>) -
     processes.into_iter().map(|process| (process.pid.as_raw(), process.start)).collect()
 }
 
+/// What stops the processes of a tree before the lease of the run's lock lapses.
+pub(crate) trait GroupFence {
+    /// Whether the lease may lapse soon. Then nothing of the run may continue.
+    fn is_due(&self) -> bool;
+    /// Continues terraform's process group, unless the fence has stopped it.
+    fn continue_group(&self, group: Pid);
+}
+
+/// The fence of a run without a lease: nothing.
+pub(crate) struct NoFence;
+
+impl GroupFence for NoFence {
+    fn is_due(&self) -> bool {
+        false
+    }
+
+    fn continue_group(&self, group: Pid) {
+        let _ = killpg(group, Signal::SIGCONT);
+    }
+}
+
+/// How the processes of a tree are ended.
+#[derive(Clone, Copy)]
+pub(crate) struct Manner<'a> {
+    /// Whether they get SIGKILL at once, without a grace period.
+    pub(crate) at_once: bool,
+    /// What ends the grace period early.
+    pub(crate) fence: &'a dyn GroupFence,
+}
+
 /// The result of killing a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
@@ -408,13 +438,13 @@ impl Tree {
     }
 
     /// Kills the remaining processes of the tree of a dead terraform. It sends SIGTERM first, and SIGKILL after a grace
-    /// period. If `at_once` is true, it sends SIGKILL immediately. A ^C at the terminal ends the grace period. `record`
-    /// gets the processes that are still running, again and again.
-    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, at_once: bool, record: &SurvivorRecord<'_>) -> Termination {
+    /// period, which depends on `manner`. A ^C at the terminal ends the grace period. `record` gets the processes that
+    /// are still running, again and again.
+    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>, record: &SurvivorRecord<'_>) -> Termination {
         let fate = match (process::list(), &self.observer) {
-            (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, at_once),
+            (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, manner),
             (ProcessList::Unavailable, Observer::Guardian(_)) | (ProcessList::Unsupported, _) => Termination::Unseen,
-            (ProcessList::Available, _) => self.end_seen(waiter, at_once, record),
+            (ProcessList::Available, _) => self.end_seen(waiter, manner, record),
         };
         if let Termination::Alive(processes) = &fate {
             self.note_survivors(processes);
@@ -429,15 +459,17 @@ impl Tree {
     ///
     /// This also reaps terraform's own zombie. Terraform's status was read before, and no signal is sent to terraform's
     /// pid afterwards.
-    fn end_unseen(&self, waiter: &mut Waiter<'_>, at_once: bool) -> Termination {
+    fn end_unseen(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>) -> Termination {
         let begun = Instant::now();
-        let kill_from = if at_once { Duration::ZERO } else { TERM_GRACE };
+        let mut enough = manner.at_once.then_some(Duration::ZERO);
         let mut told = false;
         loop {
             if wait::reap_all() == Children::None && self.lifeline_is_closed() {
                 return Termination::Dead(0);
             }
             let elapsed = begun.elapsed();
+            enough = enough.or_else(|| manner.fence.is_due().then_some(elapsed));
+            let kill_from = kill_from(enough, false);
             if elapsed > kill_from + KILL_TIMEOUT {
                 return Termination::Unseen;
             }
@@ -447,7 +479,7 @@ impl Tree {
                     NextSignal::Terminate => {
                         told = true;
                         let _ = killpg(group, Signal::SIGTERM);
-                        let _ = killpg(group, Signal::SIGCONT);
+                        manner.fence.continue_group(group);
                     }
                     NextSignal::None => {}
                 }
@@ -456,9 +488,9 @@ impl Tree {
         }
     }
 
-    fn end_seen(&self, waiter: &mut Waiter<'_>, at_once: bool, record: &SurvivorRecord<'_>) -> Termination {
+    fn end_seen(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>, record: &SurvivorRecord<'_>) -> Termination {
         let begun = Instant::now();
-        let mut enough = at_once.then_some(Duration::ZERO);
+        let mut enough = manner.at_once.then_some(Duration::ZERO);
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
@@ -480,12 +512,14 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
+            enough = enough.or_else(|| manner.fence.is_due().then_some(elapsed));
             let kill_from = kill_from(enough, has_nested(&members, &self.run));
             if elapsed > kill_from + KILL_TIMEOUT {
                 let mut left = members;
                 left.extend(unknown);
                 return if left.is_empty() { Termination::LifelineHeld } else { Termination::Alive(left) };
             }
+            let mut stopped_group = None;
             for process in &members {
                 let first = !ended.contains(&process.pid);
                 match next_signal(elapsed, kill_from, first) {
@@ -496,7 +530,11 @@ impl Tree {
                     NextSignal::Terminate => {
                         // A stopped process acts on SIGTERM only when it is continued.
                         send(process.pid, Signal::SIGTERM);
-                        send(process.pid, Signal::SIGCONT);
+                        match self.group().filter(|group| *group == process.group) {
+                            // A SIGCONT to one process would discard the stop at the end of the lease.
+                            Some(group) => stopped_group = Some(group),
+                            None => send(process.pid, Signal::SIGCONT),
+                        }
                     }
                     NextSignal::None => {}
                 }
@@ -504,6 +542,9 @@ impl Tree {
                     trace!("ending {} {}", process.pid, process.program());
                     ended.push(process.pid);
                 }
+            }
+            if let Some(group) = stopped_group {
+                manner.fence.continue_group(group);
             }
             waiter.wait(POLL_INTERVAL);
         }

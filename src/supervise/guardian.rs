@@ -53,7 +53,7 @@ use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::lock::reached::Reached;
 use crate::supervise::keeper::Orders;
 use crate::supervise::pipes::Pipes;
-use crate::supervise::run_lease::{LockPhase, RunLease, STOP_AGAIN_INTERVAL, TfState};
+use crate::supervise::run_lease::{self, LockPhase, RunLease, STOP_AGAIN_INTERVAL, TfState};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
 use crate::sys::poll;
@@ -746,11 +746,14 @@ impl<'a> Watch<'a> {
         self.context.pipes.discard_output();
         let ended = self.stop_terraform();
         if let Some(lease) = &mut self.context.lease {
-            lease.end(ended, self.context.tree);
+            lease.end_renewals();
         }
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let unfinished = self.clean_up(ended);
+        if let Some(lease) = &mut self.context.lease {
+            lease.end(ended, self.context.tree);
+        }
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             if unfinished.is_empty() {
                 entry.take_away();
@@ -914,6 +917,12 @@ impl<'a> Watch<'a> {
         };
         let candidates = run.candidates_after().with_plan(&run.planned_backends);
         let ending = after.judge(&&candidates);
+        // As in `tf`, the fence stays until nothing of a dead terraform can work any more.
+        if !ending.died
+            && let Some(lease) = lease.as_mut()
+        {
+            lease.end(ended, tree);
+        }
         if !ending.may_have_left_a_lock(&log) {
             return Unfinished::default();
         }
@@ -931,7 +940,9 @@ impl<'a> Watch<'a> {
                 replaced: Vec::new(),
             };
         }
-        let left = after.clean_up(ending, &candidates, By::Guardian, &mut SilentReporter, &mut Waiter::Unattended);
+        let (fence, waiter) = (run_lease::fence_of(lease.as_deref()), &mut Waiter::Unattended);
+        let permission = after.permission(ending, &candidates, By::Guardian, fence, waiter);
+        let left = after.clean_up(ending, &candidates, (By::Guardian, permission), &mut SilentReporter, waiter);
         if let Some(lease) = lease {
             // Nobody reads what the guardian says.
             lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), &mut Waiter::Unattended);

@@ -269,15 +269,13 @@ impl<'a> Prepared<'a> {
     fn run(mut self, mut waiting: Waiting, signals: &mut Signals) -> Result<Ended, NotSupervised> {
         let started = self.start(signals)?;
         let ended = self.watch(started.terraform, &mut waiting, signals);
-        // No renewal may come between a read and a delete of the lock. And the fuse must not stop what terraform has
-        // left on purpose.
+        // No renewal may come between a read and a delete of the lock.
         if let Some(lease) = &mut self.lease {
-            lease.end(Some(ended), &self.tree);
+            lease.end_renewals();
         }
         crash_point::reached("tf: terraform ended");
-        let tried = waiting.finish(&mut Waiter::Interactive(signals));
         let all_written = self.pipes.flush();
-        self.clean_up(ended, &started, &tried, signals);
+        self.clean_up(ended, &started, waiting, signals);
         write_the_rest(&mut self.pipes, all_written, signals);
         say_the_rest(signals);
         self.write_step_outputs(ended);
@@ -354,7 +352,12 @@ impl<'a> Prepared<'a> {
 
     /// Reports how terraform ended, releases the locks that terraform has left, and closes the run's record. `tried`
     /// are the IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
-    fn clean_up(&mut self, ended: Ended, started: &Started, tried: &[String], signals: &mut Signals) {
+    /// Releases the locks that terraform has left, and ends the lease.
+    ///
+    /// If terraform died, the fence stays until nothing of the run can work any more, or until the lock that stays has
+    /// lost its promise: a script that terraform has left would otherwise go on after the lease has lapsed. If terraform
+    /// exited by itself, the fence must not stop what it has left on purpose.
+    fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
         let mut log = self.recorder.read().clone();
@@ -373,17 +376,28 @@ impl<'a> Prepared<'a> {
             has_no_log: self.recorder.is_closed(),
             survivor_record: &survivor_record,
         };
-        let mut reporter = TerminalReporter {
-            after: &after,
-            ended_at: Timestamp::now(),
-            unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
-            tried,
-            wants_lease: self.settings.lease.terms.is_some(),
-        };
         // The candidate backends are read at most once, and only if the run may have left a lock.
         let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));
+        let ended_at = Timestamp::now();
         let ending = after.judge(&candidates);
+        if !ending.died
+            && let Some(lease) = &mut self.lease
+        {
+            lease.end(Some(ended), &self.tree);
+        }
         let waiter = &mut Waiter::Interactive(signals);
+        let permission = ending.may_have_left_a_lock(&log).then(|| {
+            crash_point::reached("tf: locks may be held");
+            after.permission(ending, &candidates, By::Tf, run_lease::fence_of(self.lease.as_ref()), waiter)
+        });
+        let tried = waiting.finish(waiter);
+        let mut reporter = TerminalReporter {
+            after: &after,
+            ended_at,
+            unprotected: cannot_write.or(self.context.journal.as_ref().err().map(String::as_str)),
+            tried: &tried,
+            wants_lease: self.settings.lease.terms.is_some(),
+        };
         reporter.terraform_ended(ending, &candidates, waiter);
         if self.stop.killed() == Some(Why::LockLost) {
             let lease = self.lease.as_ref();
@@ -401,9 +415,8 @@ impl<'a> Prepared<'a> {
         {
             console::say(&messages::cannot_renew(reason));
         }
-        let unfinished = if ending.may_have_left_a_lock(&log) {
-            crash_point::reached("tf: locks may be held");
-            let left = after.clean_up(ending, &candidates, By::Tf, &mut reporter, waiter);
+        let unfinished = if let Some(permission) = permission {
+            let left = after.clean_up(ending, &candidates, (By::Tf, permission), &mut reporter, waiter);
             // Nobody may take a lock that stays on purpose without being asked.
             if let Some(lease) = &mut self.lease
                 && !lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter)
@@ -414,6 +427,9 @@ impl<'a> Prepared<'a> {
         } else {
             Unfinished::default()
         };
+        if let Some(lease) = &mut self.lease {
+            lease.end(Some(ended), &self.tree);
+        }
         crash_point::reached("tf: cleaned up");
         self.run_record.close(unfinished, &log, self.tree.survivors());
         crash_point::reached("tf: closed");

@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 
 use crate::aws::identity::AccountIdentity;
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::process_tree::Tree;
+use crate::cleanup::process_tree::{GroupFence, NoFence, Tree};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
@@ -440,9 +440,11 @@ impl RunLease {
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
         // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
-        // found, for example because it is just starting or ending, the next call looks again.
-        let holder = tree.logging().into_iter().next().ok_or(LeaseObstacle::NoHolder)?;
-        let is_reached = holder.group == group && holder.has_our_user();
+        // found, for example because it is just starting or ending, the next call looks again. If several terraforms
+        // log, it is not known which of them holds the lock.
+        let logging = tree.logging();
+        let is_reached = logging.iter().all(|process| process.group == group && process.has_our_user());
+        let holder = logging.first().ok_or(LeaseObstacle::NoHolder)?;
         let (pid, start) = (holder.pid, holder.start);
         self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
         if !is_reached {
@@ -468,6 +470,7 @@ impl RunLease {
             identities,
             length: self.terms.length(),
             fence: self.promise,
+            may_promise: self.promise == Promise::Stop,
             holder: self.holder.clone(),
             asks: self.asks,
             interrupted: None,
@@ -843,6 +846,11 @@ impl RunLease {
         match report {
             Report::Renewed { fence, sent, fuse } => {
                 (self.reason, self.reads_in_unlock) = (None, 0);
+                if let Some(orders) = self.orders.as_mut().filter(|orders| fence == Promise::None && orders.may_promise)
+                {
+                    orders.may_promise = false;
+                    self.has_new_orders = true;
+                }
                 if fuse.is_some() {
                     self.fuse_silences = 0;
                 }
@@ -1116,14 +1124,23 @@ impl RunLease {
         Some(stopped.interrupts)
     }
 
-    /// Ends the lease, because terraform has ended. `ended` is how, `None` if that is unknown. The keeper has ended
-    /// when this returns, so that no renewal comes between a read and a delete of the lock.
+    /// Ends the renewals, because terraform has ended. The keeper has ended when this returns, so that no renewal comes
+    /// between a read and a delete of the lock. The fence stays, for what terraform has left.
+    pub(crate) fn end_renewals(&mut self) {
+        self.keepers.let_go();
+        crash_point::reached("lease: told the keeper");
+        self.keepers.end();
+        crash_point::reached("lease: ended the renewals");
+    }
+
+    /// Ends the lease, because terraform has ended and nothing that it has left needs the fence. `ended` is how it
+    /// ended, `None` if that is unknown. A second call does nothing.
     ///
     /// If terraform died while it was stopped for its lease, another run may have its lock by now, and what terraform
     /// has left must not run again. But the end of the fence continues the group, for a process that terraform has left
     /// on purpose. So this kills what is left before that. A terraform that exited by itself was not stopped then.
     pub(crate) fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
-        if !matches!(ended, Some(Ended::Exited(_))) && (self.is_stopped() || self.is_blown()) {
+        if !matches!(ended, Some(Ended::Exited(_))) && self.is_due() {
             tree.kill_rest();
         }
         crash_point::reached("lease: ends");
@@ -1171,7 +1188,7 @@ impl RunLease {
     /// promise is still stored. A SIGINT ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
         // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
-        let promised = self.orders.take().filter(|orders| orders.fence == Promise::Stop);
+        let promised = self.orders.take().filter(|orders| orders.may_promise);
         let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
@@ -1189,6 +1206,21 @@ impl RunLease {
             }
         }
     }
+}
+
+impl GroupFence for RunLease {
+    fn is_due(&self) -> bool {
+        self.is_stopped() || self.is_blown()
+    }
+
+    fn continue_group(&self, _: Pid) {
+        RunLease::continue_group(self);
+    }
+}
+
+/// Returns the fence of a run with this lease.
+pub(crate) fn fence_of(lease: Option<&RunLease>) -> &dyn GroupFence {
+    lease.map_or(&NoFence, |lease| lease)
 }
 
 /// Whether a report says the same of a terraform whose fuse is gone by now as of one that had its fuse. Every other
@@ -1261,6 +1293,7 @@ mod tests {
             identities: Vec::new(),
             length: Duration::from_mins(1),
             fence: Promise::None,
+            may_promise: true,
             holder: Holder::default(),
             terraform: 1,
             start: 0,
@@ -1298,6 +1331,27 @@ mod tests {
         let after = |seconds| Some(now + SignedDuration::from_secs(seconds));
         assert_eq!(lease.late_write(after(48), false), LateWrite::No);
         assert_eq!(lease.late_write(after(60), false), LateWrite::AfterTheDeadline);
+    }
+
+    /// Until then, the stored record may still promise that terraform is stopped in time, and must be withdrawn.
+    #[test]
+    fn a_promise_counts_as_stored_until_a_renewal_without_it_is_confirmed() {
+        let mut lease = lease_of_a_stopped_run();
+        let may_promise = |lease: &RunLease| lease.orders.as_ref().unwrap().may_promise;
+        let sent = boot_clock::now();
+        let renewed = |fence| Report::Renewed { fence, sent, fuse: None };
+        for report in [
+            Report::Failed("x".to_owned()),
+            Report::Refused("x".to_owned()),
+            Report::Looked { look: Look::Ours, loss: None, reason: String::new() },
+            renewed(Promise::Stop),
+        ] {
+            lease.heard(report, &mut |_| LockPhase::Held);
+            assert!(may_promise(&lease));
+        }
+        lease.has_new_orders = false;
+        lease.heard(renewed(Promise::None), &mut |_| LockPhase::Held);
+        assert!(!may_promise(&lease) && lease.has_new_orders, "the guardian must know it too");
     }
 
     #[test]

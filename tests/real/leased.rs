@@ -861,10 +861,20 @@ for_each_lock!(no_renewal_brings_a_lock_back_that_terraform_has_released);
 /// The kernel's signal to the group would not reach it.
 #[test]
 fn a_terraform_in_a_group_of_its_own_has_a_lease_that_promises_nothing() {
-    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+    let program = terraform();
+    let other_logs = "(exec 9>>\"$TFW_RECORDER\"; exec sleep 1000) &";
+    let scripts = [
+        format!("exec setsid --wait {} \"$@\"", program.display()),
+        // Another process in the group of `tf` logs too, and is the first one that is found.
+        format!("{other_logs}\nsetsid --wait {} \"$@\"\ncode=$?; kill $!; exit $code", program.display()),
+    ];
+    for (lock, text) in [Lock::DynamoDb, Lock::File, Lock::Both]
+        .into_iter()
+        .flat_map(|lock| scripts.each_ref().map(|text| (lock, text)))
+    {
         let mut env = leased(lock, "2s");
         let script = env.bin().join("behind");
-        fs::write(&script, format!("#!/bin/sh\nexec setsid --wait {} \"$@\"\n", terraform().display())).unwrap();
+        fs::write(&script, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
         env.set("TFW_TERRAFORM", &script);
         promises_nothing(&env, env.start_apply(Subject::Tf));
@@ -1452,6 +1462,34 @@ fn a_process_that_a_provisioner_left_runs_on_after_the_end() {
     wait_for("the end of all others", || others().is_empty().then_some(()), || format!("{:?}", others()));
     assert_eq!(state(left), Some('S'));
     kill(left, Signal::SIGKILL).unwrap();
+}
+
+/// A script that ignores SIGTERM has a grace period of 5 s. With a lease of 3 s, another host may take the lock within it.
+#[test]
+fn what_a_dead_terraform_has_left_does_nothing_more_when_its_lease_may_lapse() {
+    const LEASE: Duration = Duration::from_secs(3);
+    for is_tf_dead in [false, true] {
+        // The shell sees each round of `date`, and its own start.
+        let script = "trap '' TERM; touch began; while :; do date +%s%N > last; mv last at; done";
+        let mut env = TestEnv::new(Lock::Both, script);
+        env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
+        let run = start(&env);
+        let (tf, terraform) = (tf_of(&env), terraform_below(run.pid()));
+        wait_for_renewal_after(&env, &Value::Null);
+        kill(terraform, Signal::SIGSTOP).unwrap();
+        let renewed: u128 = record(&env).unwrap()["renewed"].as_u64().unwrap().into();
+        if is_tf_dead {
+            kill(tf, Signal::SIGKILL).unwrap();
+        }
+        kill(terraform, Signal::SIGKILL).unwrap();
+        let end = run.wait();
+        wait_until_all_is_gone(&env);
+        wait_until_unlocked(&env);
+        let worked_until: u128 = env.read("at").trim().parse().unwrap();
+        // The last renewal that this test has not seen was sent before terraform was killed.
+        let lapses = (renewed + u128::from(LEASE.as_secs())) * 1_000_000_000;
+        assert!(worked_until < lapses + 1_500_000_000, "{renewed} {worked_until}\n{}", env.dump(&end));
+    }
 }
 
 /// The processes of a run, and terraform.

@@ -68,6 +68,9 @@ pub(crate) struct Orders {
     pub(crate) length: Duration,
     /// What the host promises about the time after the lease.
     pub(crate) fence: Promise,
+    /// Whether the stored record may promise [`Promise::Stop`]. After `fence` was changed, it may do so until a renewal
+    /// is confirmed.
+    pub(crate) may_promise: bool,
     pub(crate) holder: Holder,
     /// The metadata service to ask whether this host is about to end. `None` if none must be asked.
     pub(crate) asks: Option<Provider>,
