@@ -20,6 +20,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::sys::file_id::FileId;
 use crate::sys::{filesystem, ownership};
 use crate::terraform::lock_info;
 
@@ -62,12 +63,21 @@ impl StateDirectory {
         Err(io::Error::new(io::ErrorKind::NotFound, reasons.join("; ")))
     }
 
-    /// Returns every location that exists and can be used. Any of them may contain data of earlier runs, because those
-    /// runs may have had other environment variables.
+    /// Returns every location that exists and can be used, each directory once. Any of them may contain data of earlier
+    /// runs, because those runs may have had other environment variables.
     pub(crate) fn all(variable: impl Fn(&str) -> Option<OsString>) -> Vec<Self> {
-        let mut all: Vec<Self> = candidates(variable).filter_map(|candidate| candidate.there().ok()).collect();
-        all.dedup();
-        all
+        let mut seen = Vec::new();
+        let all = candidates(variable).filter_map(|candidate| {
+            let directory = candidate.there().ok()?;
+            // Two locations may be the same directory under different paths.
+            let id = FileId::at(&directory.0).ok()?;
+            if seen.contains(&id) {
+                return None;
+            }
+            seen.push(id);
+            Some(directory)
+        });
+        all.collect()
     }
 
     /// As [`StateDirectory::all`], with the environment of this process.
@@ -320,6 +330,26 @@ mod tests {
         fs::create_dir(&state).unwrap();
         fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
         assert_eq!(open(&[("TFW_STATE_DIR", &state)]), None);
+    }
+
+    #[test]
+    fn a_directory_that_several_variables_name_is_returned_once() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        for directory in [at("xdg/tf"), at("run/tf")] {
+            DirBuilder::new().recursive(true).mode(0o700).create(directory).unwrap();
+        }
+        symlink(at("xdg"), at("link")).unwrap();
+        let below_root = |set: &[(&str, PathBuf)]| {
+            let known = |name: &str| set.iter().find(|(known, _)| *known == name).map(|(_, path)| path.into());
+            let all = StateDirectory::all(known).into_iter().map(|directory| directory.0);
+            all.filter(|path| path.starts_with(root.path())).collect::<Vec<_>>()
+        };
+        // The equal locations are not adjacent.
+        let same = [("TFW_STATE_DIR", at("xdg/tf")), ("XDG_STATE_HOME", at("run")), ("XDG_RUNTIME_DIR", at("xdg"))];
+        assert_eq!(below_root(&same), [at("xdg/tf"), at("run/tf")]);
+        let linked = [("XDG_STATE_HOME", at("xdg")), ("XDG_RUNTIME_DIR", at("link"))];
+        assert_eq!(below_root(&linked), [at("xdg/tf")]);
     }
 
     #[test]
