@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -190,7 +190,8 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
 }
 
 /// Appends a line in one write, so that the lines of two processes do not mix. A file that would exceed
-/// [`MAX_FILE_BYTES`] is renamed first.
+/// [`MAX_FILE_BYTES`] is renamed first. If the file ends with a part of a line, because the disk was full, that part is
+/// ended first, so that it does not make this line unreadable.
 fn append(path: &Path, line: &str) -> io::Result<()> {
     let lock = open_private(
         OpenOptions::new().create(true).truncate(false).write(true).mode(0o600),
@@ -206,14 +207,27 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
         }
         crate::sys::poll::wait(&[], Some(Duration::from_millis(10)));
     }
-    if alone && fs::metadata(path).is_ok_and(|file| file.len() + line.len() as u64 > MAX_FILE_BYTES) {
+    // The 1 is for the end of a part of a line.
+    if alone && fs::metadata(path).is_ok_and(|file| file.len() + 1 + line.len() as u64 > MAX_FILE_BYTES) {
         for number in (1..MAX_FILES).rev() {
             let _ = fs::rename(older(path, number), older(path, number + 1));
         }
         fs::rename(path, older(path, 1))?;
     }
-    let mut file: File = open_private(OpenOptions::new().create(true).append(true).mode(0o600), path)?;
-    file.write_all(line.as_bytes())
+    let mut file = open_private(OpenOptions::new().create(true).read(true).append(true).mode(0o600), path)?;
+    let end = if ends_within_line(&file)? { "\n" } else { "" };
+    file.write_all(format!("{end}{line}").as_bytes())
+}
+
+/// Whether the file ends with a part of a line. False if the file is empty.
+///
+/// # Errors
+/// Fails if the end of the file cannot be read.
+fn ends_within_line(file: &File) -> io::Result<bool> {
+    let Some(last) = file.metadata()?.len().checked_sub(1) else { return Ok(false) };
+    let mut byte = [b'\n'];
+    file.read_exact_at(&mut byte, last)?;
+    Ok(byte != [b'\n'])
 }
 
 /// Returns the path of the older history file `number`. Number 1 is the newest of these files.
@@ -244,6 +258,19 @@ mod tests {
             let file = fs::metadata(directory.path().join(name)).unwrap();
             assert!(file.len() <= MAX_FILE_BYTES && file.mode() & 0o777 == 0o600);
         }
+    }
+
+    /// On a full disk, a write may store a part of its line.
+    #[test]
+    fn a_line_after_a_part_of_a_line_can_be_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(FILE);
+        append(&path, "1\n").unwrap();
+        fs::write(&path, "1\n{\"time\":\"2026-").unwrap();
+        for line in ["2\n", "3\n"] {
+            append(&path, line).unwrap();
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n{\"time\":\"2026-\n2\n3\n");
     }
 
     #[test]
