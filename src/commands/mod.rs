@@ -33,11 +33,11 @@ use crate::cleanup::recovery_process;
 use crate::cleanup::takeover_process;
 use crate::cleanup::wait_explanation;
 use crate::console;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use nix::sys::signal::Signal;
 
 use crate::journal::event_command;
@@ -172,7 +172,8 @@ impl Command {
 
 /// Returns the arguments of `tf locks` if `arguments` are those of a `tf locks` command. Returns `None` if they are
 /// terraform's. `arguments` do not include the program's name. A `-chdir=DIR` before the word `locks` is accepted, as
-/// terraform accepts it before a command, and becomes `--chdir DIR`. If there are several, the last one counts.
+/// terraform accepts it before a command, and becomes `--chdir=DIR`. If there are several, the last one counts. A
+/// command that works in no directory ignores them.
 pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
     let directories = arguments.iter().take_while(|argument| argument.as_bytes().starts_with(b"-chdir=")).count();
     let (directories, rest) = arguments.split_at(directories);
@@ -182,9 +183,27 @@ pub(crate) fn ours(arguments: &[OsString]) -> Option<Vec<OsString>> {
     }
     let mut words = rest.to_vec();
     if let Some(directory) = directories.last().and_then(|last| last.as_bytes().strip_prefix(b"-chdir=")) {
-        words.extend([OsString::from("--chdir"), OsStr::from_bytes(directory).to_owned()]);
+        add_directory(&mut words, directory);
     }
     Some(words)
+}
+
+/// Adds `--chdir=` and `directory` to `words`, the arguments after `locks`, unless their command has no such option.
+fn add_directory(words: &mut Vec<OsString>, directory: &[u8]) {
+    let locks = Locks::command();
+    let command = words.first().filter(|word| !word.as_bytes().starts_with(b"-"));
+    let has_option = match command {
+        None => true,
+        Some(word) => locks
+            .find_subcommand(word)
+            .is_some_and(|command| command.get_arguments().any(|argument| argument.get_long() == Some("chdir"))),
+    };
+    if has_option {
+        // Directly after the command: the words after a `--` are no options.
+        let at = usize::from(command.is_some());
+        let option = [b"--chdir=", directory].concat();
+        words.insert(at, OsString::from_vec(option));
+    }
 }
 
 /// Runs `tf locks` with `words`, the arguments after `locks`, and returns the exit code.
@@ -282,7 +301,6 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::{Path, PathBuf};
 
-    use clap::CommandFactory;
     use clap_complete::Shell;
 
     use super::*;
@@ -372,9 +390,35 @@ mod tests {
     #[test]
     fn only_the_word_locks_is_ours() {
         assert_eq!(words("locks list"), Some(vec!["list".into()]));
-        assert_eq!(words("-chdir=a locks show x"), Some(["show", "x", "--chdir", "a"].map(Into::into).to_vec()));
         for line in ["", "plan", "-chdir=a plan", "plan locks", "-help locks", "state locks", "-chdir locks"] {
             assert_eq!(words(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_directory_before_the_word_locks_is_that_of_every_command_that_works_in_one() {
+        for (line, expected) in [
+            ("-chdir=a locks", "--chdir=a"),
+            ("-chdir=a -chdir=-b locks --json", "--chdir=-b --json"),
+            ("-chdir=a locks list", "list --chdir=a"),
+            ("-chdir=a locks show -- -id", "show --chdir=a -- -id"),
+            ("-chdir=a locks release x", "release --chdir=a x"),
+            ("-chdir=a locks audit", "audit --chdir=a"),
+            ("-chdir=a locks doctor", "doctor --chdir=a"),
+            ("-chdir=a locks version", "version --chdir=a"),
+            ("-chdir=a locks recover --dry-run", "recover --dry-run"),
+            ("-chdir=a locks history", "history"),
+            ("-chdir=a locks shell-init bash", "shell-init bash"),
+            ("-chdir=a locks shim /x", "shim /x"),
+            ("-chdir=a locks help show", "help show"),
+            ("-chdir=a locks nothing", "nothing"),
+        ] {
+            let expected = expected.split(' ').map(Into::into).collect();
+            assert_eq!(words(line), Some(expected), "{line}");
+        }
+        for line in ["-chdir=a locks recover --dry-run", "-chdir=a locks history", "-chdir=-b locks show -- -id"] {
+            let words = std::iter::once("tf locks".to_owned()).chain(words(line).unwrap());
+            assert!(Locks::try_parse_from(words).is_ok(), "{line}");
         }
     }
 }

@@ -324,9 +324,9 @@ fn files_that_are_gone_with_their_directory_are_not_sought_elsewhere() {
     let end = env.run(Subject::Tf, &["locks", "recover"]);
     assert!(end.out.contains("keys does not exist"), "{}", env.dump(&end));
     env.assert_locked();
-    // The record was kept as well.
+    // The record was kept as well. A recovery works in no directory, and accepts one as every command does.
     fs::rename(&away, &sub).unwrap();
-    let end = env.run(Subject::Tf, &["locks", "recover"]);
+    let end = env.run(Subject::Tf, &["-chdir=sub", "locks", "recover"]);
     assert!(end.out.contains("released the lock"), "{}", env.dump(&end));
     env.assert_unlocked();
 }
