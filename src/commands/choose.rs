@@ -9,6 +9,7 @@ use crate::console::{self, option, visible, visible_whole};
 use crate::holder::host::HostView;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey};
+use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::lock_info::{is_lock_id, split_path};
 
 /// The result of [`choose`].
@@ -88,10 +89,12 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
 fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
     let state = visible(&format!("{}/{}", directory.bucket, directory.key));
     if no_lock {
+        let (chdir, data) = (directory.path.to_string_lossy(), DataDirectory::named_here());
+        let directories = CommandDirectories { chdir: Some(&chdir), data: data.as_deref() };
         return Trouble::Said(format!(
             "nothing was deleted: --no-lock found nothing that is not a lock for {state}\n\
-             to see which locks are held, type: tf locks list{}",
-            option("--chdir", &visible_whole(&directory.path.to_string_lossy()))
+             to see which locks are held, type: {}",
+            directories.locks("list")
         ));
     }
     let elsewhere = directory.table.as_ref().map_or_else(String::new, |table| {

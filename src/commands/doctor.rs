@@ -15,7 +15,7 @@ use crate::aws::connect;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
 use crate::commands::fix_digest::Change;
-use crate::console::{length_of_time, quoted, visible};
+use crate::console::{length_of_time, quoted, visible, visible_whole};
 use crate::holder::lease_text;
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
@@ -656,7 +656,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
                         Next::Nothing,
                     );
                 } else {
-                    let words = format!("doctor{}", console::option("--fix-digest", &state.workspace));
+                    let words = format!("doctor{}", console::option("--fix-digest", &visible_whole(&state.workspace)));
                     let command = in_directories(directory, |there| there.locks(&words));
                     findings.wrong(&name, &text, Next::Do(&format!("to fix it, type: {command}")));
                 }

@@ -29,7 +29,7 @@ use super::{Finding, agreement};
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
 use crate::aws::redacted_backend;
-use crate::console::{length_of_time, quoted, visible, visible_whole};
+use crate::console::{length_of_time, option, visible, visible_whole};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::runs::{Journal, JournalEntry, JournalRecord};
 use crate::journal::state_directory::StateDirectory;
@@ -134,7 +134,7 @@ pub(super) fn run(place: &LocationArgs, workspace: Option<&str>, change: Change)
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGTSTP] {
         disposition::set_ignored(signal);
     }
-    let mut work = Work::new(&directory, state, compared);
+    let mut work = Work::new(place, &directory, state, compared);
     super::block_on(async {
         let stores = Stores::connect(&directory.backend, Purpose::Work).await?;
         work.under_lock(&stores).await
@@ -177,6 +177,8 @@ async fn compare(stores: &Stores, state: &ListedState) -> Result<Comparison, Tro
 
 /// The fix of one digest, and the lock that is held during the fix.
 struct Work<'a> {
+    /// The options that selected the directory, for commands that a person types.
+    place: &'a LocationArgs,
     directory: &'a Directory,
     state: ListedState,
     /// The comparison that was shown to the user before the change.
@@ -200,7 +202,7 @@ struct Journaled {
 }
 
 impl<'a> Work<'a> {
-    fn new(directory: &'a Directory, state: ListedState, shown: Comparison) -> Self {
+    fn new(place: &'a LocationArgs, directory: &'a Directory, state: ListedState, shown: Comparison) -> Self {
         let begun = Timestamp::now();
         let info = LockInfo {
             id: lock_info::new_id(),
@@ -218,7 +220,7 @@ impl<'a> Work<'a> {
         let parts = LockParts { s3: directory.lock_file, dynamodb: true };
         let lock = RecordedLock::asked_for(&info, &state.bucket, &state.key, parts, begun);
         let journaled = journal(directory, &state, lock, begun);
-        Self { directory, state, shown, info, text, journaled }
+        Self { place, directory, state, shown, info, text, journaled }
     }
 
     async fn under_lock(&mut self, stores: &Stores) -> Result<Finding, Trouble> {
@@ -240,11 +242,10 @@ impl<'a> Work<'a> {
             (Some(journaled), Ok(())) => journaled.entry.take_away(),
             (_, Ok(())) => {}
             (kept, Err(why)) => {
-                let command = if kept.is_some() { "tf locks recover" } else { "tf locks release --force" };
-                let more = if kept.is_some() { String::new() } else { format!(" {}", self.info.id) };
+                let command = release_command(self.place, kept.is_some(), &self.info.id);
                 let why = if why.is_empty() { "the service does not delete it".to_owned() } else { visible(&why) };
                 console::say(&format!(
-                    "the lock {} was not released\n{why}\nto release it, type: {command}{more}",
+                    "the lock {} was not released\n{why}\nto release it, type: {command}",
                     self.info.id
                 ));
                 return done.map(|_| Finding::Failed);
@@ -312,7 +313,8 @@ impl<'a> Work<'a> {
             }
         }
         Trouble::Said(format!(
-            "nothing was changed: the state is locked by {holder}\nto see whether it is still locked, type: tf locks"
+            "nothing was changed: the state is locked by {holder}\nto see whether it is still locked, type: {}",
+            self.place.command("list")
         ))
     }
 
@@ -326,10 +328,10 @@ impl<'a> Work<'a> {
             Check::Changed => {
                 return Err(Trouble::Said(format!(
                     "nothing was changed, because the digest or the state changed in the meantime\nthe recorded digest \
-                     is now {}, and the digest of the state is {}\nto try again, type: tf locks doctor --fix-digest {}",
+                     is now {}, and the digest of the state is {}\nto try again, type: {}",
                     visible(now.recorded.as_deref().unwrap_or("none")),
                     now.computed.as_deref().unwrap_or("none"),
-                    quoted(&visible_whole(&self.state.workspace))
+                    fix_command(self.place, &self.state.workspace)
                 )));
             }
             Check::AsShown => {}
@@ -394,6 +396,17 @@ impl<'a> Work<'a> {
             _ => Ok(true),
         }
     }
+}
+
+/// Returns the command that releases the lock `id` of this process. `is_recorded` is whether the lock is in the journal:
+/// if so, a recovery releases it, and needs no directory.
+fn release_command(place: &LocationArgs, is_recorded: bool, id: &str) -> String {
+    if is_recorded { "tf locks recover".to_owned() } else { place.command(&format!("release --force {id}")) }
+}
+
+/// Returns the command that fixes the digest of `workspace`.
+fn fix_command(place: &LocationArgs, workspace: &str) -> String {
+    place.command(&format!("doctor{}", option("--fix-digest", &visible_whole(workspace))))
 }
 
 /// Returns the locations in which terraform acquires the parts of a lock, the S3 object first. `store_keys` are all
@@ -487,6 +500,20 @@ mod tests {
         for (lock_file, expected) in [(true, vec!["S3", "DynamoDB"]), (false, vec!["DynamoDB"])] {
             let order = in_order_of_lock(state.store_keys(&stores), lock_file);
             assert_eq!(order.iter().map(StoreKey::service).collect::<Vec<_>>(), expected);
+        }
+    }
+
+    #[test]
+    fn a_command_to_type_names_the_directory_and_any_workspace() {
+        let here = LocationArgs::default();
+        let there = LocationArgs::directory_of(Some("a b".into()));
+        for (place, chdir) in [(&here, ""), (&there, " --chdir 'a b'")] {
+            assert_eq!(release_command(place, true, "7"), "tf locks recover");
+            assert_eq!(release_command(place, false, "7"), format!("tf locks release --force 7{chdir}"));
+            for (workspace, word) in [("green", " green"), ("-x", "=-x"), ("$a", " '$a'")] {
+                let expected = format!("tf locks doctor --fix-digest{word}{chdir}");
+                assert_eq!(fix_command(place, workspace), expected);
+            }
         }
     }
 

@@ -277,9 +277,10 @@ fn a_digest_is_not_touched_while_somebody_holds_the_lock() {
     for lock in [Lock::DynamoDb, Lock::Both] {
         let env = unfit(lock);
         let theirs = env.lock_of_another();
-        let end = locks(&env, &["doctor", "--fix-digest", "--yes"]);
+        let end = locks(&env, &["doctor", "--fix-digest", "--yes", "--chdir", "."]);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains(&id_of(&theirs)), "{}", end.err);
+        assert!(end.err.contains("type: tf locks list --chdir .\n"), "{}", end.err);
         assert_eq!(digest(&env), WRONG);
         assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
     }
