@@ -239,7 +239,8 @@ impl<'a> Work<'a> {
         // Unlock in any case: a request whose answer was lost may have stored a part of the lock.
         let gone = self.unlock(stores).await;
         match (&self.journaled, gone) {
-            (Some(journaled), Ok(())) => journaled.entry.take_away(),
+            // If the record stays, a recovery finds that the lock is gone.
+            (Some(journaled), Ok(())) => drop(journaled.entry.take_away()),
             (_, Ok(())) => {}
             (kept, Err(why)) => {
                 let command = release_command(self.place, kept.is_some(), &self.info.id);

@@ -69,7 +69,7 @@ impl Recover {
 /// credentials of its run no longer exist. `what` is the lock's ID or the name of the run.
 ///
 /// # Errors
-/// Fails if the run is still alive, or if no run has such a record.
+/// Fails if the run is still alive, if no run has such a record, or if the journal cannot be changed.
 fn forget(what: &str) -> Result<Finding, Trouble> {
     match recovery::forget(what) {
         Forgotten::Yes(pid) => {
@@ -81,6 +81,10 @@ fn forget(what: &str) -> Result<Finding, Trouble> {
         Forgotten::Alive(pid) => {
             Err(Trouble::Said(format!("nothing was dropped: the run of {what} (pid {pid}) is still running")))
         }
+        Forgotten::Failed(error) => Err(Trouble::Said(format!(
+            "nothing was dropped: the record of {} cannot be changed\n{error}",
+            visible(what)
+        ))),
         Forgotten::Unknown => Err(Trouble::Said(format!(
             "no run on this host has a record of {}\nto see what dead runs have left, type: tf locks recover --dry-run",
             visible(what)

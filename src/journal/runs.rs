@@ -436,7 +436,7 @@ impl Journal {
         }
         if let Standpoint::Foreign(why) = standpoint {
             if is_older(&path, RECORD_RETENTION_WINDOW) && matches!(self.is_held(name), Ok(false)) {
-                remove(&path);
+                let _ = remove(&path);
             }
             return FoundRun::Foreign(why, Some(Box::new(record)));
         }
@@ -514,8 +514,11 @@ impl Journal {
     }
 
     /// Deletes the record of a run. The caller uses this if it cannot be determined here whether the run is alive.
-    pub(crate) fn drop_record(&self, name: &str) {
-        remove(&self.runs.join(name));
+    ///
+    /// # Errors
+    /// As [`JournalEntry::take_away`].
+    pub(crate) fn drop_record(&self, name: &str) -> io::Result<()> {
+        remove(&self.runs.join(name))
     }
 
     /// Whether the run has an owner at this moment: its `tf`, its guardian, or a recovery process. False if the lock
@@ -596,8 +599,11 @@ impl JournalEntry {
     }
 
     /// Deletes the run from the journal.
-    pub(crate) fn take_away(&self) {
-        remove(&self.path);
+    ///
+    /// # Errors
+    /// Fails if the run stays in the journal, for example because the state directory is read-only.
+    pub(crate) fn take_away(&self) -> io::Result<()> {
+        remove(&self.path)
     }
 
     /// Whether the record was written within the last `time`. True if the time of the write is not known.
@@ -618,14 +624,20 @@ impl JournalEntry {
 }
 
 /// Deletes the directory of a run. The directory is renamed first, so that no process finds an incomplete directory
-/// under the final name.
-fn remove(path: &Path) {
-    let Some(run) = path.file_name().and_then(OsStr::to_str) else { return };
+/// under the final name. A directory that no longer exists counts as deleted.
+///
+/// # Errors
+/// Fails if the directory cannot be renamed. It is then unchanged.
+fn remove(path: &Path) -> io::Result<()> {
+    let Some(run) = path.file_name().and_then(OsStr::to_str) else { return Err(io::ErrorKind::InvalidInput.into()) };
     let old = path.with_file_name(format!(".old-{run}"));
-    if fs::rename(path, &old).is_ok() {
-        crash_point::reached("journal: moved away");
-        clear_away(&old, run);
+    match fs::rename(path, &old) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed?,
     }
+    crash_point::reached("journal: moved away");
+    clear_away(&old, run);
+    Ok(())
 }
 
 /// Deletes the recorder of `run` and its directory `old`, which has a temporary name.
@@ -795,7 +807,12 @@ mod tests {
         let FoundRun::Dead(found, entry, Standpoint::ThisBoot) = journal.look(RUN) else { panic!() };
         assert_eq!(found.log.named().next().unwrap().id, ID);
         assert!(matches!(journal.look(RUN), FoundRun::Recovering(_)), "one recoverer at a time");
-        entry.take_away();
+        // A file in the way of the rename, which `list` does not delete.
+        let in_the_way = kept.with_file_name(format!(".old-{RUN}"));
+        fs::write(&in_the_way, "").unwrap();
+        assert!(entry.take_away().is_err() && kept.exists());
+        fs::remove_file(&in_the_way).unwrap();
+        entry.take_away().unwrap();
         assert!(!kept.exists() && fs::read_dir(&journal.runs).unwrap().next().is_none(), "nothing is left");
         assert!(matches!(journal.look(RUN), FoundRun::Gone));
     }

@@ -756,7 +756,8 @@ impl<'a> Watch<'a> {
         }
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             if unfinished.is_empty() {
-                entry.take_away();
+                // If this fails, a recovery finds that the run has left nothing.
+                let _ = entry.take_away();
             } else {
                 record.log = self.context.recorder.log().clone();
                 record.tree.survivors = self.context.tree.survivors();

@@ -273,7 +273,8 @@ impl RunRecord {
             // a directory that is renamed and then deleted with all its files. So the record can be deleted without
             // waiting for the guardian.
             if let Some((entry, _)) = &self.entry {
-                entry.take_away();
+                // If this fails, a recovery finds that the run has left nothing.
+                let _ = entry.take_away();
             }
         }
         if let Some(guardian) = self.guardian.take() {

@@ -1,6 +1,8 @@
 //! `tf locks recover` finishes the dead runs of this host, with a line for each. It prints nothing if there is nothing
 //! to do.
 
+use std::fs;
+
 use nix::sys::signal::{Signal, kill};
 
 use super::interrupted_once::slow_to_plan;
@@ -82,6 +84,24 @@ fn a_dry_run_deletes_nothing_and_names_the_lock() {
     assert!(end.out.contains("would release") && end.out.contains(&env.path()), "{}", end.out);
     env.assert_locked();
     assert_eq!(records(&env).len(), 1);
+}
+
+#[test]
+fn a_record_that_cannot_be_deleted_is_not_said_to_be_dropped() {
+    let env = killed_whole(Lock::DynamoDb);
+    let directory = records(&env)[0].parent().unwrap().to_owned();
+    let run = directory.file_name().unwrap().to_str().unwrap();
+    // `tf` moves a directory to this name before it deletes the directory, and a directory cannot replace a file.
+    let in_the_way = directory.with_file_name(format!(".old-{run}"));
+    fs::write(&in_the_way, "").unwrap();
+    let end = recover(&env, &["--forget", run]);
+    assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", env.dump(&end));
+    assert!(end.err.contains("nothing was dropped"), "{}", env.dump(&end));
+    assert_eq!(records(&env).len(), 1);
+    fs::remove_file(in_the_way).unwrap();
+    let end = recover(&env, &["--forget", run]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert_nothing_left(&env);
 }
 
 #[test]
