@@ -259,7 +259,7 @@ impl AfterRun<'_> {
         let non_s3 = non_s3.then(|| {
             let directory = command_line.directory.as_deref();
             let release = NonS3Release::of(candidates, self.log, program, &context.current, directory)?;
-            let unlock = reporter.unlock_command(candidates);
+            let unlock = reporter.unlock_command(candidates, release.workspace());
             Some(NonS3Cleanup { release: Ok(release), is_logged: command_line.logs_its_lock(), unlock })
         });
         let run = EndedRun {

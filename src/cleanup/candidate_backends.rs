@@ -121,6 +121,13 @@ impl CandidateBackends {
         self.workspace_of(self.of(recorded).first()?)
     }
 
+    /// Returns the workspace of the state with the lock path `path`, which is `BUCKET/KEY`. `None` if no backend has that
+    /// bucket, or if the state does not belong to one of [`Self::workspaces`].
+    pub(crate) fn workspace_of_path(&self, path: &str) -> Option<&str> {
+        let (bucket, key) = path.split_once('/')?;
+        self.workspace_of(self.of_state(bucket, key).first()?)
+    }
+
     /// Returns the workspaces in which the run may have taken locks.
     fn usable(&self) -> Workspaces<'_> {
         if self.any_workspace { Workspaces::Any } else { Workspaces::These(&self.workspaces) }
@@ -234,6 +241,15 @@ mod tests {
         for (key, expected) in [("env:/a/k", Some("a")), ("k", Some("default")), ("env:/other/k", None)] {
             let location = candidates.of_state("b", key).remove(0);
             assert_eq!(candidates.workspace_of(&location), expected, "{key}");
+            assert_eq!(candidates.workspace_of_path(&format!("b/{key}")), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_path_in_another_bucket_has_no_workspace() {
+        let candidates = candidates(vec![selected("default", &s3(r#""bucket":"b","key":"k""#))], &["default"], "apply");
+        for path in ["c/k", "b", "k", "", "/b/k"] {
+            assert_eq!(candidates.workspace_of_path(path), None, "{path}");
         }
     }
 

@@ -157,8 +157,8 @@ pub(crate) trait Reporter {
     /// Reports the result for the lock in a backend other than S3.
     fn non_s3(&mut self, run: &EndedRun<'_>, result: &NonS3Result);
 
-    /// Returns the command that a person types to remove a lock in a backend other than S3.
-    fn unlock_command(&self, candidates: &CandidateBackends) -> String;
+    /// Returns the command that a person types to remove the lock of `workspace` in a backend other than S3.
+    fn unlock_command(&self, candidates: &CandidateBackends, workspace: &str) -> String;
 
     /// Whether the run has a complete journal, so that `tf locks recover` may release a lock that was not released.
     fn has_journal(&self) -> bool;
@@ -190,7 +190,7 @@ impl Reporter for SilentReporter {
 
     fn non_s3(&mut self, _: &EndedRun<'_>, _: &NonS3Result) {}
 
-    fn unlock_command(&self, _: &CandidateBackends) -> String {
+    fn unlock_command(&self, _: &CandidateBackends, _: &str) -> String {
         String::new()
     }
 

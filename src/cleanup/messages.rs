@@ -18,7 +18,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::Signal;
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
-use crate::console::{argument, quoted};
+use crate::console::argument;
 use crate::holder::evidence::Judgement;
 use crate::holder::lease_text;
 use crate::holder::next_step::{self, NextStep, ReportKind};
@@ -394,41 +394,43 @@ pub(crate) fn refused_by_no_lock(found: &NoLock<'_>, release: &str) -> String {
     )
 }
 
-/// Returns the `tf locks` command with the arguments `words` for `directories` and `workspace`.
-pub(crate) fn locks_command(words: &str, directories: CommandDirectories<'_>, workspace: Option<&str>) -> String {
-    in_workspace(workspace, &directories.locks(words))
-}
-
 /// Returns the `force-unlock` command, without the lock's ID.
 pub(crate) fn unlock_command(program: &str, directories: CommandDirectories<'_>) -> String {
     directories.terraform(program, "force-unlock")
 }
 
-/// Calls `command` with the directories that a command for an earlier run names, and returns its result.
-pub(crate) fn in_directories_of<T>(record: &JournalRecord, command: impl FnOnce(CommandDirectories<'_>) -> T) -> T {
+/// Calls `command` with the directories and the workspace that a command for an earlier run names, and returns its
+/// result. Between that run and the command, a person may select another workspace. So the command names `workspace`
+/// even if it is selected now. It names none only if `workspace` is `None`.
+pub(crate) fn in_directories_of<T>(
+    record: &JournalRecord,
+    workspace: Option<&str>,
+    command: impl FnOnce(CommandDirectories<'_>) -> T,
+) -> T {
     let chdir = record.working_directory();
-    command(CommandDirectories { chdir: Some(&chdir), data: record.named_data_directory() })
+    command(CommandDirectories { chdir: Some(&chdir), data: record.named_data_directory(), workspace })
 }
 
-/// Returns the `tf locks` command with the arguments `words` for an earlier run and its workspace.
-fn locks_command_of(record: &JournalRecord, words: &str) -> String {
-    let workspace = record.workspaces.first().map(String::as_str);
-    in_directories_of(record, |directories| locks_command(words, directories, workspace))
+/// Returns the `tf locks` command with the arguments `words` for an earlier run and `workspace`.
+pub(crate) fn locks_command_of(record: &JournalRecord, words: &str, workspace: Option<&str>) -> String {
+    in_directories_of(record, workspace, |there| there.locks(words))
 }
 
 /// Returns the `force-unlock` command for a lock of an earlier run, without the lock's ID. The command works in any
 /// directory and with any selected workspace, because it names the directory, the data directory and the workspace.
-fn unlock_command_of(record: &JournalRecord) -> String {
-    let command = in_directories_of(record, |directories| unlock_command(&visible_whole(&record.program), directories));
-    in_workspace(record.workspaces.first().map(String::as_str), &command)
+pub(crate) fn unlock_command_of(record: &JournalRecord, workspace: Option<&str>) -> String {
+    in_directories_of(record, workspace, |there| unlock_command(&visible_whole(&record.program), there))
 }
 
-/// Returns `command`, preceded by `TF_WORKSPACE=` and `workspace`. Returns `command` unchanged if `workspace` is the
-/// default workspace or is not given.
-pub(crate) fn in_workspace(workspace: Option<&str>, command: &str) -> String {
-    match workspace.filter(|name| !name.is_empty() && *name != "default") {
-        Some(name) => format!("TF_WORKSPACE={} {command}", quoted(&visible_whole(name))),
-        None => command.to_owned(),
+/// As [`unlock_command_of`], for a lock in S3 or DynamoDB. After a `workspace` command, the workspace of the lock may
+/// have no state yet, or no longer have one, and terraform refuses to work in it. So after such a command, if the
+/// workspace is not the one that was selected, returns a `tf locks release` command, which works without a state.
+fn removal_command_of(record: &JournalRecord, workspace: Option<&str>) -> String {
+    let is_other = workspace.is_some_and(|name| record.workspaces.first().is_none_or(|selected| selected != name));
+    if is_other && record.command.starts_with("workspace ") {
+        locks_command_of(record, "release", workspace)
+    } else {
+        unlock_command_of(record, workspace)
     }
 }
 
@@ -619,13 +621,19 @@ pub(crate) fn may_be_alive(record: &JournalRecord, processes: &[Process]) -> Str
 }
 
 /// Reports that this `tf` cannot determine whether an earlier run is alive, and which locks that run may hold.
-pub(crate) fn cannot_be_judged(record: &JournalRecord, why: &str) -> String {
+/// `workspace_of` returns the workspace of a lock, or `None` if that is unknown.
+pub(crate) fn cannot_be_judged<'a>(
+    record: &JournalRecord,
+    why: &str,
+    workspace_of: impl Fn(&RecordedLock) -> Option<&'a str>,
+) -> String {
     let mut text = format!(
         "an earlier run (pid {}) may hold a state lock, but tf cannot tell whether that run is still running\n{why}",
         record.tf
     );
     for recorded in record.log.unreleased() {
-        let release = locks_command_of(record, &format!("release --force {}", recorded.id));
+        let words = format!("release --force {}", recorded.id);
+        let release = locks_command_of(record, &words, workspace_of(recorded));
         let _ = write!(
             text,
             "\nit may hold the lock {}\n\
@@ -680,16 +688,17 @@ pub(crate) fn would_look_for(record: &JournalRecord, asked: Timestamp) -> String
     )
 }
 
-/// Reports that a lock was not released, because it is not certain whether it belongs to an earlier run.
-pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, why: &str) -> String {
-    let show = locks_command_of(record, "show");
+/// Reports that a lock was not released, because it is not certain whether it belongs to an earlier run. `workspace` is
+/// the workspace of the lock, or `None` if that is unknown.
+pub(crate) fn may_be_its(record: &JournalRecord, info: &LockInfo, workspace: Option<&str>, why: &str) -> String {
+    let show = locks_command_of(record, "show", workspace);
     format!(
         "this lock may belong to an earlier run (pid {}) and was not released: {}, Who {}\n{}\n{}",
         record.tf,
         lock(info),
         visible(&info.who),
         visible_lines(why),
-        decide_after_show(info, &show, &unlock_command_of(record))
+        decide_after_show(info, &show, &removal_command_of(record, workspace))
     )
 }
 
@@ -776,11 +785,19 @@ pub(crate) fn left_elsewhere(
     )
 }
 
-/// Reports that a lock of an earlier run was not released.
-pub(crate) fn not_recovered(record: &JournalRecord, recorded: &RecordedLock, why: &str, because: Because) -> String {
-    let release = locks_command_of(record, RELEASE_NO_LOCK);
-    let show = in_directories_of(record, |directories| directories.locks("show"));
-    let removal = Removal { unlock: unlock_command_of(record), release, show };
+/// Reports that a lock of an earlier run was not released. `workspace` is the workspace of the lock, or `None` if that is
+/// unknown.
+pub(crate) fn not_recovered(
+    record: &JournalRecord,
+    recorded: &RecordedLock,
+    workspace: Option<&str>,
+    (why, because): (&str, Because),
+) -> String {
+    let removal = Removal {
+        unlock: removal_command_of(record, workspace),
+        release: locks_command_of(record, RELEASE_NO_LOCK, workspace),
+        show: locks_command_of(record, "show", workspace),
+    };
     format!(
         "an earlier run (pid {}) may have left a state lock, which was not released: {}\n{}\nthat run used: {}\n\
          {}",
@@ -817,10 +834,16 @@ pub(crate) fn replaced(
     )
 }
 
-/// Reports that another run locked the same state while the earlier run of `record` was working.
-pub(crate) fn replaced_earlier(record: &JournalRecord, own: &RecordedLock, by: &LockInfo) -> String {
+/// Reports that another run locked the same state while the earlier run of `record` was working. `workspace` is that of
+/// the state, or `None` if it is unknown.
+pub(crate) fn replaced_earlier(
+    record: &JournalRecord,
+    own: &RecordedLock,
+    by: &LockInfo,
+    workspace: Option<&str>,
+) -> String {
     let program = visible_whole(&record.program);
-    in_directories_of(record, |directories| replaced(&earlier_run(record), own, by, &program, directories))
+    in_directories_of(record, workspace, |directories| replaced(&earlier_run(record), own, by, &program, directories))
 }
 
 /// Reports that a lock was not found and may exist in another account. The run's record is still in the journal.
@@ -1242,6 +1265,8 @@ pub(crate) fn cannot_run(path: &std::path::Path, error: &std::io::Error) -> Stri
 mod tests {
     use super::*;
     use crate::holder::evidence::Verdict;
+    use crate::journal::runs::Journal;
+    use crate::journal::state_directory::StateDirectory;
     use crate::lease::notice::{Announcement, HostEnd};
     use crate::lease::record::{Promise, Record, Renewal};
     use crate::lease::terms::Terms;
@@ -1404,6 +1429,32 @@ mod tests {
         let unknown = LockInfo::default();
         let said = lock_step(NextStep::Force, &unknown, &by_id, ToOwned::to_owned).unwrap();
         assert!(said.contains("nothing shows whom to ask"), "{said}");
+    }
+
+    #[test]
+    fn a_command_for_an_earlier_run_names_the_workspace_of_its_lock_even_if_that_is_the_default_one() {
+        let root = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&StateDirectory::at(root.path())).unwrap();
+        let mut record = JournalRecord::new("1-0", &journal);
+        (record.program, record.directory) = ("tofu".into(), "/w".into());
+        record.workspaces = vec!["default".into(), "green".into()];
+        for (command, workspace, expected) in [
+            ("apply", Some("default"), "TF_WORKSPACE=default tofu -chdir=/w force-unlock"),
+            ("apply", Some("green"), "TF_WORKSPACE=green tofu -chdir=/w force-unlock"),
+            ("apply", None, "tofu -chdir=/w force-unlock"),
+            ("workspace delete", Some("default"), "TF_WORKSPACE=default tofu -chdir=/w force-unlock"),
+            ("workspace delete", Some("green"), "TF_WORKSPACE=green tf locks release --chdir /w"),
+            ("workspace new", Some("green"), "TF_WORKSPACE=green tf locks release --chdir /w"),
+        ] {
+            record.command = command.into();
+            assert_eq!(removal_command_of(&record, workspace), expected, "{command} {workspace:?}");
+            // Another backend than S3 has no `tf locks release`.
+            assert!(unlock_command_of(&record, workspace).ends_with("tofu -chdir=/w force-unlock"));
+            // `tf locks` always looks at the default workspace.
+            let show = locks_command_of(&record, "show", workspace);
+            let names_it = show == "TF_WORKSPACE=green tf locks show --chdir /w";
+            assert_eq!(names_it, workspace == Some("green"), "{show}");
+        }
     }
 
     #[test]

@@ -115,6 +115,11 @@ impl<'a> NonS3Release<'a> {
         Some(Self { backend, kind, program, current, chdir, workspace, moved, had })
     }
 
+    /// The workspace of the lock.
+    pub(crate) fn workspace(&self) -> &str {
+        &self.workspace
+    }
+
     /// Releases the lock, or reports why it was not released. `brackets` is true if the run's command logs that it got
     /// a lock. If so, a log without a lock shows that the run had no lock. `keep` is the reason why the lock may not be
     /// released, or `None` if it may be released.

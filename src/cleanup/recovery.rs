@@ -464,7 +464,11 @@ impl Everything<'_> {
             FoundRun::Foreign(why @ (READ_ONLY | LOCK_NOT_OPENED), Some(record)) => {
                 (self.say)(&messages::cannot_be_finished(record, why));
             }
-            FoundRun::Foreign(why, Some(record)) => (self.say)(&messages::cannot_be_judged(record, why)),
+            FoundRun::Foreign(why, Some(record)) => {
+                let (candidates, _) = candidates_of(record);
+                let workspace_of = |lock: &RecordedLock| workspace_of_lock(record, &candidates, lock);
+                (self.say)(&messages::cannot_be_judged(record, why, workspace_of));
+            }
             FoundRun::Doubtful(record, processes) => (self.say)(&messages::may_be_alive(record, processes)),
             FoundRun::Living(record) => {
                 let is_left = ending(record, journal) == Some(NearEnd::Left);
@@ -538,7 +542,7 @@ fn check_elsewhere(state: &StateDirectory, pending: &PendingRequest, effort: Eff
     let (candidates, _) = candidates_of(record);
     let visited = check_pending(pending, &candidates, effort, &mut Waiter::Unattended);
     note_check(state, pending, visited.as_ref());
-    report_of_check(pending, record, visited)
+    report_of_check(pending, record, workspace_of_lock(record, &candidates, &pending.lock), visited)
 }
 
 /// How a pending request is related to the run that is about to start.
@@ -564,15 +568,20 @@ fn relation(pending: &PendingRequest, here: &CandidateBackends) -> Relation {
 }
 
 /// Returns the report about a check for the lock of `pending`, a request of the run of `record`. `visited` is the
-/// result of the check, or `None` if no check was made.
-fn report_of_check(pending: &PendingRequest, record: &JournalRecord, visited: Option<Outcome>) -> Finished {
+/// result of the check, or `None` if no check was made. `workspace` is that of the lock, or `None` if it is unknown.
+fn report_of_check(
+    pending: &PendingRequest,
+    record: &JournalRecord,
+    workspace: Option<&str>,
+    visited: Option<Outcome>,
+) -> Finished {
     match visited {
         Some(Outcome::Released(_)) => {
             Finished { messages: vec![messages::came_late(&pending.lock)], left: Left::Nothing }
         }
         Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
         Some(Outcome::Kept { reason, because }) => Finished {
-            messages: vec![messages::not_recovered(record, &pending.lock, &reason, because)],
+            messages: vec![messages::not_recovered(record, &pending.lock, workspace, (&reason, because))],
             left: Left::Lock,
         },
         Some(Outcome::Absent { .. }) | None => Finished::default(),
@@ -1005,8 +1014,8 @@ fn clean_up_after(
     }
     let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
-        messages
-            .push(messages::in_directories_of(record, |there| messages::errored_state(&path, &record.program, there)));
+        let message = |there: CommandDirectories<'_>| messages::errored_state(&path, &record.program, there);
+        messages.push(messages::in_directories_of(record, likely_workspace(record), message));
     }
     (Finished { messages, left }, unfinished)
 }
@@ -1024,7 +1033,8 @@ fn non_s3_cleanup<'a>(
         Ok(program) => Ok(NonS3Release::of(candidates, &record.log, &program.path, directory, chdir)?),
         Err(reason) => Err(reason.clone()),
     };
-    let unlock = messages::in_directories_of(record, |there| messages::unlock_command(&record.program, there));
+    let workspace = release.as_ref().map_or_else(|_| likely_workspace(record), |release| Some(release.workspace()));
+    let unlock = messages::unlock_command_of(record, workspace);
     Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
 }
 
@@ -1051,14 +1061,15 @@ impl Reporter for RecoveryReporter<'_> {
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = run.candidates.workspace_of_lock(lock);
                     let message = |there: CommandDirectories<'_>| messages::digest_mismatch(mismatch, workspace, there);
-                    self.messages.push(messages::in_directories_of(record, message));
+                    self.messages.push(messages::in_directories_of(record, None, message));
                 }
             }
             Some(Outcome::Kept { reason, because }) => {
                 self.messages.push(if *because == Because::OtherAccount {
                     messages::not_seen(run.ending, lock, run.release_context.reached.needs())
                 } else {
-                    messages::not_recovered(record, lock, reason, *because)
+                    let workspace = workspace_of_lock(record, run.candidates, lock);
+                    messages::not_recovered(record, lock, workspace, (reason, *because))
                 });
                 self.left = self.left.max(left_because(*because));
             }
@@ -1069,16 +1080,18 @@ impl Reporter for RecoveryReporter<'_> {
     /// Reports nothing, because it is unknown whether the terraform of a dead run exited by itself.
     fn abandoned(&mut self, _: &EndedRun<'_>, _: &ReleaseResult, _: bool) {}
 
-    fn replaced(&mut self, _: &EndedRun<'_>, replaced: &Replaced) {
-        self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by));
+    fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
+        let workspace = workspace_of_lock(self.record, run.candidates, &replaced.own);
+        self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by, workspace));
     }
 
     /// Reports nothing, because the terraform of the dead run has reported the refusal itself.
     fn refusals(&mut self, _: &EndedRun<'_>, _: &[ReleaseResult], _: &mut Waiter<'_>) {}
 
-    fn unidentified(&mut self, _: &EndedRun<'_>, locks: &CandidateLocks) {
+    fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks) {
         for (info, reason) in &locks.suspects {
-            self.messages.push(messages::may_be_its(self.record, info, reason));
+            let workspace = run.candidates.workspace_of_path(&info.path).or_else(|| likely_workspace(self.record));
+            self.messages.push(messages::may_be_its(self.record, info, workspace, reason));
             self.left = self.left.max(Left::Lock);
         }
         for (_, reason) in &locks.unread {
@@ -1094,7 +1107,7 @@ impl Reporter for RecoveryReporter<'_> {
         let (message, is_unread) = match waiter.block_on(release::suspect(&location, &run.release_context.run, true)) {
             Ok(Ok(Some(info))) => {
                 let message = |there: CommandDirectories<'_>| messages::unlogged(run.ending, Some(&info), there);
-                let message = messages::in_directories_of(self.record, message);
+                let message = messages::in_directories_of(self.record, likely_workspace(self.record), message);
                 self.suspect = Some(info.id);
                 (message, false)
             }
@@ -1113,9 +1126,8 @@ impl Reporter for RecoveryReporter<'_> {
         self.messages.extend(result.messages.iter().cloned());
     }
 
-    fn unlock_command(&self, _: &CandidateBackends) -> String {
-        let record = self.record;
-        messages::in_directories_of(record, |there| messages::unlock_command(&record.program, there))
+    fn unlock_command(&self, _: &CandidateBackends, workspace: &str) -> String {
+        messages::unlock_command_of(self.record, Some(workspace))
     }
 
     fn has_journal(&self) -> bool {
@@ -1136,6 +1148,22 @@ fn is_never(record: &JournalRecord) -> bool {
 /// Returns what a recovery has left if it did not release a lock because of `because`.
 fn left_because(because: Because) -> Left {
     if because == Because::NoCredentials { Left::ForLackOfCredentials } else { Left::Lock }
+}
+
+/// Returns the workspace that a dead run most likely used. `None` if the record names none.
+fn likely_workspace(record: &JournalRecord) -> Option<&str> {
+    record.workspaces.first().map(String::as_str)
+}
+
+/// Returns the workspace of the state that `lock` locks: a command may lock another workspace than the selected one
+/// (`workspace delete`). Returns the most likely workspace if the location of the lock is unknown. `None` if the record
+/// names no workspace.
+fn workspace_of_lock<'a>(
+    record: &'a JournalRecord,
+    candidates: &'a CandidateBackends,
+    lock: &RecordedLock,
+) -> Option<&'a str> {
+    candidates.workspace_of_lock(lock).or_else(|| likely_workspace(record))
 }
 
 /// Returns the candidate backends of a dead run, and the backend attributes that are no longer available. A backend
@@ -1290,6 +1318,21 @@ mod tests {
         assert!(!is_of(&nameless, &candidates("/y/.terraform", "other")));
     }
 
+    /// A `workspace delete green` locks the state of `green`, and not that of the selected workspace.
+    #[test]
+    fn the_workspace_of_a_lock_is_that_of_its_state_or_else_the_one_that_was_selected() {
+        let lock = record(&requested(ID)).log.named().next().unwrap().clone();
+        let mut record = record("");
+        record.workspaces = vec!["green".into(), "default".into()];
+        for (key, expected) in [("dir/prod.tfstate", "default"), ("another", "green")] {
+            let candidates =
+                CandidateBackends { workspaces: record.workspaces.clone(), ..candidates("/x/.terraform", key) };
+            assert_eq!(workspace_of_lock(&record, &candidates, &lock), Some(expected), "{key}");
+        }
+        record.workspaces.clear();
+        assert_eq!(workspace_of_lock(&record, &candidates("/x/.terraform", "another"), &lock), None);
+    }
+
     #[test]
     fn a_check_is_repeated_as_long_as_the_service_has_not_said_what_is_there() {
         for because in reasons() {
@@ -1307,7 +1350,7 @@ mod tests {
         for abandoned in [false, true] {
             let pending = pending(None, abandoned);
             let report = |visited| {
-                let finished = report_of_check(&pending, &record, visited);
+                let finished = report_of_check(&pending, &record, None, visited);
                 (finished.messages.len(), finished.left)
             };
             assert_eq!(report(Some(Outcome::Released(Released::default()))), (1, Left::Nothing));

@@ -321,9 +321,8 @@ fn note(progress: Progress<'_>, chdir: Option<&str>) {
     crash_point::reached("takeover: before the message");
     let workspace = std::env::var("TF_WORKSPACE").ok();
     let data = DataDirectory::named_here();
-    let directories = CommandDirectories { chdir, data: data.as_deref() };
-    let command = |words: &str| messages::locks_command(words, directories, workspace.as_deref());
-    console::say(&messages::takeover(progress, command));
+    let directories = CommandDirectories { chdir, data: data.as_deref(), workspace: workspace.as_deref() };
+    console::say(&messages::takeover(progress, |words| directories.locks(words)));
 }
 
 #[cfg(test)]

@@ -55,12 +55,13 @@ impl Reporter for TerminalReporter<'_> {
             Some(Outcome::Released(released)) => {
                 console::say(&messages::released(ending, lock, released, Timestamp::now()));
                 if released.is_partial && *may_still_come {
-                    let unlock = self.unlock_command_of(lock, candidates);
+                    let unlock = self.unlock_command_of(candidates.workspace_of_lock(lock), candidates);
                     console::say(&messages::other_part_may_land(lock, is_remembered, &unlock));
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = candidates.workspace_of_lock(lock);
-                    console::say(&self.in_directories(|there| messages::digest_mismatch(mismatch, workspace, there)));
+                    let message = |there: CommandDirectories<'_>| messages::digest_mismatch(mismatch, workspace, there);
+                    console::say(&self.in_directories(None, message));
                 }
             }
             // Terraform was refused the lock, and has reported that itself.
@@ -72,11 +73,11 @@ impl Reporter for TerminalReporter<'_> {
                 let later = has_journal
                     && !matches!(because, Because::Doubt | Because::Settings | Because::Claimed | Because::Never);
                 let location = candidates.of(lock).into_iter().next();
-                let workspace = location.as_ref().and_then(|location| unselected_workspace(location, candidates));
+                let workspace = location.as_ref().and_then(|location| candidates.workspace_of(location));
                 let removal = Removal {
-                    unlock: self.unlock_command_at(location.as_ref(), candidates),
-                    release: self.locks_command(messages::RELEASE_NO_LOCK, workspace),
-                    show: self.locks_command("show", workspace),
+                    unlock: self.unlock_command_of(workspace, candidates),
+                    release: self.locks_command(messages::RELEASE_NO_LOCK, workspace, candidates),
+                    show: self.locks_command("show", workspace, candidates),
                 };
                 console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
             }
@@ -84,7 +85,7 @@ impl Reporter for TerminalReporter<'_> {
                 console::say(&messages::place_is_away(ending, lock, is_remembered));
             }
             Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
-                let unlock = self.unlock_command_of(lock, candidates);
+                let unlock = self.unlock_command_of(candidates.workspace_of_lock(lock), candidates);
                 console::say(&messages::may_still_come(ending, lock, is_remembered, &unlock));
             }
             Some(Outcome::Absent { .. }) | None => {}
@@ -94,7 +95,7 @@ impl Reporter for TerminalReporter<'_> {
     fn abandoned(&mut self, run: &EndedRun<'_>, result: &ReleaseResult, is_remembered: bool) {
         let ReleaseResult { lock, outcome, .. } = result;
         let Some(awaited) = awaited(lock, outcome.as_ref(), self.ended_at) else { return };
-        let unlock = self.unlock_command_of(lock, run.candidates);
+        let unlock = self.unlock_command_of(run.candidates.workspace_of_lock(lock), run.candidates);
         console::say(&match awaited {
             Awaited::Lock => messages::may_still_come(run.ending, lock, is_remembered, &unlock),
             Awaited::OtherPart => messages::other_part_may_land(lock, is_remembered, &unlock),
@@ -103,7 +104,10 @@ impl Reporter for TerminalReporter<'_> {
 
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
         let Replaced { own, by } = replaced;
-        console::say(&self.in_directories(|there| messages::replaced(run.ending, own, by, &self.program(), there)));
+        let workspace = named_workspace(run.candidates.workspace_of_lock(own), run.candidates);
+        console::say(&self.in_directories(workspace.as_deref(), |there| {
+            messages::replaced(run.ending, own, by, &self.program(), there)
+        }));
     }
 
     /// Terraform itself has reported that its lock request was refused. This reports what terraform cannot determine:
@@ -138,7 +142,9 @@ impl Reporter for TerminalReporter<'_> {
 
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks) {
         for (info, reason) in &locks.suspects {
-            let (show, unlock) = (self.locks_command("show", None), self.unlock_command_at(None, run.candidates));
+            let workspace = run.candidates.workspace_of_path(&info.path);
+            let show = self.locks_command("show", workspace, run.candidates);
+            let unlock = self.unlock_command_of(workspace, run.candidates);
             console::say(&messages::suspected(run.ending, info, Some(reason), &show, &unlock));
         }
         for unnamed in &locks.awaited {
@@ -157,12 +163,16 @@ impl Reporter for TerminalReporter<'_> {
         let Some(location) = run.candidates.selected() else { return false };
         match waiter.block_on(release::suspect(&location, &run.release_context.run, never_begun)) {
             Ok(Ok(Some(info))) if run.release_context.run.is_of(&info.who) => {
-                let unlock = self.unlock_command_at(Some(&location), run.candidates);
-                let show = self.locks_command("show", unselected_workspace(&location, run.candidates));
+                let workspace = run.candidates.workspace_of(&location);
+                let unlock = self.unlock_command_of(workspace, run.candidates);
+                let show = self.locks_command("show", workspace, run.candidates);
                 console::say(&messages::suspected(run.ending, &info, None, &show, &unlock));
             }
             Ok(Ok(suspect)) if never_begun => {
-                console::say(&self.in_directories(|there| messages::unlogged(run.ending, suspect.as_ref(), there)));
+                let workspace = named_workspace(run.candidates.workspace_of(&location), run.candidates);
+                console::say(&self.in_directories(workspace.as_deref(), |there| {
+                    messages::unlogged(run.ending, suspect.as_ref(), there)
+                }));
             }
             Ok(Err(failure)) => console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string())),
             Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason)),
@@ -173,7 +183,7 @@ impl Reporter for TerminalReporter<'_> {
 
     fn non_s3(&mut self, run: &EndedRun<'_>, result: &NonS3Result) {
         if run.died {
-            self.name_errored_state();
+            self.name_errored_state(run.candidates);
             if let Some(why) = self.unprotected {
                 console::say(&messages::unprotected(why, self.wants_lease && run.non_s3.is_none()));
             }
@@ -181,8 +191,8 @@ impl Reporter for TerminalReporter<'_> {
         result.messages.iter().for_each(|message| console::say(message));
     }
 
-    fn unlock_command(&self, candidates: &CandidateBackends) -> String {
-        self.unlock_command_at(None, candidates)
+    fn unlock_command(&self, candidates: &CandidateBackends, workspace: &str) -> String {
+        self.force_unlock(Some(workspace), candidates)
     }
 
     fn has_journal(&self) -> bool {
@@ -214,7 +224,7 @@ impl TerminalReporter<'_> {
             self.name_survivors();
         }
         if ending.died {
-            self.name_errored_state();
+            self.name_errored_state(candidates);
         }
     }
 
@@ -227,7 +237,7 @@ impl TerminalReporter<'_> {
             if let Ok(Some(digest_mismatch)) = waiter.block_on(release::state_mismatch(&location)) {
                 let workspace = candidates.workspace_of(&location);
                 console::say(
-                    &self.in_directories(|there| messages::digest_mismatch(&digest_mismatch, workspace, there)),
+                    &self.in_directories(None, |there| messages::digest_mismatch(&digest_mismatch, workspace, there)),
                 );
                 return;
             }
@@ -269,7 +279,7 @@ impl TerminalReporter<'_> {
         waiter: &mut Waiter<'_>,
     ) {
         let found = stored_locks(location, candidates, waiter);
-        let command = |words: &str| self.locks_command(words, unselected_workspace(location, candidates));
+        let command = |words: &str| self.locks_command(words, candidates.workspace_of(location), candidates);
         for StoredPart { store_key, stored, .. } in found.iter().filter(|part| part.stored.info().is_none()) {
             let what = stored.describe_no_lock();
             let found = messages::NoLock { place: &store_key.describe(), what: &what, path: &location.lock_path() };
@@ -308,57 +318,83 @@ impl TerminalReporter<'_> {
             .to_string_lossy()
     }
 
-    /// Calls `message` with the directories that a command for this run names, and returns its result: the value of
-    /// `-chdir` as it was given, and TF_DATA_DIR, because that may be set for this run only.
-    fn in_directories(&self, message: impl FnOnce(CommandDirectories<'_>) -> String) -> String {
+    /// Calls `message` with the directories that a command for this run names, and with `workspace`, and returns its
+    /// result. The directories are the value of `-chdir` as it was given, and TF_DATA_DIR, because that may be set for
+    /// this run only.
+    fn in_directories(
+        &self,
+        workspace: Option<&str>,
+        message: impl FnOnce(CommandDirectories<'_>) -> String,
+    ) -> String {
         let chdir = self.after.context.invocation.command_line.directory.as_deref().map(Path::to_string_lossy);
         let data = DataDirectory::named_here();
-        message(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() })
+        message(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref(), workspace })
     }
 
     /// Reports the file into which terraform has saved a state that it could not upload. Terraform reports that file
     /// too, but not if terraform has died, and a person may not read terraform's output.
-    fn name_errored_state(&self) {
+    fn name_errored_state(&self, candidates: &CandidateBackends) {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
-            console::say(&self.in_directories(|there| messages::errored_state(&path, &self.program(), there)));
+            let workspace = named_workspace(candidates.workspaces.first().map(String::as_str), candidates);
+            console::say(
+                &self.in_directories(workspace.as_deref(), |there| {
+                    messages::errored_state(&path, &self.program(), there)
+                }),
+            );
         }
     }
 
-    /// Returns the command `tf locks` with the arguments `words`, for this run's directory and for `workspace`. If
-    /// `workspace` is `None`, the command is for the workspace in TF_WORKSPACE, if that is set.
-    fn locks_command(&self, words: &str, workspace: Option<&str>) -> String {
-        let variable = std::env::var("TF_WORKSPACE").ok();
-        let workspace = workspace.or(variable.as_deref());
-        self.in_directories(|there| messages::locks_command(words, there, workspace))
+    /// Returns the command `tf locks` with the arguments `words`, for this run's directory and for the lock of
+    /// `workspace`. `None` if the workspace is unknown.
+    fn locks_command(&self, words: &str, workspace: Option<&str>, candidates: &CandidateBackends) -> String {
+        self.in_directories(named_workspace(workspace, candidates).as_deref(), |there| there.locks(words))
     }
 
-    /// Returns terraform's own command that removes a lock at `location`, without the lock's ID. After a `workspace`
-    /// command, the workspace may have no state yet, or no longer have one, and terraform refuses to work in it. So
-    /// after such a command, if the workspace is not the selected one, returns a `tf locks release` command, which
-    /// works without a state.
-    fn unlock_command_at(&self, location: Option<&LockLocation>, candidates: &CandidateBackends) -> String {
-        let workspace = location.and_then(|location| unselected_workspace(location, candidates));
-        if workspace.is_some() && self.after.context.invocation.command_line.command().starts_with("workspace ") {
-            return self.locks_command("release", workspace);
+    /// Returns terraform's own command that removes a lock of `workspace`, without the lock's ID.
+    fn force_unlock(&self, workspace: Option<&str>, candidates: &CandidateBackends) -> String {
+        let workspace = named_workspace(workspace, candidates);
+        self.in_directories(workspace.as_deref(), |there| messages::unlock_command(&self.program(), there))
+    }
+
+    /// As [`Self::force_unlock`], for a lock in S3 or DynamoDB. After a `workspace` command, the workspace may have no
+    /// state yet, or no longer have one, and terraform refuses to work in it. So after such a command, if the workspace
+    /// is not the selected one, returns a `tf locks release` command, which works without a state.
+    fn unlock_command_of(&self, workspace: Option<&str>, candidates: &CandidateBackends) -> String {
+        let is_other = workspace.is_some() && workspace != selected(candidates);
+        if is_other && self.after.context.invocation.command_line.command().starts_with("workspace ") {
+            self.locks_command("release", workspace, candidates)
+        } else {
+            self.force_unlock(workspace, candidates)
         }
-        let command = self.in_directories(|there| messages::unlock_command(&self.program(), there));
-        // TF_WORKSPACE may be set for this run only, so the command must contain it.
-        let variable = std::env::var("TF_WORKSPACE").ok();
-        messages::in_workspace(workspace.or(variable.as_deref()), &command)
-    }
-
-    /// Returns the command of [`Self::unlock_command_at`] for the first location of `lock`.
-    fn unlock_command_of(&self, lock: &RecordedLock, candidates: &CandidateBackends) -> String {
-        self.unlock_command_at(candidates.of(lock).first(), candidates)
     }
 }
 
-/// Returns the workspace that a command must name to act on the state at `location`. `None` if no name is needed,
-/// because that workspace is the selected one, or if the workspace is unknown. The state itself may not exist yet.
-fn unselected_workspace<'a>(location: &LockLocation, candidates: &'a CandidateBackends) -> Option<&'a str> {
-    let selected = candidates.directories.first().map(|directory| directory.workspace.as_str());
-    candidates.workspace_of(location).filter(|name| Some(*name) != selected)
+/// Returns the workspace that is selected after the run. `None` if the data directory was not read.
+fn selected(candidates: &CandidateBackends) -> Option<&str> {
+    candidates.directories.first().map(|directory| directory.workspace.as_str())
+}
+
+/// As [`workspace_to_name`], with the TF_WORKSPACE of this process.
+fn named_workspace(workspace: Option<&str>, candidates: &CandidateBackends) -> Option<String> {
+    let variable = std::env::var("TF_WORKSPACE").ok().filter(|name| !name.is_empty());
+    let named = workspace_to_name(workspace, selected(candidates), variable.as_deref());
+    named.map(ToOwned::to_owned)
+}
+
+/// Returns the workspace that a command must name to act on `workspace`, which is `None` if it is unknown. `selected` is
+/// the selected workspace. `variable` is TF_WORKSPACE of this run, which may be set for this run only. `None` if no name
+/// is needed or known.
+fn workspace_to_name<'a>(
+    workspace: Option<&'a str>,
+    selected: Option<&str>,
+    variable: Option<&'a str>,
+) -> Option<&'a str> {
+    match workspace {
+        Some(_) if workspace == selected && variable.is_none() => None,
+        Some(_) => workspace,
+        None => variable,
+    }
 }
 
 /// Returns what is stored now at `location`, with one entry for each part of a lock. Leaves out a part that does not
@@ -408,6 +444,25 @@ mod tests {
             log.read(lock_line(7, "Attempting to lock remote state (DynamoDB only)...", ID, "r").as_bytes());
         }
         log.named().next().unwrap().clone()
+    }
+
+    #[test]
+    fn a_command_names_its_workspace_unless_that_is_the_selected_one_and_nothing_overrides_it() {
+        for (workspace, selected, variable, expected) in [
+            ("default", "default", None, None),
+            ("green", "green", None, None),
+            ("default", "green", None, Some("default")),
+            ("green", "default", None, Some("green")),
+            ("default", "green", Some("default"), Some("default")),
+            // TF_WORKSPACE=blue tf workspace delete green
+            ("green", "green", Some("blue"), Some("green")),
+            ("", "green", Some("blue"), Some("blue")),
+            ("", "green", None, None),
+        ] {
+            let of = (!workspace.is_empty()).then_some(workspace);
+            let named = workspace_to_name(of, Some(selected), variable);
+            assert_eq!(named, expected, "{workspace} {selected} {variable:?}");
+        }
     }
 
     #[test]

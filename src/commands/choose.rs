@@ -90,7 +90,7 @@ fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
     let state = visible(&format!("{}/{}", directory.bucket, directory.key));
     if no_lock {
         let (chdir, data) = (directory.path.to_string_lossy(), DataDirectory::named_here());
-        let directories = CommandDirectories { chdir: Some(&chdir), data: data.as_deref() };
+        let directories = CommandDirectories { chdir: Some(&chdir), data: data.as_deref(), workspace: None };
         return Trouble::Said(format!(
             "nothing was deleted: --no-lock found nothing that is not a lock for {state}\n\
              to see which locks are held, type: {}",

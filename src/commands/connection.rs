@@ -201,8 +201,8 @@ impl LocationArgs {
         // A target outside of the directory does not depend on these variables.
         let workspace = std::env::var("TF_WORKSPACE").ok().filter(|_| !self.is_outside());
         let data = DataDirectory::named_here().filter(|_| !self.is_outside());
-        let command = CommandDirectories { chdir: None, data: data.as_deref() }.with_data(&command);
-        messages::in_workspace(workspace.as_deref(), &command)
+        CommandDirectories { chdir: None, data: data.as_deref(), workspace: workspace.as_deref() }
+            .before_locks(&command)
     }
 
     /// Returns the sentences that say how a person can remove a lock in `backend`, which is not `s3`.
@@ -213,9 +213,8 @@ impl LocationArgs {
         let chdir = self.chdir.as_ref().map(|path| path.to_string_lossy());
         let data = DataDirectory::named_here();
         let workspace = std::env::var("TF_WORKSPACE").ok();
-        let directories = CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() };
-        let command = messages::unlock_command("terraform", directories);
-        let unlock = messages::in_workspace(workspace.as_deref(), &command);
+        let (chdir, data, workspace) = (chdir.as_deref(), data.as_deref(), workspace.as_deref());
+        let unlock = messages::unlock_command("terraform", CommandDirectories { chdir, data, workspace });
         format!(
             "when a lock refuses terraform, terraform prints the ID of that lock\n\
              {}, replace ID with that ID and type: {unlock} ID",

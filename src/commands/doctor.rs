@@ -671,10 +671,10 @@ fn other(directory: &Directory) -> Option<String> {
     (directory.asked_from != directory.path).then(|| directory.path.to_string_lossy().into_owned())
 }
 
-/// Calls `command` with the directories that a command for `directory` names, and returns its result.
+/// Calls `command` with the directories and the workspace that a command for `directory` names, and returns its result.
 fn in_directories(directory: &Directory, command: impl FnOnce(CommandDirectories<'_>) -> String) -> String {
-    let (chdir, data) = (other(directory), DataDirectory::named_here());
-    command(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref() })
+    let (chdir, data, workspace) = (other(directory), DataDirectory::named_here(), std::env::var("TF_WORKSPACE").ok());
+    command(CommandDirectories { chdir: chdir.as_deref(), data: data.as_deref(), workspace: workspace.as_deref() })
 }
 
 fn errored_state(findings: &mut Findings, directory: &Directory) {

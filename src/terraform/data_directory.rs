@@ -67,34 +67,46 @@ impl DataDirectory {
     }
 }
 
-/// The directories that a command names, so that it does the same wherever a person types it. They are printed whole: a
-/// command with a part of a path would not work.
+/// The directories and the workspace that a command names, so that it does the same wherever a person types it. They are
+/// printed whole: a command with a part of a path would not work.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct CommandDirectories<'a> {
     /// The value of `-chdir`. `None` for the current directory.
     pub(crate) chdir: Option<&'a str>,
     /// The value of `TF_DATA_DIR`, which may be set for one run only. `None` for the default data directory.
     pub(crate) data: Option<&'a str>,
+    /// The value of `TF_WORKSPACE`. `None` if the command acts on the selected workspace. Empty is the same as `None`.
+    pub(crate) workspace: Option<&'a str>,
 }
 
 impl CommandDirectories<'_> {
-    /// Returns the command of terraform with the arguments `words`.
+    /// Returns the command of terraform with the arguments `words`. It names every workspace, `default` too: without
+    /// `TF_WORKSPACE`, terraform acts on the selected workspace.
     pub(crate) fn terraform(self, program: &str, words: &str) -> String {
         let chdir = self.chdir.map_or_else(String::new, |chdir| format!(" -chdir={}", quoted(&visible_whole(chdir))));
-        self.with_data(&format!("{program}{chdir} {words}"))
+        self.with_variables(&format!("{program}{chdir} {words}"))
     }
 
     /// Returns the `tf locks` command with the arguments `words`. If they are empty, the command lists the locks.
     pub(crate) fn locks(self, words: &str) -> String {
         let chdir = self.chdir.map_or_else(String::new, |chdir| option("--chdir", &visible_whole(chdir)));
         let space = if words.is_empty() { "" } else { " " };
-        self.with_data(&format!("tf locks{space}{words}{chdir}"))
+        self.before_locks(&format!("tf locks{space}{words}{chdir}"))
     }
 
-    /// Returns `command` with the variable for the data directory.
-    pub(crate) fn with_data(self, command: &str) -> String {
-        let data = self.data.map(|data| format!("TF_DATA_DIR={} ", quoted(&visible_whole(data))));
-        format!("{}{command}", data.unwrap_or_default())
+    /// Returns `command`, a `tf locks` command, with the variables. `tf locks` always looks at the default workspace, so
+    /// that name is left out.
+    pub(crate) fn before_locks(self, command: &str) -> String {
+        let workspace = self.workspace.filter(|name| *name != "default");
+        Self { workspace, ..self }.with_variables(command)
+    }
+
+    fn with_variables(self, command: &str) -> String {
+        let variable = |name: &str, value: Option<&str>| {
+            let value = value.filter(|value| !value.is_empty());
+            value.map_or_else(String::new, |value| format!("{name}={} ", quoted(&visible_whole(value))))
+        };
+        format!("{}{}{command}", variable("TF_WORKSPACE", self.workspace), variable("TF_DATA_DIR", self.data))
     }
 }
 
@@ -118,12 +130,28 @@ mod tests {
                 (Some("$HOME"), "TF_DATA_DIR='$HOME' ".into()),
                 (Some(&*long), format!("TF_DATA_DIR='{long}' ")),
             ] {
-                let directories = CommandDirectories { chdir, data };
+                let directories = CommandDirectories { chdir, data, workspace: None };
                 assert_eq!(directories.terraform("tofu", "x 7"), format!("{prefix}{terraform}"));
                 assert_eq!(directories.locks("y"), format!("{prefix}{locks}"));
             }
         }
-        assert_eq!(CommandDirectories { chdir: Some("d"), data: None }.locks(""), "tf locks --chdir d");
+        let here = CommandDirectories { chdir: Some("d"), ..CommandDirectories::default() };
+        assert_eq!(here.locks(""), "tf locks --chdir d");
+    }
+
+    #[test]
+    fn a_command_names_the_workspace_and_that_of_terraform_the_default_one_too() {
+        for (workspace, terraform, locks) in [
+            (None, "", ""),
+            (Some(""), "", ""),
+            (Some("default"), "TF_WORKSPACE=default ", ""),
+            (Some("green"), "TF_WORKSPACE=green ", "TF_WORKSPACE=green "),
+            (Some("a b"), "TF_WORKSPACE='a b' ", "TF_WORKSPACE='a b' "),
+        ] {
+            let there = CommandDirectories { chdir: None, data: Some("d"), workspace };
+            assert_eq!(there.terraform("tofu", "x"), format!("{terraform}TF_DATA_DIR=d tofu x"));
+            assert_eq!(there.locks("y"), format!("{locks}TF_DATA_DIR=d tf locks y"));
+        }
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! "One or two lines on stderr after a release", and the command to type if there was no release.
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::json;
 
+use super::locks_recover::recover;
+use super::survived::{edit, killed_whole};
 use crate::support::cloud::cloud;
 use crate::support::process::terraform_below;
 use crate::support::terminal::Terminal;
@@ -194,20 +197,59 @@ fn what_a_full_stderr_did_not_take_is_said_once_its_reader_goes_on() {
     assert!(said.contains("was not released"), "{said:?}\n{}", env.trace());
 }
 
+/// Returns the command that `said` shows, with no question to answer.
+fn command_in(said: &str) -> String {
+    let command = said.lines().find_map(|line| line.split_once("type: ")).expect("a command").1;
+    command.replace("force-unlock", "force-unlock -force")
+}
+
 #[test]
 fn the_command_that_a_killed_run_of_another_workspace_names_works_where_it_is_typed() {
-    let mut env = TestEnv::new(Lock::Both, WAITS);
+    for (selected, used, key) in
+        [("default", "green", "env:/green/dir/prod.tfstate"), ("green", "default", "dir/prod.tfstate")]
+    {
+        let mut env = TestEnv::new(Lock::Both, WAITS);
+        assert_eq!(env.run(Subject::Bare, &["workspace", "new", "green"]).code(), Some(0));
+        assert_eq!(env.run(Subject::Bare, &["workspace", "select", selected]).code(), Some(0));
+        env.set("TFW_RELEASE", "never").set("TF_WORKSPACE", used);
+        let run = env.start_apply(Subject::Tf);
+        run.kill_terraform();
+        let end = run.wait();
+        let command = command_in(&end.err);
+        assert!(!env.locks_at(key).is_empty(), "{}", env.dump(&end));
+        env.set("TF_WORKSPACE", crate::support::test_env::UNSET);
+        let mut shell = env.command("sh");
+        shell.args(["-c", &command]);
+        let typed = crate::support::Run::start(shell).wait();
+        assert_eq!(typed.code(), Some(0), "{command}: {}", env.dump(&typed));
+        assert!(env.locks_at(key).is_empty(), "{command}");
+    }
+}
+
+/// A person may select another workspace between the run and the recovery.
+#[test]
+fn the_command_that_a_recovery_names_works_with_any_selected_workspace() {
+    let mut env = killed_whole(Lock::Both);
     assert_eq!(env.run(Subject::Bare, &["workspace", "new", "green"]).code(), Some(0));
-    assert_eq!(env.run(Subject::Bare, &["workspace", "select", "default"]).code(), Some(0));
-    env.set("TFW_RELEASE", "never").set("TF_WORKSPACE", "green");
-    let run = env.start_apply(Subject::Tf);
-    run.kill_terraform();
-    let end = run.wait();
-    let command = end.err.lines().find_map(|line| line.split_once("type: ")).expect("a command").1.to_owned();
-    env.set("TF_WORKSPACE", crate::support::test_env::UNSET);
+    env.set("TFW_RELEASE", "never");
+    // A run of a `workspace` command locks another workspace than the selected one.
+    for (command, workspaces, expected) in [
+        ("workspace delete", json!(["green", "default"]), "tf locks release --chdir "),
+        ("apply", json!(["green", "default"]), "TF_WORKSPACE=default terraform "),
+        ("apply", json!(["default"]), "TF_WORKSPACE=default terraform "),
+    ] {
+        edit(&env, |record| {
+            record["command"] = command.into();
+            record["workspaces"] = workspaces.clone();
+        });
+        let end = recover(&env, &[]);
+        assert_eq!(end.code(), Some(2), "{}", env.dump(&end));
+        assert!(command_in(&end.out).starts_with(expected), "{command} {workspaces}: {}", env.dump(&end));
+    }
+    let end = recover(&env, &[]);
     let mut shell = env.command("sh");
-    shell.args(["-c", &command.replace("force-unlock", "force-unlock -force")]);
+    shell.current_dir("/").args(["-c", &command_in(&end.out)]);
     let typed = crate::support::Run::start(shell).wait();
-    assert_eq!(typed.code(), Some(0), "{command}: {}", env.dump(&typed));
-    assert!(env.locks_at("env:/green/dir/prod.tfstate").is_empty());
+    assert_eq!(typed.code(), Some(0), "{}\n{}", end.out, env.dump(&typed));
+    env.assert_unlocked();
 }
