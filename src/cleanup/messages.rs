@@ -939,15 +939,15 @@ pub(crate) fn other_part_may_land(recorded: &RecordedLock, kept: bool, unlock: &
 }
 
 /// Reports that a lock with an unknown ID was requested and not found. `kept` is true if the next `tf` looks for the
-/// lock.
-pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool) -> String {
+/// lock. `list` is the command that lists the locks.
+pub(crate) fn unnamed_may_still_come(ending: &str, asked: Timestamp, kept: bool, list: &str) -> String {
     let then = if kept {
         let time = pending_time();
         &format!(
             "if the lock appears within {time}, the next tf in this directory finds it\nto look for it now, type: tf locks recover"
         )
     } else {
-        "to look for it later, type: tf locks"
+        &format!("to look for it later, type: {list}")
     };
     format!("{ending} while it requested a state lock (at {asked:.0}); the lock may still appear\n{then}")
 }
@@ -1140,11 +1140,12 @@ pub(crate) fn suspected(ending: &str, info: &LockInfo, doubt: Option<&str>, show
     )
 }
 
-/// Reports that it is unknown whether a run held a lock, and that `tf` could not search for a lock, for `reason`.
-pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str) -> String {
+/// Reports that it is unknown whether a run held a lock, and that `tf` could not search for a lock, for `reason`. `list`
+/// is the command that lists the locks.
+pub(crate) fn suspect_not_looked_for(ending: &str, reason: &str, list: &str) -> String {
     format!(
         "{ending}; its log does not say whether it held a state lock, and tf could not look for one\n{}\n\
-         to see whether a lock is held, type: tf locks",
+         to see whether a lock is held, type: {list}",
         visible_lines(reason)
     )
 }
@@ -1455,6 +1456,15 @@ mod tests {
             let names_it = show == "TF_WORKSPACE=green tf locks show --chdir /w";
             assert_eq!(names_it, workspace == Some("green"), "{show}");
         }
+    }
+
+    #[test]
+    fn a_lock_that_was_not_looked_for_is_listed_in_the_directory_of_its_run() {
+        let list = "TF_WORKSPACE=green tf locks --chdir /w";
+        let expected = format!("type: {list}");
+        assert!(suspect_not_looked_for("it died", "no answer", list).ends_with(&expected));
+        let said = |kept| unnamed_may_still_come("it died", Timestamp::UNIX_EPOCH, kept, list);
+        assert!(said(false).ends_with(&expected) && said(true).ends_with("type: tf locks recover"));
     }
 
     #[test]

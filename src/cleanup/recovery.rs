@@ -1111,7 +1111,10 @@ impl Reporter for RecoveryReporter<'_> {
                 self.suspect = Some(info.id);
                 (message, false)
             }
-            Ok(Err(failure)) => (messages::suspect_not_looked_for(run.ending, &failure.to_string()), true),
+            Ok(Err(failure)) => {
+                let list = messages::locks_command_of(self.record, "", likely_workspace(self.record));
+                (messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list), true)
+            }
             Ok(Ok(None)) | Err(_) => return false,
         };
         self.messages.push(message);

@@ -149,7 +149,8 @@ impl Reporter for TerminalReporter<'_> {
         }
         for unnamed in &locks.awaited {
             let has_journal = self.unprotected.is_none();
-            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.progress.asked, has_journal));
+            let list = self.locks_command("", run.candidates.workspaces.first().map(String::as_str), run.candidates);
+            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.progress.asked, has_journal, &list));
         }
         for (_, reason) in &locks.unread {
             console::say(&messages::not_looked_for(run.ending, reason));
@@ -161,6 +162,7 @@ impl Reporter for TerminalReporter<'_> {
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let never_begun = run.log_state == LogState::NeverBegun;
         let Some(location) = run.candidates.selected() else { return false };
+        let list = self.locks_command("", run.candidates.workspace_of(&location), run.candidates);
         match waiter.block_on(release::suspect(&location, &run.release_context.run, never_begun)) {
             Ok(Ok(Some(info))) if run.release_context.run.is_of(&info.who) => {
                 let workspace = run.candidates.workspace_of(&location);
@@ -174,8 +176,10 @@ impl Reporter for TerminalReporter<'_> {
                     messages::unlogged(run.ending, suspect.as_ref(), there)
                 }));
             }
-            Ok(Err(failure)) => console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string())),
-            Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason)),
+            Ok(Err(failure)) => {
+                console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list));
+            }
+            Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason, &list)),
             Ok(Ok(_)) => {}
         }
         false
