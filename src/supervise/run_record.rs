@@ -80,9 +80,10 @@ impl LateStop {
         self.asked_at = now;
     }
 
-    /// Notes that the group is to stay stopped, although `tf` was just continued: somebody else has stopped it.
+    /// Notes that the group is to stay stopped, although `tf` was just continued: somebody else has stopped it. An
+    /// answer that was heard just before changes nothing.
     pub(crate) fn keep_stopped(&mut self) {
-        self.stays_stopped = true;
+        (self.stays_stopped, self.must_continue) = (true, false);
     }
 
     /// Notes that the group was continued. A stop that comes before an answer is the guardian's.
@@ -318,6 +319,11 @@ mod tests {
         late_stop.asked(asked);
         late_stop.gone();
         assert!(!late_stop.is_possible(soon) && late_stop.must_continue());
+        // Somebody else has stopped the group, which is noted just after the answer.
+        late_stop.asked(asked);
+        late_stop.answered();
+        late_stop.keep_stopped();
+        assert!(!late_stop.must_continue());
         // Somebody else has stopped the group, and it was not continued since.
         for end in [LateStop::answered, LateStop::gone] {
             for is_continued in [false, true] {
