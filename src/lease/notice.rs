@@ -124,17 +124,23 @@ impl Notice {
     }
 }
 
-/// The time between two questions. A debug build asks ten times as often, for the tests.
-pub(crate) const ASK_INTERVAL: Duration =
-    if cfg!(debug_assertions) { Duration::from_millis(500) } else { Duration::from_secs(5) };
+/// Returns the time between two questions: 5 s. A debug build asks ten times as often, for the tests.
+const fn ask_interval(is_debug_build: bool) -> Duration {
+    if is_debug_build { Duration::from_millis(500) } else { Duration::from_secs(5) }
+}
 
-/// The longest time between two questions after useless answers: 5 minutes. A debug build has 30 s.
-const MAX_ASK_INTERVAL: Duration = ASK_INTERVAL.saturating_mul(60);
+/// The longest time between two questions after useless answers, in intervals: 5 minutes, or 30 s in a debug build.
+const MAX_INTERVALS: u32 = 60;
 
 /// Returns how long to wait before the next question, after so many useless answers in a row. No answer is a useless
 /// one.
 pub(crate) fn ask_pause(useless: u32) -> Duration {
-    (ASK_INTERVAL * 2_u32.pow(useless.clamp(1, 12) - 1)).min(MAX_ASK_INTERVAL)
+    pause_of(ask_interval(cfg!(debug_assertions)), useless)
+}
+
+/// Returns `interval`, doubled for each useless answer after the first one, up to [`MAX_INTERVALS`].
+fn pause_of(interval: Duration, useless: u32) -> Duration {
+    interval * 2_u32.pow(useless.clamp(1, 12) - 1).min(MAX_INTERVALS)
 }
 
 /// What a run does about a notice.
@@ -209,11 +215,12 @@ mod tests {
     }
 
     #[test]
-    fn after_useless_answers_the_pauses_double_up_to_60_intervals() {
-        let pauses: Vec<u32> = [0, 1, 2, 3, 4, 5, 6, 7, 8, u32::MAX]
-            .map(|useless| u32::try_from(ask_pause(useless).as_millis() / ASK_INTERVAL.as_millis()).unwrap())
-            .to_vec();
-        assert_eq!(pauses, [1, 1, 2, 4, 8, 16, 32, 60, 60, 60]);
+    fn a_release_asks_every_5_s_and_after_useless_answers_ever_more_rarely_up_to_5_minutes() {
+        let pauses = |interval| [0, 1, 2, 3, 4, 5, 6, 7, 8, u32::MAX].map(|useless| pause_of(interval, useless));
+        let seconds = [5, 5, 10, 20, 40, 80, 160, 300, 300, 300].map(Duration::from_secs);
+        assert_eq!(pauses(ask_interval(false)), seconds);
+        assert_eq!(pauses(ask_interval(true)), seconds.map(|pause| pause / 10));
+        assert_eq!(ask_pause(3), pause_of(ask_interval(cfg!(debug_assertions)), 3));
     }
 
     #[test]
