@@ -24,7 +24,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long Google's service waits for a change before it answers without one.
-const HANG: Duration = Duration::from_mins(1);
+const HANG: Duration = hang(cfg!(debug_assertions));
+
+/// Returns [`HANG`]: 1 min. A debug build has a tenth of it, for the tests.
+const fn hang(is_debug_build: bool) -> Duration {
+    Duration::from_secs(if is_debug_build { 6 } else { 60 })
+}
 
 /// How much of an answer is read, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -210,7 +215,7 @@ impl Requests {
     /// Gets a key from Google's service when its value is no longer the one with the `ETag` `seen`, or after [`HANG`].
     async fn wait_for_change(&self, path: &str, seen: &str) -> Result<Answer, Useless> {
         let path = format!("{path}?wait_for_change=true&timeout_sec={}&last_etag={seen}", HANG.as_secs());
-        self.send(Method::GET, &path, FLAVOR, HANG + REQUEST_TIMEOUT).await
+        self.send(Method::GET, &path, FLAVOR, hang_timeout(HANG)).await
     }
 
     async fn send(
@@ -249,6 +254,11 @@ impl Requests {
     }
 }
 
+/// Returns the time limit of a request to a service that waits for a change for as long as `hang`.
+fn hang_timeout(hang: Duration) -> Duration {
+    hang + REQUEST_TIMEOUT
+}
+
 /// Whether an `ETag` can be a part of a URL as it is. Google's are hexadecimal.
 fn is_etag(etag: &str) -> bool {
     !etag.is_empty() && etag.len() <= 64 && etag.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
@@ -261,4 +271,26 @@ fn innermost(error: &(dyn Error + 'static)) -> String {
         error = source;
     }
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// docs/notice.md has these times. A debug build has shorter ones.
+    #[test]
+    fn a_hanging_get_of_a_release_lasts_a_minute_and_its_limit_is_62_s() {
+        assert_eq!(hang(false), Duration::from_mins(1));
+        assert_eq!(hang_timeout(hang(false)), Duration::from_secs(62));
+    }
+
+    #[test]
+    fn an_etag_is_used_only_if_it_can_be_a_part_of_a_url() {
+        for good in ["0", "d1a7bf3b0a9f8e5c", "A-b", &"a".repeat(64)] {
+            assert!(is_etag(good), "{good}");
+        }
+        for bad in ["", "\"d1a7\"", "a&b", "a b", "a%20", &"a".repeat(65)] {
+            assert!(!is_etag(bad), "{bad}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::{Signal, kill};
@@ -331,19 +331,43 @@ fn costs_nothing(env: &TestEnv, metadata: &Metadata, first: &str) {
 /// What a service of the metadata answers.
 type Rule = Box<dyn Fn(&Message) -> Reply + Send + Sync>;
 
+/// Checks each rule with [`costs_nothing`]. `ask` makes the runs of a [`TestEnv`] ask a service. `good` is the service
+/// to which a rule redirects: no run may ask it. `and_then` is in the first line of the requests that only a useful
+/// answer to `first` leads to.
+#[track_caller]
+fn each_costs_nothing(
+    ask: impl Fn(&mut TestEnv, &Metadata),
+    good: &Metadata,
+    (first, and_then): (&str, Option<&str>),
+    rules: Vec<Rule>,
+) {
+    for rule in rules {
+        let metadata = Metadata::start(rule);
+        let mut env = leased(Lock::DynamoDb, "10s");
+        ask(&mut env, &metadata);
+        costs_nothing(&env, &metadata, first);
+        if let Some(and_then) = and_then {
+            assert_eq!(metadata.asked_for(and_then).len(), 0, "{:?}", metadata.asked());
+        }
+        // What the kernel has buffered counts too. A whole answer would be 1 GB.
+        let (accepted, answers) = (metadata.accepted(), metadata.asked().len() as u64);
+        assert!(accepted < answers << 24, "{accepted} bytes of {answers} answers");
+    }
+    assert_eq!(good.asked().len(), 0);
+}
+
 #[test]
 fn a_service_that_hangs_or_redirects_or_fails_costs_nothing_and_is_asked_ever_more_rarely() {
     let instance = Shared::<Instance>::default();
     instance.lock().unwrap().action = Some(spot("terminate", in_two_minutes()));
-    let good = Arc::new(Metadata::start(imds(&instance)));
-    let elsewhere = format!("http://127.0.0.1:{}", good.port);
-    let rules: [Rule; 5] = [
+    let good = Metadata::start(imds(&instance));
+    let port = good.port;
+    let ask = |env: &mut TestEnv, metadata: &Metadata| {
+        ask_ec2(env, metadata);
+    };
+    let rules: Vec<Rule> = vec![
         Box::new(|_| Reply::Hang),
-        Box::new(move |request| {
-            let path = request.start.split(' ').nth(1).unwrap_or_default();
-            let location = vec![("Location", format!("{elsewhere}{path}"))];
-            Reply::Answer("307 Temporary Redirect", location, "TOKEN-0==".to_owned())
-        }),
+        Box::new(move |request| Reply::redirect(request, port, [], "TOKEN-0==")),
         Box::new(|_| Reply::status("500 Internal Server Error")),
         Box::new(|_| Reply::Huge),
         // Only the first version of the service: it has no tokens, and answers without one.
@@ -352,17 +376,7 @@ fn a_service_that_hangs_or_redirects_or_fails_costs_nothing_and_is_asked_ever_mo
             _ => Reply::status("405 Method Not Allowed"),
         }),
     ];
-    for rule in rules {
-        let metadata = Metadata::start(rule);
-        let mut env = leased(Lock::DynamoDb, "10s");
-        ask_ec2(&mut env, &metadata);
-        costs_nothing(&env, &metadata, "PUT ");
-        assert_eq!(metadata.asked_for("GET ").len(), 0);
-        // What the kernel has buffered counts too. A whole answer would be 1 GB.
-        let (accepted, answers) = (metadata.accepted(), metadata.asked().len() as u64);
-        assert!(accepted < answers << 24, "{accepted} bytes of {answers} answers");
-    }
-    assert_eq!(good.asked().len(), 0);
+    each_costs_nothing(ask, &good, ("PUT ", Some("GET ")), rules);
 }
 
 #[test]
@@ -422,25 +436,35 @@ fn event(kind: &str, machine: &str, at: Timestamp) -> Value {
     })
 }
 
-#[test]
-fn an_event_of_azure_counts_if_it_ends_this_machine_soon() {
-    let events = Shared::<Vec<Value>>::default();
-    let now = Arc::clone(&events);
-    let metadata = Metadata::start(move |request| {
+/// Answers as Azure's metadata service does on the machine `vmss_1`.
+fn azure(events: &Shared<Vec<Value>>) -> impl Fn(&Message) -> Reply + Send + Sync + 'static + use<> {
+    let events = Arc::clone(events);
+    move |request| {
         if request.header("metadata") != Some("true") {
             return Reply::status("400 Bad Request");
         }
         match request.start.split(' ').nth(1) {
             Some(path) if path.starts_with(MACHINE) => Reply::ok("vmss_1"),
             Some(EVENTS) => {
-                let all = now.lock().unwrap().clone();
+                let all = events.lock().unwrap().clone();
                 Reply::ok(&json!({ "DocumentIncarnation": all.len(), "Events": all }).to_string())
             }
             _ => Reply::status("404 Not Found"),
         }
-    });
-    let (mut env, writes) = leased_for_long(Lock::Both);
+    }
+}
+
+/// Makes the runs of a [`TestEnv`] ask this stand-in for Azure's metadata service.
+fn ask_azure(env: &mut TestEnv, metadata: &Metadata) {
     env.set("TFW_NOTICE", "azure").set("TFW_TEST_AZURE_METADATA", format!("http://127.0.0.1:{}", metadata.port));
+}
+
+#[test]
+fn an_event_of_azure_counts_if_it_ends_this_machine_soon() {
+    let events = Shared::<Vec<Value>>::default();
+    let metadata = Metadata::start(azure(&events));
+    let (mut env, writes) = leased_for_long(Lock::Both);
+    ask_azure(&mut env, &metadata);
     let at = in_two_minutes();
     *events.lock().unwrap() = vec![
         event("Preempt", "vmss_2", at),
@@ -464,6 +488,46 @@ fn an_event_of_azure_counts_if_it_ends_this_machine_soon() {
     assert_eq!(metadata.asked_for(MACHINE).len(), 1);
 }
 
+/// Starts a service that says that the machine `vmss_1` will be preempted.
+fn azure_that_preempts() -> Metadata {
+    let events = Shared::<Vec<Value>>::default();
+    events.lock().unwrap().push(event("Preempt", "vmss_1", in_two_minutes()));
+    Metadata::start(azure(&events))
+}
+
+/// The machine's name is good, and then the events are not.
+fn if_asked_for_events(answer: impl Fn(&Message) -> Reply + Send + Sync + 'static) -> Rule {
+    Box::new(move |request| if request.start.contains(EVENTS) { answer(request) } else { Reply::ok("vmss_1") })
+}
+
+#[test]
+fn a_service_of_azure_without_a_name_of_the_machine_costs_nothing_and_is_asked_ever_more_rarely() {
+    let good = azure_that_preempts();
+    let port = good.port;
+    let rules: Vec<Rule> = vec![
+        Box::new(|_| Reply::Hang),
+        Box::new(move |request| Reply::redirect(request, port, [], "vmss_1")),
+        Box::new(|_| Reply::Huge),
+        Box::new(|_| Reply::ok("<html>\n<p>Sign in</p>\n</html>")),
+    ];
+    each_costs_nothing(ask_azure, &good, (MACHINE, Some(EVENTS)), rules);
+}
+
+#[test]
+fn a_service_of_azure_without_useful_events_costs_nothing_and_is_asked_ever_more_rarely() {
+    let good = azure_that_preempts();
+    let port = good.port;
+    let rules = vec![
+        if_asked_for_events(|_| Reply::Hang),
+        if_asked_for_events(move |request| {
+            Reply::redirect(request, port, [], r#"{"DocumentIncarnation":1,"Events":[]}"#)
+        }),
+        if_asked_for_events(|_| Reply::Huge),
+        if_asked_for_events(|_| Reply::ok(r#"{"DocumentIncarnation":1,"Events":[{"EventType":"Preempt"#)),
+    ];
+    each_costs_nothing(ask_azure, &good, (EVENTS, None), rules);
+}
+
 /// What Google's metadata says: the value of the two keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Machine {
@@ -471,7 +535,11 @@ struct Machine {
     maintenance: &'static str,
 }
 
-/// Answers as Google's metadata service does. A request that waits for a change is answered when there is one.
+/// The time for which a debug build asks Google's service to wait for a change. A release has a minute.
+const HANG: Duration = Duration::from_secs(6);
+
+/// Answers as Google's metadata service does. A request that waits for a change is answered when there is one, or after
+/// [`HANG`].
 fn google(machine: &Shared<Machine>) -> impl Fn(&Message) -> Reply + Send + Sync + 'static + use<> {
     let machine = Arc::clone(machine);
     move |request| {
@@ -487,7 +555,8 @@ fn google(machine: &Shared<Machine>) -> impl Fn(&Message) -> Reply + Send + Sync
             digits.concat()
         };
         let waits = path.split(['?', '&']).any(|part| part == "wait_for_change=true");
-        while waits && path.ends_with(&format!("&last_etag={}", etag())) {
+        let begun = Instant::now();
+        while waits && path.ends_with(&format!("&last_etag={}", etag())) && begun.elapsed() < HANG {
             std::thread::sleep(Duration::from_millis(5));
         }
         if request.header("metadata-flavor") != Some("Google") {
@@ -496,6 +565,11 @@ fn google(machine: &Shared<Machine>) -> impl Fn(&Message) -> Reply + Send + Sync
         let headers = vec![("Metadata-Flavor", "Google".to_owned()), ("ETag", etag())];
         Reply::Answer("200 OK", headers, value().to_owned())
     }
+}
+
+/// Makes the runs of a [`TestEnv`] ask this stand-in for Google's metadata service.
+fn ask_google(env: &mut TestEnv, metadata: &Metadata) {
+    env.set("TFW_NOTICE", "gcp").set("GCE_METADATA_HOST", format!("127.0.0.1:{}", metadata.port));
 }
 
 #[test]
@@ -508,7 +582,8 @@ fn a_preemption_and_a_maintenance_of_google_are_heard_as_soon_as_they_are_known(
         let machine = Arc::new(Mutex::new(calm));
         let metadata = Metadata::start(google(&machine));
         let (mut env, writes) = leased_for_long(Lock::DynamoDb);
-        env.set("TFW_NOTICE", "gcp").set("GCE_METADATA_HOST", format!("127.0.0.1:{}", metadata.port));
+        ask_google(&mut env, &metadata);
+        let begun = Instant::now();
         let run = start(&env);
         for key in ["preempted?wait_for_change=true", "maintenance-event?wait_for_change=true"] {
             metadata.wait_for(key, 1);
@@ -521,7 +596,107 @@ fn a_preemption_and_a_maintenance_of_google_are_heard_as_soon_as_they_are_known(
         wait_for_interrupted(&env);
         ends_interrupted(&env, run, &writes, &format!("tf: this host will be {begin}; {NEXT}"));
         // The requests have waited.
-        assert!(metadata.asked().len() < 12, "{:?}", metadata.asked());
+        let most = 12 + 2 * begun.elapsed().as_secs() / HANG.as_secs();
+        assert!((metadata.asked().len() as u64) < most, "{:?}", metadata.asked());
+    }
+}
+
+const PREEMPTED: &str = "/computeMetadata/v1/instance/preempted ";
+const MAINTENANCE: &str = "/computeMetadata/v1/instance/maintenance-event ";
+const WAITS: &str = "?wait_for_change=true";
+
+/// Says `value` as Google's metadata service does.
+fn of_google(value: &str) -> Reply {
+    let headers = vec![("Metadata-Flavor", "Google".to_owned()), ("ETag", "0".to_owned())];
+    Reply::Answer("200 OK", headers, value.to_owned())
+}
+
+/// Starts a service that says that the machine is preempted, and that a maintenance terminates it.
+fn google_that_ends() -> Metadata {
+    let machine = Machine { preempted: "TRUE", maintenance: "TERMINATE_ON_HOST_MAINTENANCE" };
+    Metadata::start(google(&Arc::new(Mutex::new(machine))))
+}
+
+fn flavor() -> [(&'static str, String); 1] {
+    [("Metadata-Flavor", "Google".to_owned())]
+}
+
+/// The machine is not preempted, and then the answer about a maintenance is not good.
+fn if_asked_for_maintenance(answer: impl Fn(&Message) -> Reply + Send + Sync + 'static) -> Rule {
+    Box::new(move |request| if request.start.contains(MAINTENANCE) { answer(request) } else { of_google("FALSE") })
+}
+
+#[test]
+fn a_service_of_google_that_does_not_say_whether_there_is_a_preemption_costs_nothing_and_is_asked_ever_more_rarely() {
+    let good = google_that_ends();
+    let port = good.port;
+    let rules: Vec<Rule> = vec![
+        Box::new(|_| Reply::Hang),
+        Box::new(move |request| Reply::redirect(request, port, flavor(), "TRUE")),
+        Box::new(|_| Reply::Huge),
+        Box::new(|_| of_google("<html>")),
+        // Another program than Google's service.
+        Box::new(|_| Reply::ok("TRUE")),
+    ];
+    each_costs_nothing(ask_google, &good, (PREEMPTED, Some(MAINTENANCE)), rules);
+}
+
+#[test]
+fn a_service_of_google_that_does_not_say_whether_there_is_a_maintenance_costs_nothing_and_is_asked_ever_more_rarely() {
+    let good = google_that_ends();
+    let port = good.port;
+    let rules = vec![
+        if_asked_for_maintenance(|_| Reply::Hang),
+        if_asked_for_maintenance(move |request| {
+            Reply::redirect(request, port, flavor(), "TERMINATE_ON_HOST_MAINTENANCE")
+        }),
+        if_asked_for_maintenance(|_| Reply::Huge),
+        if_asked_for_maintenance(|_| Reply::ok("TERMINATE_ON_HOST_MAINTENANCE")),
+    ];
+    each_costs_nothing(ask_google, &good, (MAINTENANCE, None), rules);
+}
+
+/// A run asks with plain requests first. Then it asks with requests that wait for a change, and those get no answer, or
+/// only a part of one.
+#[test]
+fn a_hanging_get_of_google_that_is_never_answered_or_is_cut_off_costs_nothing_and_is_sent_again() {
+    type Cut = fn() -> Reply;
+    let cuts: [(Cut, bool); 3] = [
+        (|| Reply::Hang, true),
+        (|| Reply::CutOff(""), false),
+        (
+            || Reply::CutOff("HTTP/1.1 200 OK\r\nMetadata-Flavor: Google\r\nETag: 1\r\nContent-Length: 5\r\n\r\nTRUE"),
+            false,
+        ),
+    ];
+    for (cut, is_waited_for) in cuts {
+        let machine = Arc::new(Mutex::new(Machine { preempted: "FALSE", maintenance: "NONE" }));
+        let is_broken = Arc::new(AtomicBool::new(true));
+        let (broken, good) = (Arc::clone(&is_broken), google(&machine));
+        let metadata = Metadata::start(move |request| {
+            if request.start.contains(WAITS) && broken.load(Ordering::SeqCst) { cut() } else { good(request) }
+        });
+        let (mut env, writes) = leased_for_long(Lock::DynamoDb);
+        ask_google(&mut env, &metadata);
+        let run = start(&env);
+        let first = metadata.wait_for(&format!("preempted{WAITS}"), 1);
+        let last = record(&env).unwrap();
+        let asked = metadata.wait_for(&format!("preempted{WAITS}"), 3);
+        assert!(first[0].request.start.contains("&timeout_sec=6&"), "{:?}", first[0]);
+        // A pause of half a second or more, and before that the 8 s of a request. A busy machine notes a request late.
+        let shortest = if is_waited_for { HANG } else { Duration::from_millis(100) };
+        for pair in asked.windows(2) {
+            let gap = pair[1].at - pair[0].at;
+            assert!(gap > shortest, "{gap:?} of {shortest:?}\n{}", env.trace());
+        }
+        assert!(env.trace().contains("is useless: "), "{}", env.trace());
+        // Every renewal was in time: terraform goes on, and nothing was said.
+        wait_for_renewal_after(&env, &last);
+        assert_eq!(run.err(), "", "{}", env.trace());
+        is_broken.store(false, Ordering::SeqCst);
+        machine.lock().unwrap().preempted = "TRUE";
+        wait_for_interrupted(&env);
+        ends_interrupted(&env, run, &writes, &format!("tf: this host will be preempted (GCP preemption); {NEXT}"));
     }
 }
 

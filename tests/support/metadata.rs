@@ -17,6 +17,8 @@ pub enum Reply {
     Hang,
     /// Sends a body of 1 GB, until the client closes the connection.
     Huge,
+    /// Sends these bytes, and closes the connection.
+    CutOff(&'static str),
 }
 
 impl Reply {
@@ -26,6 +28,20 @@ impl Reply {
 
     pub fn status(status: &'static str) -> Self {
         Self::Answer(status, Vec::new(), "<html>no</html>".to_owned())
+    }
+
+    /// Redirects the client to the same path of a service at this port of 127.0.0.1. A client that does not look at the
+    /// status gets these headers and this body.
+    pub fn redirect(
+        request: &Message,
+        port: u16,
+        headers: impl IntoIterator<Item = (&'static str, String)>,
+        body: &str,
+    ) -> Self {
+        let path = request.start.split(' ').nth(1).unwrap_or_default();
+        let mut all = vec![("Location", format!("http://127.0.0.1:{port}{path}"))];
+        all.extend(headers);
+        Self::Answer("307 Temporary Redirect", all, body.to_owned())
     }
 }
 
@@ -101,6 +117,10 @@ fn serve(mut client: BufReader<TcpStream>, seen: &Mutex<Seen>, rule: &(impl Fn(&
             }
             Reply::Hang => {
                 let _ = client.read(&mut [0]);
+                return;
+            }
+            Reply::CutOff(bytes) => {
+                let _ = client.get_mut().write_all(bytes.as_bytes());
                 return;
             }
             Reply::Huge => {
