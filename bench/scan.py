@@ -5,8 +5,14 @@ the machine little. A tenth of the items are locks and the rest are digests. The
 machine, so the times compare programs, and say nothing about AWS. At 1,000,000 items the programs run in turn, and each
 value is the median of its runs. The exit code is 1 if `tf` then needs more than 32 MiB, or more than 1.2 times the time
 of the fastest other program.
+
+`tf` reads several segments of a table at once. So the other programs, except the AWS CLI, also run with 2 and with 4
+processes, each of which reads one segment. Their memory is that of the largest process. To try this script with small
+tables: bench/scan.py --tf target/debug/tf --loopback 1000 --prepared 20000. The aims are those of a release build on an
+idle machine.
 """
 
+import argparse
 import os
 import pathlib
 import statistics
@@ -59,19 +65,21 @@ def environment_of(port):
     return environment
 
 
-def programs(table):
-    tf = [str(HERE / "target/release/tf"), "locks", "list", "--table", table]
+def programs(table, tf):
+    tf = [tf, "locks", "list", "--table", table]
     tools = HERE / "target/tools/scan/bin"
     python = [str(tools / "python3"), str(HERE / "bench/scan_rivals.py")]
     aws = [str(tools / "aws"), "dynamodb", "scan", "--table-name", table, "--output", "json"]
-    return {
-        "tf locks list": tf, "tf locks list --json": [*tf, "--json"], "http and orjson": [*python, "http", table],
-        "boto3": [*python, "boto3", table], "aws dynamodb scan": aws,
-    }
+    commands = {"tf locks list": tf, "tf locks list --json": [*tf, "--json"]}
+    for name, rival in (("http and orjson", "http"), ("boto3", "boto3")):
+        commands[name] = [*python, rival, table]
+        for processes in ("2", "4"):
+            commands[f"{name}, {processes} processes"] = [*python, rival, table, processes]
+    return {**commands, "aws dynamodb scan": aws}
 
 
 def show(items, name, seconds, processor, memory):
-    print(f"{items:8}  {name:22}  {seconds:8.2f}  {processor:9.2f}  {memory:6.1f}", flush=True)
+    print(f"{items:8}  {name:28}  {seconds:8.2f}  {processor:9.2f}  {memory:6.1f}", flush=True)
 
 
 def missed(medians):
@@ -87,22 +95,27 @@ def missed(medians):
 
 
 def main():
-    print(f"{'items':>8}  {'':22}  {'seconds':>8}  {'processor':>9}  {'MiB':>6}")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tf", default=str(HERE / "target/release/tf"))
+    parser.add_argument("--loopback", type=int, nargs="*", default=[10_000, 100_000], help="the sizes of the tables on the loopback DynamoDB")
+    parser.add_argument("--prepared", type=int, default=1_000_000, help="the size of the table on scan_server")
+    options = parser.parse_args()
+    print(f"{'items':>8}  {'':28}  {'seconds':>8}  {'processor':>9}  {'MiB':>6}")
     cloud = Cloud()
     try:
-        for items in (10_000, 100_000):
+        for items in options.loopback:
             table = f"locks-{items}"
             fill(cloud, table, items)
-            for name, command in programs(table).items():
+            for name, command in programs(table, options.tf).items():
                 show(items, name, *measured(command, environment_of(cloud.port)))
     finally:
         cloud.stop()
-    items, runs = 1_000_000, {}
+    items, runs = options.prepared, {}
     # The pages must not be in this process: the kernel counts its memory as that of each program that it starts.
     server = subprocess.Popen([sys.executable, str(HERE / "bench/scan_server.py"), str(items)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     environment = environment_of(int(server.stdout.readline()))
-    commands = programs("locks")
+    commands = programs("locks", options.tf)
     # It keeps the whole table in memory.
     del commands["aws dynamodb scan"]
     for turn in range(6):
