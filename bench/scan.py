@@ -18,7 +18,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
@@ -41,18 +40,32 @@ def fill(cloud, table, items):
         assert not left, left
 
 
+# The kernel counts the memory of the process that starts a program as memory of the program (exec_mmap in fs/exec.c). So a
+# small process starts it, and that process measures it.
+LAUNCHER = """
+import os, sys, time
+begun = time.perf_counter()
+_, status, used = os.wait4(os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ), 0)
+seconds = time.perf_counter() - begun
+os.write(int(sys.argv[1]), f"{seconds} {used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024} {status}".encode())
+"""
+
+
 def measured(command, environment):
     """Returns the seconds, the seconds of processor time, and the most memory in MiB. Ends if the command fails."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    while process.stdout.read(1 << 16):
-        pass
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
+    reader, writer = os.pipe()
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(writer)]
+    with subprocess.Popen([*launcher, *command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          pass_fds=[writer]) as process:
+        os.close(writer)
+        while process.stdout.read(1 << 16):
+            pass
+    with open(reader) as file:
+        seconds, processor, memory, status = file.read().split()
     # A list that contains a stale lock may end with 2.
-    if os.waitstatus_to_exitcode(status) not in (0, 2):
-        sys.exit(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
-    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    if os.waitstatus_to_exitcode(int(status)) not in (0, 2):
+        sys.exit(f"{command} ended with {os.waitstatus_to_exitcode(int(status))}")
+    return float(seconds), float(processor), float(memory)
 
 
 def environment_of(port):
@@ -111,7 +124,7 @@ def main():
     finally:
         cloud.stop()
     items, runs = options.prepared, {}
-    # The pages must not be in this process: the kernel counts its memory as that of each program that it starts.
+    # A process of its own: its threads would take the time of the thread that reads the output of a program.
     server = subprocess.Popen([sys.executable, str(HERE / "bench/scan_server.py"), str(items)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     environment = environment_of(int(server.stdout.readline()))
