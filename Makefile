@@ -145,7 +145,7 @@ package: tools ## build and test all files of a release: static programs, archiv
 	package/check-image
 
 .PHONY: containers
-containers: tools ## run tf in real containers, of Docker and of Podman (needs root; 200 MB download): TF=a static tf, T=part of a test's name
+containers: tools $(TOOLS)/executors/.made ## run tf in real containers, of Docker and of Podman (needs root and npm; 440 MB download): TF=a static tf, T=part of a test's name
 	THREADS=$(THREADS) tests/containers/run $(T)
 
 .PHONY: fetched

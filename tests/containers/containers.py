@@ -1,7 +1,7 @@
 """Runs tf in containers of real engines, and looks at its lock: tests/containers/run
 
-Each test has a state of its own in a bucket and a table on loopback, and runs with each engine. The names of the tests
-are the promises of README.md, docs/ci.md and docs/lease.md.
+Each test has a state of its own in a bucket and a table on loopback, and runs with each engine, or, if it is about
+GitHub's recipe, with Docker. The names of the tests are the promises of README.md, docs/ci.md and docs/lease.md.
 """
 
 import concurrent.futures
@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE.parent.parent / "demo"))
 import images
 from cloud import Cloud, configuration, provisioner
 from machine import ENGINES, ROOT, STATE_TIMEOUT, USER, Container, Engine, Failed, Machine, has_old_freezer, wait_until
+from workflow import Workflow
 
 APPLY = ["apply", "-auto-approve", "-no-color"]
 PLAN = ["plan", "-no-color"]
@@ -608,7 +609,7 @@ class Job:
             container.update(image="localhost/tf-with-terraform", env=[*kept, *variables], volumeMounts=mounts)
         self.file.write_text(yaml.safe_dump_all([account, settings, job]))
         test.engine.do("kube", "play", "--network", "host", f"/share/{self.file.name}")
-        self.container = Container.of_pod(test.engine, f"{self.name}-pod-{pod['containers'][0]['name']}")
+        self.container = Container.existing(test.engine, f"{self.name}-pod-{pod['containers'][0]['name']}")
         wait_until("the lock of the Job", self.locks, self.container.story)
 
     def locks(self):
@@ -683,11 +684,129 @@ def our_job_for_kubernetes_whose_pod_is_killed_leaves_its_lock_to_the_next_one(t
         job.down()
 
 
+def with_docker(function):
+    """Marks a test that runs with Docker alone, because act knows no other engine."""
+    function.needs_docker = True
+    return function
+
+
+@with_docker
+def our_workflow_for_github_applies_and_leaves_no_lock(test):
+    workflow = Workflow(test, "production")
+    container = workflow.began()
+    test.check("tf and terraform run in a container of the engine",
+               {"tf", "terraform"} <= set(container.processes().values()), container.processes)
+    workflow.go()
+    code, text = workflow.wait(), workflow.text()[1]
+    test.check("both jobs succeed, and the last step runs",
+               code == 0 and "Resources: 1 added" in text and workflow.last_step_ran(), workflow.story)
+    test.check("the state is saved", test.state(), workflow.story)
+    test.is_free(workflow)
+
+
+def runs_on(test, workflow, number):
+    """Sends a signal to act while terraform applies, and checks that terraform runs on and has its lock: act does not end
+    the `docker exec` of the step. Returns the container of the job, and terraform's pid."""
+    container = workflow.began()
+    terraform = container.terraform()
+    workflow.act.send_signal(number)
+    # A KILL leaves it no exit code.
+    expected = -number if number == signal.SIGKILL else 1
+    test.check(f"after {number.name}, act ends, and its job fails", workflow.wait() == expected, workflow.story)
+    test.check("its last step runs after SIGINT, and not after another signal",
+               workflow.last_step_ran() == (number == signal.SIGINT), workflow.story)
+    test.check("terraform is running nevertheless", container.terraform() == terraform, container.processes)
+    test.stays(workflow, "its lock stays")
+    return container, terraform
+
+
+def is_refused_elsewhere(test, other):
+    again = test.start(other, PLAN, environment=LEASE, options=["--hostname", "other"])
+    test.is_refused(again, "a run in another container is refused")
+
+
+@with_docker
+def a_workflow_whose_act_is_killed_keeps_its_lock_until_terraform_completes(test):
+    other = test.work("other")
+    workflow = Workflow(test, "staging")
+    runs_on(test, workflow, signal.SIGKILL)
+    is_refused_elsewhere(test, other)
+    workflow.go()
+    wait_until("the release of the lock", lambda: not test.locks(), test.locks_text)
+    test.check("terraform completes, its state is saved, and no lock is left", test.state(), test.state)
+
+
+@with_docker
+def a_workflow_whose_act_is_terminated_keeps_its_lock_until_terraform_is_killed(test):
+    other = test.work("other")
+    workflow = Workflow(test, "production")
+    _, terraform = runs_on(test, workflow, signal.SIGTERM)
+    is_refused_elsewhere(test, other)
+    os.kill(terraform, signal.SIGKILL)
+    wait_until("the release of the lock", lambda: not test.locks(), test.locks_text)
+    test.check("when terraform is killed, tf, which is still running in the container, releases the lock", True)
+
+
+def is_released_by_the_next(test, workflow):
+    """Checks that the next run of a workflow releases the lock when the lease has lapsed."""
+    test.until_lapsed()
+    workflow.go()
+    workflow.start()
+    code, text = workflow.wait(TAKEOVER_TIMEOUT), workflow.text()[1]
+    test.check("when it has lapsed, the next run releases the lock, and completes",
+               code == 0 and "released the lock" in text and "Resources: 1 added" in text, workflow.story)
+    test.messages(workflow)
+    test.is_free(workflow)
+
+
+@with_docker
+def what_a_workflow_leaves_whose_container_is_killed_is_released_by_the_next_run_after_one_lease(test):
+    test.work("other")
+    workflow = Workflow(test, "production")
+    container = workflow.began()
+    test.renewed()
+    container.do("kill")
+    killed = time.monotonic()
+    test.check("the job fails", workflow.wait() == 1, workflow.story)
+    test.stays(workflow, "the lock stays")
+    is_released_by_the_next(test, workflow)
+    test.say(f"{time.monotonic() - killed:.0f} s after the kill")
+
+
+@with_docker
+def what_a_cancelled_workflow_leaves_is_released_after_one_lease_by_a_run_that_follows(test):
+    """The next run removes the container of the cancelled one, because act gives it the same name."""
+    test.work("other")
+    workflow = Workflow(test, "staging")
+    container, _ = runs_on(test, workflow, signal.SIGINT)
+    test.renewed()
+    workflow.start()
+    test.is_refused(workflow, "before the lease has lapsed, the next run is refused")
+    test.check("act has removed the container of the cancelled run",
+               workflow.container().name != container.name, workflow.story)
+    is_released_by_the_next(test, workflow)
+
+
+@with_docker
+def bare_terraform_leaves_the_lock_of_a_cancelled_workflow(test):
+    """What tf is compared with."""
+    workflow = Workflow(test, "production", bare=True)
+    container, _ = runs_on(test, workflow, signal.SIGINT)
+    workflow.start()
+    test.is_refused(workflow, "the next run of bare terraform is refused")
+    test.check("act has removed the container of the cancelled run",
+               workflow.container().name != container.name, workflow.story)
+    workflow.start()
+    test.is_refused(workflow, "the run after it is refused too, although terraform is gone")
+
+
 # The longest ones first.
 TESTS = [
     a_paused_container_writes_nothing_after_its_lock_was_taken,
     what_a_killed_container_leaves_is_gone_after_one_lease_by_any_other_container,
     our_job_for_kubernetes_whose_pod_is_killed_leaves_its_lock_to_the_next_one,
+    what_a_cancelled_workflow_leaves_is_released_after_one_lease_by_a_run_that_follows,
+    what_a_workflow_leaves_whose_container_is_killed_is_released_by_the_next_run_after_one_lease,
     a_container_that_is_started_again_after_a_kill_goes_on_after_one_lease_at_the_latest,
     a_pause_that_is_longer_than_the_lease_keeps_a_lock_that_nobody_takes,
     a_stop_is_one_interrupt_and_the_lock_is_released,
@@ -697,6 +816,10 @@ TESTS = [
     without_a_lease_another_container_with_the_same_volume_recovers_nothing,
     containers_that_share_a_pid_namespace_and_a_volume_recover_each_other,
     a_container_promises_to_stop_terraform_in_time,
+    a_workflow_whose_act_is_killed_keeps_its_lock_until_terraform_completes,
+    a_workflow_whose_act_is_terminated_keeps_its_lock_until_terraform_is_killed,
+    bare_terraform_leaves_the_lock_of_a_cancelled_workflow,
+    our_workflow_for_github_applies_and_leaves_no_lock,
     an_image_of_our_dockerfile_runs_terraform,
     with_a_shell_in_front_of_tf_a_stop_kills_and_the_lock_stays,
     a_term_and_an_int_are_one_interrupt,
@@ -775,7 +898,9 @@ def run_all(world, wanted):
     threads = int(os.environ.get("THREADS") or 6)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
-        for future in [pool.submit(run_test, world, engine, function) for function in functions for engine in engines]:
+        tests = [(engine, function) for function in functions for engine in engines
+                 if engine.is_docker or not getattr(function, "needs_docker", False)]
+        for future in [pool.submit(run_test, world, *test) for test in tests]:
             future.result()
     finally:
         # After a ^C, nothing is waited for.

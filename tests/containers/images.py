@@ -1,4 +1,5 @@
-"""Builds our Dockerfile with Docker and with buildah, and from each a second image with terraform and a shell."""
+"""Builds our Dockerfile with Docker and with buildah, and from each a second image with terraform and a shell. Docker also
+builds an image for the jobs of GitHub's recipe."""
 
 import json
 import os
@@ -15,10 +16,19 @@ target=$(rustc -vV | sed -n 's/^host: //p')
 mkdir -p "target/package/$target" && cp package/ready "target/package/$target/tf"
 """
 
+# Our action fetches a release with curl, which is not in base.tar. The URL is that of a file.
+CURL = """#!/bin/sh
+for word; do
+  case $word in file://*) source=${word#file://} ;; esac
+  target=$word
+done
+exec cp "$source" "$target"
+"""
+
 
 def lay_out(machine, tf, terraform):
-    """Writes the directories that are built: of the stand-in for the image with the compiler, of our Dockerfile, and of
-    the image with terraform. Returns the name of the image with the compiler."""
+    """Writes the directories that are built: of the stand-in for the image with the compiler, of our Dockerfile, of the
+    image with terraform, and of the image for GitHub's recipe. Returns the name of the image with the compiler."""
     context = machine.share / "context"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     for name in names.decode().split("\0"):
@@ -40,6 +50,13 @@ def lay_out(machine, tf, terraform):
     # Terraform needs a shell for its provisioner.
     shutil.copy2(ENGINES / "root/usr/bin/busybox", with_terraform / "sh")
     (with_terraform / "Dockerfile").write_text("FROM tf\nCOPY terraform /usr/bin/terraform\nCOPY sh /bin/sh\n")
+
+    runner = machine.share / "runner"
+    runner.mkdir()
+    shutil.copy2(terraform, runner / "terraform")
+    (runner / "curl").write_text(CURL)
+    (runner / "curl").chmod(0o755)
+    (runner / "Dockerfile").write_text("FROM debian:base\nCOPY terraform curl /usr/local/bin/\n")
     return re.search(r"^FROM (\S+) AS build$", (ROOT / "Dockerfile").read_text(), re.M)[1]
 
 
@@ -51,7 +68,7 @@ def stages(compiler):
 def with_docker(machine, compiler):
     with open(ENGINES / "base.tar", "rb") as base:
         machine.run("docker", "import", "-", "debian:base", stdin=base)
-    for tag, directory in stages(compiler):
+    for tag, directory in [*stages(compiler), ("runner", "/share/runner")]:
         machine.run("docker", "build", "--network", "none", "--ulimit", f"nofile={machine.files}:{machine.files}",
                     "--tag", tag, directory, timeout=600)
 

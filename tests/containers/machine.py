@@ -224,8 +224,8 @@ class Container:
         engine.do(*words, *options, image, *arguments)
 
     @classmethod
-    def of_pod(cls, engine, name):
-        """A container that `podman kube play` has started."""
+    def existing(cls, engine, name):
+        """A container that another program has started."""
         container = cls.__new__(cls)
         container.engine, container.name = engine, name
         return container
@@ -279,9 +279,12 @@ class Container:
         return found
 
     def terraform(self):
-        # The processes of tf and the provisioner have other names.
-        found = wait_until(
-            "terraform", lambda: [pid for pid, name in self.processes().items() if name == "terraform"], self.story)
+        # Not by its name: a tf that is started as terraform has the same one, and so has a zombie.
+        def runs_terraform(pid):
+            with contextlib.suppress(OSError):
+                return os.readlink(f"/proc/{pid}/exe").endswith("/terraform")
+
+        found = wait_until("terraform", lambda: list(filter(runs_terraform, self.processes())), self.story)
         return found[0]
 
     def do(self, command, *options):

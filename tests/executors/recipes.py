@@ -22,11 +22,11 @@ runs:
 """
 
 
-def archive(directory):
+def archive(directory, program=TF):
     """Creates an archive as a release has it. Returns its URL and its checksum."""
     path = directory / "tf.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=0) as file:
-        file.add(TF, "tf-0.0.0-x86_64-linux/tf")
+        file.add(program, "tf-0.0.0-x86_64-linux/tf")
     return f"file://{path}", hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -42,18 +42,43 @@ def replace(text, old, new):
     return text.replace(old, new)
 
 
-class GitHub:
-    """The workflow and the action, unchanged, under act on this host. `job` is staging or production.
+def github_repository(place, files, release):
+    """Creates a repository with these files, {path: text}. Returns the arguments of act for its workflows.
 
     The actions of others are replaced: act itself skips the checkout, terraform is on PATH, and the credentials are in
     the environment.
     """
+    for path, text in files.items():
+        (place.work / path).parent.mkdir(parents=True, exist_ok=True)
+        (place.work / path).write_text(text)
+    actions = []
+    for name, commit in sorted(set(re.findall(r"uses: (\S+/\S+)@([0-9a-f]{40})", "".join(files.values())))):
+        directory = place.root / "actions" / name
+        directory.mkdir(parents=True)
+        (directory / "action.yml").write_text(STAND_IN.format(name=name))
+        actions += ["--local-repository", f"{name}@{commit}={directory}"]
+    git(place, "init", "--quiet", "--initial-branch", "main")
+    git(place, "remote", "add", "origin", "https://github.com/group/infra.git")
+    git(place, "add", "--all")
+    git(place, "commit", "--quiet", "--message", "recipe")
+    url, checksum = release
+    return [
+        "--pull=false", *actions, "--var", f"TF_URL={url}", "--var", f"TF_SHA256={checksum}",
+        *(word for name, value in place.environment.items() if name.startswith(("AWS_", "TFW_", "CHECKPOINT"))
+          for word in ("--env", f"{name}={value}")),
+    ]
+
+
+class GitHub:
+    """The workflow and the action under act. `job` is staging or production. `edits` maps texts of the workflow to what
+    replaces them.
+    """
 
     program, version = "act", "0.2.89"
 
-    def __init__(self, job, ends, timeout=None):
+    def __init__(self, job, ends, timeout=None, edits=None):
         # Each end, and what bare terraform does with its lock then.
-        self.job, self.ends, self.timeout = job, ends, timeout
+        self.job, self.ends, self.timeout, self.edits = job, ends, timeout, edits or {}
         self.name = f"GitHub, {job}"
 
     def prepare(self, place, bare, release):
@@ -63,37 +88,22 @@ class GitHub:
             action = STAND_IN.format(name="tf")
             workflow = replace(workflow, "exec tf ", "exec terraform ")
             workflow = replace(workflow, "run: if command -v tf >/dev/null; then tf locks recover; fi", 'run: "true"')
+        for old, new in self.edits.items():
+            workflow = replace(workflow, old, new)
         if self.timeout:
             # act knows the timeout of a step, in whole minutes, and not that of a job.
             for program in ("terraform", "exec tf" if not bare else "exec terraform"):
                 line = f"      - run: {program} apply -auto-approve -input=false\n"
                 workflow = replace(workflow, line, f"{line}        timeout-minutes: {self.timeout}\n")
-        for path, text in ((".github/workflows/workflow.yml", workflow), (".github/actions/tf/action.yml", action)):
-            (place.work / path).parent.mkdir(parents=True, exist_ok=True)
-            (place.work / path).write_text(text)
+        files = {".github/workflows/workflow.yml": workflow, ".github/actions/tf/action.yml": action}
         for job in ("staging", "production"):
-            (place.work / job).mkdir()
-            text = place.configuration() if job == self.job else ""
-            (place.work / job / "main.tf").write_text(text)
-        actions = []
-        for name, commit in sorted(set(re.findall(r"uses: (\S+/\S+)@([0-9a-f]{40})", workflow))):
-            directory = place.root / "actions" / name
-            directory.mkdir(parents=True)
-            (directory / "action.yml").write_text(STAND_IN.format(name=name))
-            actions += ["--local-repository", f"{name}@{commit}={directory}"]
-        git(place, "init", "--quiet", "--initial-branch", "main")
-        git(place, "add", "--all")
-        git(place, "commit", "--quiet", "--message", "recipe")
-        url, checksum = release
-        self.arguments = [
-            *actions, "--var", f"TF_URL={url}", "--var", f"TF_SHA256={checksum}",
-            *(word for name, value in place.environment.items() if name.startswith(("AWS_", "TFW_", "CHECKPOINT"))
-              for word in ("--env", f"{name}={value}")),
-        ]
+            files[f"{job}/main.tf"] = place.configuration() if job == self.job else ""
+        self.arguments = github_repository(place, files, release)
 
-    def command(self, place):
-        return [INSTALLED / "bin/act", "push", "--job", self.job, "--platform", "ubuntu-24.04=-self-hosted",
-                "--pull=false", *self.arguments]
+    def command(self, place, platform="-self-hosted"):
+        """`platform` is -self-hosted, which is this host, or an image of the Docker Engine."""
+        return [INSTALLED / "bin/act", "push", "--job", self.job, "--platform", f"ubuntu-24.04={platform}",
+                *self.arguments]
 
     def last_step_ran(self, log):
         # The log names the job, and production begins after staging.
