@@ -100,7 +100,7 @@ $(TOOLS)/wrappers/.made: tests/wrappers/install
 	tests/wrappers/install
 
 .PHONY: executors
-executors: $(if $(TF),,build) tools $(TOOLS)/executors/.made ## run the recipes of GitHub and GitLab with act and gitlab-ci-local: T=word for some checks (needs npm; 240 MB download)
+executors: $(if $(TF),,build) tools $(TOOLS)/executors/.made ## run the recipes of GitHub and GitLab with act and gitlab-ci-local: T=word for some checks (needs npm, gh and jq; 240 MB download)
 	@$(TOOLS)/bin/python3 tests/executors/run.py $(T)
 
 $(TOOLS)/executors/.made: tests/executors/install

@@ -3,6 +3,7 @@
     run.py [WORD...]    only the checks whose names contain every WORD
 
 Each job runs to its end, is cancelled, times out, and is killed, once with bare terraform and once with `tf`.
+The scheduled audit of shell/audit/github runs too.
 """
 
 import functools
@@ -12,6 +13,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
+import audit  # noqa: E402
 from around import BOTH, Place, Report, all_at_once, begin, check, kill  # noqa: E402
 from recipes import ALL, archive  # noqa: E402
 
@@ -176,6 +178,7 @@ def main():
     try:
         release = archive(Place(cloud, "release").root)
         jobs = [functools.partial(all_of, recipe(), bare, release) for recipe in ALL for bare in (True, False)]
+        jobs.append(functools.partial(audit.checks, cloud, report, release))
         all_at_once(jobs, threads=5)
     finally:
         for place in list(Place.existing):
