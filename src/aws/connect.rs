@@ -140,6 +140,7 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         loader = loader.use_dual_stack(true);
     }
     let config = loader.load().await;
+    refuse_unsendable([("region", config.region().map(AsRef::as_ref))])?;
     // The SDK itself calls STS for a profile's role. As in terraform, `sts_region` applies to these calls only if an
     // STS endpoint is set (aws-sdk-go-base, endpoints.go).
     let region = backend.string("sts_region").filter(|_| credentials::sts_endpoint(backend).is_some());
@@ -176,22 +177,22 @@ pub(crate) async fn connect(backend: &CachedBackend, purpose: Purpose) -> Result
         resolved().push(Resolved { backend: backend.clone(), purpose, at: Instant::now(), result: result.clone() });
         result?
     };
-    if let Some(what) = unsendable(config.region().map(AsRef::as_ref), &credentials) {
-        return Err(Unreachable::Unsendable(what));
-    }
+    let parts = [("access key ID", Some(credentials.access_key_id())), ("session token", credentials.session_token())];
+    refuse_unsendable(parts)?;
     Ok(config.into_builder().credentials_provider(SharedCredentialsProvider::new(credentials)).build())
 }
 
-/// Returns what contains a character that no header of a request can contain, for example the carriage return of a file
-/// from Windows. `None` if there is no such character. The SDK panics if it must sign a request with one.
-fn unsendable(region: Option<&str>, credentials: &Credentials) -> Option<&'static str> {
-    let parts = [
-        ("region", region),
-        ("access key ID", Some(credentials.access_key_id())),
-        ("session token", credentials.session_token()),
-    ];
+/// Checks the parts of requests that become part of a header, each with its name.
+///
+/// # Errors
+/// [`Unreachable::Unsendable`] if a part contains a character that no header can contain, for example the carriage
+/// return of a file from Windows. The SDK panics if it must sign a request with one.
+fn refuse_unsendable<'a>(parts: impl IntoIterator<Item = (&'static str, Option<&'a str>)>) -> Result<(), Unreachable> {
     let is_sendable = |text: &str| text.bytes().all(|byte| byte.is_ascii_graphic());
-    parts.into_iter().find(|(_, text)| !text.is_none_or(is_sendable)).map(|(what, _)| what)
+    match parts.into_iter().find(|(_, text)| !text.is_none_or(is_sendable)) {
+        Some((what, _)) => Err(Unreachable::Unsendable(what)),
+        None => Ok(()),
+    }
 }
 
 fn not_followed(backend: &CachedBackend) -> Option<String> {
@@ -287,18 +288,18 @@ mod tests {
 
     #[test]
     fn what_the_sdk_cannot_sign_is_named_and_its_value_is_not() {
-        let credentials =
-            |key: &str, token: Option<&str>| Credentials::new(key, "s\r", token.map(Into::into), None, "test");
-        for (region, key, token, expected) in [
-            (Some("eu-west-1"), "AKIA", Some("t/+="), None),
-            (None, "AKIA", None, None),
-            (Some("eu-west-1\r"), "AKIA", None, Some("region")),
-            (Some("eu west"), "AKIA", None, Some("region")),
-            (None, "AKIA\r", None, Some("access key ID")),
-            (None, "AKI\u{c4}", None, Some("access key ID")),
-            (None, "AKIA", Some("t\n"), Some("session token")),
+        for (text, is_refused) in [
+            ("eu-west-1", false),
+            ("IQoJb3JpZ2luX2VjE/+=", false),
+            ("eu-west-1\r", true),
+            ("eu west", true),
+            ("AKI\u{c4}", true),
+            ("t\n", true),
         ] {
-            assert_eq!(unsendable(region, &credentials(key, token)), expected, "{region:?} {key:?} {token:?}");
+            let refused = refuse_unsendable([("x", None), ("region", Some(text))]);
+            let said = refused.map_err(|error| error.to_string()).err().unwrap_or_default();
+            assert_eq!(said.starts_with("the region contains"), is_refused, "{text:?}: {said}");
+            assert!(!said.contains(text));
         }
     }
 

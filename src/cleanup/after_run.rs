@@ -17,7 +17,7 @@ use crate::cleanup::end_of_run::EndOfRun;
 use crate::cleanup::messages;
 use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
-use crate::cleanup::process_tree::{GroupFence, Manner, SurvivorRecord, Termination, Tree};
+use crate::cleanup::process_tree::{EndPolicy, GroupFence, SurvivorRecord, Termination, Tree};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
@@ -79,20 +79,20 @@ enum Operation {
 }
 
 /// Determines whether locks may be released after `operation`. Returns `None` if so, and otherwise the outcome with the
-/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree in this
-/// `manner`. If terraform exited by itself, this kills no process, because terraform may have left a process running on
+/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree according
+/// to `policy`. If terraform exited by itself, this kills no process, because terraform may have left a process running on
 /// purpose.
 fn reason_to_keep(
     tree: &Tree,
     operation: Operation,
-    manner: Manner<'_>,
+    policy: EndPolicy<'_>,
     record: &SurvivorRecord<'_>,
     waiter: &mut Waiter<'_>,
 ) -> Option<Outcome> {
     let died = operation == Operation::Died;
     // Another terraform may be running: one that a provisioner started without `tf`, or one whose shim has exited. It
     // writes into the recorder of this run, and may hold a lock that is in the recorder.
-    if !died || (tree.is_behind_a_shim() && !manner.at_once) {
+    if !died || (tree.is_behind_a_shim() && !policy.at_once) {
         let logging = tree.logging();
         let living = tree.living();
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
@@ -102,7 +102,7 @@ fn reason_to_keep(
         }
     }
     if died {
-        return match tree.end(waiter, manner, record) {
+        return match tree.end(waiter, policy, record) {
             Termination::Dead(_) => None,
             Termination::Alive(processes) => Some(still_running(messages::still_alive(&processes), true)),
             Termination::LifelineHeld => Some(still_running(messages::LIFELINE_HELD, false)),
@@ -228,8 +228,8 @@ impl AfterRun<'_> {
                 false if unlock_is_begun(self.log, candidates, waiter) => Operation::Unlocking,
                 false => Operation::Over,
             };
-            let manner = Manner { at_once: self.end.killed.is_some(), fence };
-            reason_to_keep(self.tree, operation, manner, self.survivor_record, waiter)
+            let policy = EndPolicy { at_once: self.end.killed.is_some(), fence };
+            reason_to_keep(self.tree, operation, policy, self.survivor_record, waiter)
                 .map_or(Permission::Release, Permission::Keep)
         } else {
             Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })

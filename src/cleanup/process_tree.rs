@@ -149,8 +149,9 @@ pub(crate) fn identities<'a>(processes: impl IntoIterator<Item = &'a Process>) -
 
 /// What stops the processes of a tree before the lease of the run's lock lapses.
 pub(crate) trait GroupFence {
-    /// Whether the lease may lapse soon. Then nothing of the run may continue.
-    fn is_due(&self) -> bool;
+    /// Whether the fence has stopped terraform's process group, because the lease may lapse soon. Then no process of the
+    /// run may go on.
+    fn has_stopped(&self) -> bool;
     /// Continues terraform's process group, unless the fence has stopped it.
     fn continue_group(&self, group: Pid);
 }
@@ -159,7 +160,7 @@ pub(crate) trait GroupFence {
 pub(crate) struct NoFence;
 
 impl GroupFence for NoFence {
-    fn is_due(&self) -> bool {
+    fn has_stopped(&self) -> bool {
         false
     }
 
@@ -170,7 +171,7 @@ impl GroupFence for NoFence {
 
 /// How the processes of a tree are ended.
 #[derive(Clone, Copy)]
-pub(crate) struct Manner<'a> {
+pub(crate) struct EndPolicy<'a> {
     /// Whether they get SIGKILL at once, without a grace period.
     pub(crate) at_once: bool,
     /// What ends the grace period early.
@@ -438,13 +439,18 @@ impl Tree {
     }
 
     /// Kills the remaining processes of the tree of a dead terraform. It sends SIGTERM first, and SIGKILL after a grace
-    /// period, which depends on `manner`. A ^C at the terminal ends the grace period. `record` gets the processes that
+    /// period, which depends on `policy`. A ^C at the terminal ends the grace period. `record` gets the processes that
     /// are still running, again and again.
-    pub(crate) fn end(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>, record: &SurvivorRecord<'_>) -> Termination {
+    pub(crate) fn end(
+        &self,
+        waiter: &mut Waiter<'_>,
+        policy: EndPolicy<'_>,
+        record: &SurvivorRecord<'_>,
+    ) -> Termination {
         let fate = match (process::list(), &self.observer) {
-            (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, manner),
+            (ProcessList::Unavailable, Observer::Subreaper) => self.end_unseen(waiter, policy),
             (ProcessList::Unavailable, Observer::Guardian(_)) | (ProcessList::Unsupported, _) => Termination::Unseen,
-            (ProcessList::Available, _) => self.end_seen(waiter, manner, record),
+            (ProcessList::Available, _) => self.end_seen(waiter, policy, record),
         };
         if let Termination::Alive(processes) = &fate {
             self.note_survivors(processes);
@@ -459,17 +465,17 @@ impl Tree {
     ///
     /// This also reaps terraform's own zombie. Terraform's status was read before, and no signal is sent to terraform's
     /// pid afterwards.
-    fn end_unseen(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>) -> Termination {
+    fn end_unseen(&self, waiter: &mut Waiter<'_>, policy: EndPolicy<'_>) -> Termination {
         let begun = Instant::now();
-        let mut enough = manner.at_once.then_some(Duration::ZERO);
+        let mut grace_ended_at = policy.at_once.then_some(Duration::ZERO);
         let mut told = false;
         loop {
             if wait::reap_all() == Children::None && self.lifeline_is_closed() {
                 return Termination::Dead(0);
             }
             let elapsed = begun.elapsed();
-            enough = enough.or_else(|| manner.fence.is_due().then_some(elapsed));
-            let kill_from = kill_from(enough, false);
+            grace_ended_at = grace_ended_at.or_else(|| policy.fence.has_stopped().then_some(elapsed));
+            let kill_from = kill_from(grace_ended_at, false);
             if elapsed > kill_from + KILL_TIMEOUT {
                 return Termination::Unseen;
             }
@@ -479,7 +485,7 @@ impl Tree {
                     NextSignal::Terminate => {
                         told = true;
                         let _ = killpg(group, Signal::SIGTERM);
-                        manner.fence.continue_group(group);
+                        policy.fence.continue_group(group);
                     }
                     NextSignal::None => {}
                 }
@@ -488,14 +494,14 @@ impl Tree {
         }
     }
 
-    fn end_seen(&self, waiter: &mut Waiter<'_>, manner: Manner<'_>, record: &SurvivorRecord<'_>) -> Termination {
+    fn end_seen(&self, waiter: &mut Waiter<'_>, policy: EndPolicy<'_>, record: &SurvivorRecord<'_>) -> Termination {
         let begun = Instant::now();
-        let mut enough = manner.at_once.then_some(Duration::ZERO);
+        let mut grace_ended_at = policy.at_once.then_some(Duration::ZERO);
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
             if waiter.interrupts() > 0 && !ended.is_empty() {
-                enough = enough.or_else(|| Some(begun.elapsed()));
+                grace_ended_at = grace_ended_at.or_else(|| Some(begun.elapsed()));
             }
             self.reap_orphans(&[]);
             let (members, unknown) = self.look();
@@ -512,14 +518,14 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
-            enough = enough.or_else(|| manner.fence.is_due().then_some(elapsed));
-            let kill_from = kill_from(enough, has_nested(&members, &self.run));
+            grace_ended_at = grace_ended_at.or_else(|| policy.fence.has_stopped().then_some(elapsed));
+            let kill_from = kill_from(grace_ended_at, has_nested(&members, &self.run));
             if elapsed > kill_from + KILL_TIMEOUT {
                 let mut left = members;
                 left.extend(unknown);
                 return if left.is_empty() { Termination::LifelineHeld } else { Termination::Alive(left) };
             }
-            let mut stopped_group = None;
+            let mut group_to_continue = None;
             for process in &members {
                 let first = !ended.contains(&process.pid);
                 match next_signal(elapsed, kill_from, first) {
@@ -532,7 +538,7 @@ impl Tree {
                         send(process.pid, Signal::SIGTERM);
                         match self.group().filter(|group| *group == process.group) {
                             // A SIGCONT to one process would discard the stop at the end of the lease.
-                            Some(group) => stopped_group = Some(group),
+                            Some(group) => group_to_continue = Some(group),
                             None => send(process.pid, Signal::SIGCONT),
                         }
                     }
@@ -543,8 +549,8 @@ impl Tree {
                     ended.push(process.pid);
                 }
             }
-            if let Some(group) = stopped_group {
-                manner.fence.continue_group(group);
+            if let Some(group) = group_to_continue {
+                policy.fence.continue_group(group);
             }
             waiter.wait(POLL_INTERVAL);
         }
@@ -581,12 +587,12 @@ impl Tree {
     }
 }
 
-/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination. `enough`
+/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination. `grace_ended_at`
 /// is the time at which the grace period was ended early, or `None` if it was not. `has_nested` is whether a process of
 /// a nested run is running.
-fn kill_from(enough: Option<Duration>, has_nested: bool) -> Duration {
+fn kill_from(grace_ended_at: Option<Duration>, has_nested: bool) -> Duration {
     let grace = if has_nested { NESTED_TERM_GRACE } else { TERM_GRACE };
-    enough.unwrap_or(grace).min(grace)
+    grace_ended_at.unwrap_or(grace).min(grace)
 }
 
 /// The next signal for a process that must exit.

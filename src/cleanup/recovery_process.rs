@@ -22,7 +22,8 @@ pub(crate) const RECOVERY_TIMEOUT: Duration = Duration::from_mins(6);
 const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Waits until another `tf` has exited. A second ^C kills that `tf`, and so does the end of `limit`. Nothing is lost by
-/// this: a dead run is still in the journal. If it does not exit then either, this gives up, and init reaps it later.
+/// this: a dead run is still in the journal. If the process does not exit after the SIGKILL, this function returns, and
+/// init reaps the process later.
 pub(crate) fn wait_for(mut child: Child, limit: Duration, waiter: &mut Waiter<'_>) {
     let mut interrupts = 0;
     let end = Instant::now() + limit;

@@ -3,8 +3,8 @@
 //! The command is started by an intermediate process, another `tf`. The reason is that this process may have threads.
 //! Between fork and exec, the child of a process with threads may call only async-signal-safe functions (fork(2)). The
 //! intermediate process has one thread. It forks the process that runs the command, and exits at once. `tf` waits only
-//! for that exit. The forked process has a session of its own, inherits no descriptors, and is a child of init
-//! ([`crate::sys::detached`]).
+//! for that exit. The forked process has a session of its own, inherits no descriptors, and is a child of init, or of
+//! the nearest subreaper ([`crate::sys::detached`]).
 
 use std::ffi::OsString;
 use std::io::{Read, Write};

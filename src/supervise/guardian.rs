@@ -27,8 +27,8 @@
 //!   with its state unsaved.
 
 use crate::cleanup::after_run::AfterRun;
-use crate::cleanup::clean_up::LogState;
 use crate::cleanup::clean_up::SilentReporter;
+use crate::cleanup::clean_up::{LogState, Permission};
 use crate::cleanup::process_tree::identities;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::state_directory::Durability;
@@ -751,9 +751,6 @@ impl<'a> Watch<'a> {
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let unfinished = self.clean_up(ended);
-        if let Some(lease) = &mut self.context.lease {
-            lease.end(ended, self.context.tree);
-        }
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             if unfinished.is_empty() {
                 // If this fails, a recovery finds that the run has left nothing.
@@ -918,20 +915,26 @@ impl<'a> Watch<'a> {
         };
         let candidates = run.candidates_after().with_plan(&run.planned_backends);
         let ending = after.judge(&&candidates);
-        // As in `tf`, the fence stays until nothing of a dead terraform can work any more.
-        if !ending.died
+        let may_hold = ending.may_have_left_a_lock(&log);
+        // As in `tf`, the fence stays until no process of a dead terraform works any more, or until the promise was
+        // withdrawn.
+        if !(ending.died && may_hold)
             && let Some(lease) = lease.as_mut()
         {
             lease.end(ended, tree);
         }
-        if !ending.may_have_left_a_lock(&log) {
+        if !may_hold {
             return Unfinished::default();
         }
+        // Nobody reads what the guardian says about a promise that stands.
         if !run.release {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
-            if let Some(lease) = lease {
-                lease.withdraw(|_| true, &mut Waiter::Unattended);
+            let kept: Vec<String> = log.unreleased().map(|lock| lock.id.clone()).collect();
+            if let Some(lease) = lease
+                && lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended)
+            {
+                lease.end(ended, tree);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -943,10 +946,16 @@ impl<'a> Watch<'a> {
         }
         let (fence, waiter) = (run_lease::fence_of(lease.as_deref()), &mut Waiter::Unattended);
         let permission = after.permission(ending, &candidates, By::Guardian, fence, waiter);
+        if matches!(permission, Permission::Release)
+            && let Some(lease) = lease.as_mut()
+        {
+            lease.end(ended, tree);
+        }
         let left = after.clean_up(ending, &candidates, (By::Guardian, permission), &mut SilentReporter, waiter);
-        if let Some(lease) = lease {
-            // Nobody reads what the guardian says.
-            lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), &mut Waiter::Unattended);
+        if let Some(lease) = lease
+            && lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter)
+        {
+            lease.end(ended, tree);
         }
         left.unfinished
     }

@@ -41,6 +41,7 @@ use nix::sys::signal::Signal;
 use std::cell::{LazyCell, RefCell};
 
 use crate::cleanup::after_run::AfterRun;
+use crate::cleanup::clean_up::Permission;
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::recovery;
@@ -71,7 +72,7 @@ use crate::supervise::waiting::{BeforeTerraform, Waiting};
 use crate::sys::environment;
 use crate::sys::host_facts::HostFacts;
 use crate::sys::poll;
-use crate::sys::process::{self, ProcessHandle};
+use crate::sys::process::{self, ProcessHandle, ProcessList};
 use crate::sys::signals::Signals;
 use crate::sys::spawn::{self, Image, Setup};
 use crate::sys::terminal::Terminal;
@@ -350,13 +351,13 @@ impl<'a> Prepared<'a> {
         .watch()
     }
 
-    /// Reports how terraform ended, releases the locks that terraform has left, and closes the run's record. `tried`
-    /// are the IDs of the dead runs that `tf` tried to finish before terraform started, or while it was running.
-    /// Releases the locks that terraform has left, and ends the lease.
+    /// Reports how terraform ended, releases its locks, ends the lease, and closes the run's record. `waiting` has the
+    /// processes of `tf` that have worked while terraform waited for a lock.
     ///
-    /// If terraform died, the fence stays until nothing of the run can work any more, or until the lock that stays has
-    /// lost its promise: a script that terraform has left would otherwise go on after the lease has lapsed. If terraform
-    /// exited by itself, the fence must not stop what it has left on purpose.
+    /// If terraform died, a script of its provisioner may still work. The fence stays until no process of the run works
+    /// any more, or until the promise of a lock that is kept was withdrawn. If neither can be done, the fence stays
+    /// after the end of `tf`: at the deadline, the kernel kills the group. If terraform exited by itself, the fence must
+    /// not stop a daemon that a provisioner started on purpose.
     fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
@@ -380,17 +381,30 @@ impl<'a> Prepared<'a> {
         let candidates = LazyCell::new(|| self.context.candidates_after().with_plan(&self.context.planned_backends));
         let ended_at = Timestamp::now();
         let ending = after.judge(&candidates);
-        if !ending.died
+        let may_hold = ending.may_have_left_a_lock(&log);
+        let waiter = &mut Waiter::Interactive(signals);
+        if !(ending.died && may_hold)
             && let Some(lease) = &mut self.lease
         {
             lease.end(Some(ended), &self.tree);
         }
-        let waiter = &mut Waiter::Interactive(signals);
-        let permission = ending.may_have_left_a_lock(&log).then(|| {
+        // With a lease, the processes of a dead terraform are ended first, because its time is limited. Without a list
+        // of processes, they can be told from other children only after the others have ended.
+        let mut waiting = Some(waiting);
+        let mut tried = Vec::new();
+        if self.lease.is_none() || process::list() != ProcessList::Available {
+            tried.extend(waiting.take().into_iter().flat_map(|waiting| waiting.finish(waiter)));
+        }
+        let permission = may_hold.then(|| {
             crash_point::reached("tf: locks may be held");
             after.permission(ending, &candidates, By::Tf, run_lease::fence_of(self.lease.as_ref()), waiter)
         });
-        let tried = waiting.finish(waiter);
+        if matches!(permission, Some(Permission::Release))
+            && let Some(lease) = &mut self.lease
+        {
+            lease.end(Some(ended), &self.tree);
+        }
+        tried.extend(waiting.into_iter().flat_map(|waiting| waiting.finish(waiter)));
         let mut reporter = TerminalReporter {
             after: &after,
             ended_at,
@@ -417,19 +431,18 @@ impl<'a> Prepared<'a> {
         }
         let unfinished = if let Some(permission) = permission {
             let left = after.clean_up(ending, &candidates, (By::Tf, permission), &mut reporter, waiter);
-            // Nobody may take a lock that stays on purpose without being asked.
-            if let Some(lease) = &mut self.lease
-                && !lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter)
-            {
-                console::say(messages::LEASE_STANDS);
+            // Nobody may take a lock that is kept on purpose without being asked.
+            if let Some(lease) = &mut self.lease {
+                if lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter) {
+                    lease.end(Some(ended), &self.tree);
+                } else {
+                    console::say(messages::LEASE_STANDS);
+                }
             }
             left.unfinished
         } else {
             Unfinished::default()
         };
-        if let Some(lease) = &mut self.lease {
-            lease.end(Some(ended), &self.tree);
-        }
         crash_point::reached("tf: cleaned up");
         self.run_record.close(unfinished, &log, self.tree.survivors());
         crash_point::reached("tf: closed");

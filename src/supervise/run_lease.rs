@@ -235,6 +235,8 @@ pub(crate) struct RunLease {
     /// Whether the orders have changed since the guardian got them.
     has_new_orders: bool,
     is_over: bool,
+    /// Whether terraform was stopped for its lease when it ended.
+    was_stopped_at_end: bool,
 }
 
 impl RunLease {
@@ -275,6 +277,7 @@ impl RunLease {
             blocked: None,
             has_new_orders: false,
             is_over: false,
+            was_stopped_at_end: false,
         }
     }
 
@@ -441,9 +444,13 @@ impl RunLease {
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
         // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
         // found, for example because it is just starting or ending, the next call looks again. If several terraforms
-        // log, it is not known which of them holds the lock.
+        // log, it is not known which of them holds the lock. One that has ended meanwhile has no user any more.
         let logging = tree.logging();
-        let is_reached = logging.iter().all(|process| process.group == group && process.has_our_user());
+        let is_reached = |process: &&Process| process.group == group && process.has_our_user();
+        let has_ended = |process: &Process| {
+            Process::look_up(process.pid).is_none_or(|now| now.start != process.start || now.is_dead())
+        };
+        let is_reached = logging.iter().all(|process| is_reached(&process) || has_ended(process));
         let holder = logging.first().ok_or(LeaseObstacle::NoHolder)?;
         let (pid, start) = (holder.pid, holder.start);
         self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
@@ -1125,22 +1132,24 @@ impl RunLease {
     }
 
     /// Ends the renewals, because terraform has ended. The keeper has ended when this returns, so that no renewal comes
-    /// between a read and a delete of the lock. The fence stays, for what terraform has left.
+    /// between a read and a delete of the lock. The fence stays: a process that terraform has started may still work.
     pub(crate) fn end_renewals(&mut self) {
+        self.was_stopped_at_end = self.has_stopped();
         self.keepers.let_go();
         crash_point::reached("lease: told the keeper");
         self.keepers.end();
         crash_point::reached("lease: ended the renewals");
     }
 
-    /// Ends the lease, because terraform has ended and nothing that it has left needs the fence. `ended` is how it
+    /// Ends the lease, because terraform has ended and no process that it has started needs the fence. `ended` is how it
     /// ended, `None` if that is unknown. A second call does nothing.
     ///
-    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and what terraform
-    /// has left must not run again. But the end of the fence continues the group, for a process that terraform has left
-    /// on purpose. So this kills what is left before that. A terraform that exited by itself was not stopped then.
+    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and the processes
+    /// that terraform has started must not run again. But the end of the fence continues the group, for a process that
+    /// terraform has started on purpose. So this kills them before that. A terraform that exited by itself was not
+    /// stopped then.
     pub(crate) fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
-        if !matches!(ended, Some(Ended::Exited(_))) && self.is_due() {
+        if !matches!(ended, Some(Ended::Exited(_))) && std::mem::take(&mut self.was_stopped_at_end) {
             tree.kill_rest();
         }
         crash_point::reached("lease: ends");
@@ -1188,7 +1197,8 @@ impl RunLease {
     /// promise is still stored. A SIGINT ends the wait for it.
     pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
         // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
-        let promised = self.orders.take().filter(|orders| orders.may_promise);
+        let is_promised = |orders: &Orders| orders.may_promise || orders.fence == Promise::Stop;
+        let promised = self.orders.take().filter(is_promised);
         let promised = promised.filter(|orders| stays(&orders.lock));
         let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
         (orders.fence, orders.withdraws) = (Promise::None, true);
@@ -1209,7 +1219,7 @@ impl RunLease {
 }
 
 impl GroupFence for RunLease {
-    fn is_due(&self) -> bool {
+    fn has_stopped(&self) -> bool {
         self.is_stopped() || self.is_blown()
     }
 

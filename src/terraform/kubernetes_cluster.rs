@@ -26,8 +26,11 @@ const VARIABLES: [&str; 9] = [
     "KUBERNETES_SERVICE_PORT",
 ];
 
-/// Returns a fingerprint of everything outside of the block that selects the cluster: the SHA-256 of the variables and of
-/// the kubeconfig files, in Base64. If the fingerprints of two moments are equal, the same block names the same
+/// The attributes that select a cluster and are not shown as the place of a lock.
+const ATTRIBUTES: [&str; 3] = ["config_context", "config_context_cluster", "in_cluster_config"];
+
+/// Returns a fingerprint of what selects the cluster, besides the attributes that are shown as the place of a lock: the
+/// SHA-256 of the variables, of [`ATTRIBUTES`] and of the kubeconfig files, in Base64. If the fingerprints of two moments are equal, the same block names the same
 /// cluster at both. If they differ, it may name another one: a kubeconfig also changes when a login is renewed in it.
 ///
 /// `variable` returns the value of an environment variable. Relative paths are relative to `working_directory`.
@@ -44,6 +47,9 @@ pub(crate) fn fingerprint(
     };
     for name in VARIABLES {
         add(variable(name).unwrap_or_default().as_bytes());
+    }
+    for (_, value) in backend.attributes().filter(|(name, _)| ATTRIBUTES.contains(name)) {
+        add(value.to_string().as_bytes());
     }
     for path in kubeconfigs(backend, &variable) {
         let path = match (path.strip_prefix("~"), variable("HOME")) {
@@ -106,6 +112,10 @@ mod tests {
         }
         for name in VARIABLES {
             assert_ne!(of("", &[]), of("", &[(name, "x")]), "{name}");
+        }
+        for name in ATTRIBUTES {
+            let [one, other] = ["x", "y"].map(|value| of(&format!(r#""{name}":"{value}""#), &[]));
+            assert_ne!(one, other, "{name}");
         }
     }
 }

@@ -170,7 +170,7 @@ impl Link {
 
     /// Sends a report to the supervisor, without waiting: a supervisor that is suspended reads nothing, and the lease
     /// must be renewed all the same. If the socket is full, the report is lost if a later one says the same or is newer
-    /// ([`says_something_once`]). Otherwise it is sent as soon as there is room. Returns whether all of the report was
+    /// ([`is_queued`]). Otherwise it is sent as soon as there is room. Returns whether all of the report was
     /// sent, so that the supervisor can read it even if this process ends now.
     fn report(&mut self, report: &Report) -> bool {
         if *report != Report::Alive {
@@ -178,7 +178,7 @@ impl Link {
         }
         let Ok(line) = serde_json::to_vec(report) else { return false };
         let has_room = self.flush();
-        if has_room || (says_something_once(report) && self.unsent.len() < MAX_UNSENT_BYTES) {
+        if has_room || (is_queued(report) && self.unsent.len() < MAX_UNSENT_BYTES) {
             self.unsent.extend(line);
             self.unsent.push(b'\n');
         }
@@ -197,8 +197,8 @@ impl Link {
     }
 }
 
-/// Whether no later report says the same for a long time, or at all.
-fn says_something_once(report: &Report) -> bool {
+/// Whether a report waits for room in the socket. No later report says the same, or only after a renewal interval.
+fn is_queued(report: &Report) -> bool {
     matches!(report, Report::Lost(_) | Report::Refused(_) | Report::Failed(_))
 }
 
