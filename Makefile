@@ -161,6 +161,10 @@ bench: tools ## measure the cost of tf and of a lease, as paired differences; BE
 	package/build
 	@$(TOOLS)/bin/python3 bench/bench.py --tf target/package/$$(rustc -vV | sed -n 's/^host: //p')/tf $(if $(BEFORE),--before $(BEFORE)) $(if $(BUSY),--busy)
 
+.PHONY: bench-musl
+bench-musl: tools ## measure how much longer tf takes if it is built with musl (two release builds; needs Debian; 450 MB download)
+	bench/musl
+
 .PHONY: bench-lease
 bench-lease: release tools ## renew 200 leases in one table with 5 write units a second: 10 min
 	@$(TOOLS)/bin/python3 bench/lease_scale.py

@@ -190,6 +190,7 @@ def main():
     parser.add_argument("--before", help="an earlier tf, to compare the supervised path with")
     parser.add_argument("--busy", action="store_true", help="this machine has other load: run before it, with SCHED_RR")
     parser.add_argument("--lease", action="store_true", help="only what a lease costs")
+    parser.add_argument("--beside", help="another build of the same tf: only how much longer that one takes")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     options = parser.parse_args()
     global is_busy
@@ -199,8 +200,11 @@ def main():
     try:
         title()
         with tempfile.TemporaryDirectory() as copies:
-            tf, before = (copied(program, copies, name) for name, program in
-                          [("tf", options.tf), ("before", options.before)])
+            tf, before, other = (copied(program, copies, name) for name, program in
+                                 [("tf", options.tf), ("before", options.before), ("other", options.beside)])
+            if other:
+                beside(cloud, tf, other, few)
+                return
             if not options.lease:
                 measure(cloud, tf, few)
                 print()
@@ -290,6 +294,23 @@ def measure(cloud, tf, few):
     print(f"locks left after {len(gone)} kills: {sum(gone)}")
     print(f"memory of tf and its guardian while terraform runs (PSS): {statistics.median(memory) / 1024:.1f} MiB   aim: 8")
     print(f"size of the binary: {tf.stat().st_size / 1e6:.1f} MB")
+
+
+def beside(cloud, tf, other, few):
+    """What another build of the same tf takes more than `tf`."""
+    print(f"{'milliseconds':44} {'tf':>9} {'more':>9}   quartiles")
+    work = Work(cloud, provisioner("true"), key="beside.tfstate", programs=[("tf", tf), ("tf-other", other)])
+    stub = work.root / "stub"
+    shutil.copy("/bin/true", stub)
+    environment = dict(work.environment, TFW_TERRAFORM=str(stub))
+    program = str(work.root / "bin/tf")
+    leased = dict(TFW_LEASE="5m", TFW_CLOCK="steady")
+    for name, subcommand, variables in [("exec", "version", {}), ("supervised", "plan", {}),
+                                        ("a whole run with TFW_LEASE, with the look", "plan", leased)]:
+        commands = {"tf": With([program, subcommand], **variables), "other": With([program + "-other", subcommand], **variables)}
+        times = rounds(work, commands, 300 // few, environment)
+        line(name, statistics.median(times["tf"]), more(times, "other", "tf"))
+    work.remove()
 
 
 def lease(cloud, tf, before, few):
