@@ -41,7 +41,7 @@ use crate::supervise::fence::{self, EndingFuses, Fence};
 use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
 use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
-use crate::sys::connections;
+use crate::sys::connections::{self, Barred};
 use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
 use crate::sys::wait::Ended;
@@ -200,6 +200,8 @@ pub(crate) struct RunLease {
     /// Why the guardian has a keeper. It says nothing in `tf`.
     tf: TfState,
     stopped: Option<Stopped>,
+    /// A stopped terraform that can open no connection. `None` if it is not barred.
+    barred: Option<Barred>,
     /// When `tf` got the last SIGCONT, on the clock of [`boot_clock::now`]. `None` if it got none.
     continued: Option<Duration>,
     /// How often in a row the fuse in use has not answered its keeper.
@@ -261,6 +263,7 @@ impl RunLease {
             keepers: Keepers::new(terms),
             tf: TfState::Suspended,
             stopped: None,
+            barred: None,
             continued: None,
             fuse_silences: 0,
             renewed: None,
@@ -975,7 +978,33 @@ impl RunLease {
         let stopped_for = stopped.time.advance(boot_clock::now());
         if !stopped.is_cut && are_requests_aborted(self.terms, stopped.look, self.reason.is_some(), stopped_for) {
             stopped.is_cut = true;
+            self.bar();
             self.abort_requests();
+        }
+    }
+
+    /// Keeps terraform from opening a connection to its backend until it goes on. If another process continues it, it
+    /// runs until `tf` has stopped it again. That takes about a millisecond, and terraform may need less for a write of
+    /// its state, if its lock is in another service than its state, or the network is back. The connections that it has
+    /// are broken off.
+    ///
+    /// Only `tf` does this, because the guardian does not know when terraform goes on. If `tf` dies before terraform
+    /// goes on, terraform is killed, so it never runs on like this.
+    fn bar(&mut self) {
+        let Some((orders, terraform)) = self.orders.as_ref().zip(self.terraform.as_ref()) else { return };
+        if self.barred.is_none() && !self.is_shim_watched && !terraform.has_exited() {
+            self.barred = Barred::new(Pid::from_raw(orders.terraform));
+            trace!("terraform can open a connection: {}", self.barred.is_none());
+        }
+    }
+
+    /// Undoes [`RunLease::bar`]. Call this before terraform is continued, and before `tf` gives the kill pipe to a new
+    /// fuse: from then on terraform survives the death of `tf`.
+    fn lift_bar(&mut self) {
+        let Some(barred) = self.barred.take() else { return };
+        // The pid of a process that has exited may be that of another one.
+        if !self.is_shim_watched && self.terraform.as_ref().is_some_and(|terraform| !terraform.has_exited()) {
+            barred.lift();
         }
     }
 
@@ -1054,12 +1083,13 @@ impl RunLease {
     pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
         let Some(stopped) = self.stopped.take() else { return false };
         (self.is_stopped_in_time, self.has_killed_fuse) = (false, false);
+        self.lift_bar();
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 crash_point::reached("lease: may continue");
                 if fence.give_kill_pipe().is_err() {
                     // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
-                    self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, ..stopped });
+                    self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, is_cut: false, ..stopped });
                     return false;
                 }
                 crash_point::reached("lease: sent the kill pipe");
@@ -1167,6 +1197,7 @@ impl RunLease {
         // The guardian must not renew it either.
         self.has_new_orders |= self.orders.is_some() && !self.is_over;
         (self.stopped, self.is_over) = (None, true);
+        self.lift_bar();
         if let Some(mut fence) = self.fence.take() {
             self.ending_fuses = fence.end(self.group);
         }

@@ -112,9 +112,85 @@ pub(crate) fn abort(pid: Pid, process: impl AsFd) -> usize {
     }
 }
 
+/// A process that can open no connection and no file, until [`Barred::lift`]. It keeps those that it has.
+#[derive(Debug)]
+pub(crate) struct Barred {
+    pid: Pid,
+    /// The limit that the process had (`RLIMIT_NOFILE`).
+    #[cfg(target_os = "linux")]
+    limit: libc::rlimit,
+}
+
+impl Barred {
+    /// Sets the limit of the descriptors of `pid` to 0, so that socket(2) fails with EMFILE (prlimit(2)). The caller
+    /// must know that `pid` is not that of a later process. `None` if the process has another user, is gone or has this
+    /// limit already, and on systems other than Linux.
+    pub(crate) fn new(pid: Pid) -> Option<Self> {
+        #[cfg(target_os = "linux")]
+        {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: the kernel writes one rlimit into `limit`, and reads none.
+            let is_read = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+            if is_read != 0 || limit.rlim_cur == 0 {
+                return None;
+            }
+            // The hard limit stays: only root could raise it again.
+            let barred = Self { pid, limit };
+            barred.set(&libc::rlimit { rlim_cur: 0, ..limit }).then_some(barred)
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = pid;
+            None
+        }
+    }
+
+    /// Sets the limit back. The same condition applies to the process as in [`Barred::new`].
+    pub(crate) fn lift(self) {
+        #[cfg(target_os = "linux")]
+        self.set(&self.limit);
+        #[cfg(not(target_os = "linux"))]
+        let _ = self.pid;
+    }
+
+    /// Sets the limit. Returns whether the kernel has accepted it.
+    #[cfg(target_os = "linux")]
+    fn set(&self, limit: &libc::rlimit) -> bool {
+        // SAFETY: the kernel reads one rlimit from `limit`, and writes none.
+        unsafe { libc::prlimit(self.pid.as_raw(), libc::RLIMIT_NOFILE, limit, std::ptr::null_mut()) == 0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_barred_process_opens_nothing_until_the_bar_is_lifted() {
+        use std::io::{BufRead, BufReader, Write};
+        use std::process::{Command, Stdio};
+        let script = "while read -r _; do if (: < /dev/null) 2> /dev/null; then echo opens; else echo fails; fi; done";
+        let mut shell = Command::new("bash");
+        let mut shell = shell.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut input, output) = (shell.stdin.take().unwrap(), shell.stdout.take().unwrap());
+        let mut lines = BufReader::new(output).lines();
+        let mut answer = || {
+            input.write_all(b"\n").unwrap();
+            lines.next().unwrap().unwrap()
+        };
+        let pid = Pid::from_raw(shell.id().try_into().unwrap());
+        assert_eq!(answer(), "opens");
+        let barred = Barred::new(pid).unwrap();
+        assert_eq!(answer(), "fails");
+        // The limit that it had must not be forgotten.
+        assert!(Barred::new(pid).is_none());
+        barred.lift();
+        assert_eq!(answer(), "opens");
+        shell.kill().unwrap();
+        shell.wait().unwrap();
+        assert!(Barred::new(pid).is_none());
+    }
 
     const LINE: &str = "  12: 0100007F:8F2B 0200007F:01BB 04 00000A00:00000000 01:00000062 00000004     0        0 0 3 \
                         0000000000000000 1600 4 1 10 -1";
