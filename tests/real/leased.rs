@@ -440,6 +440,45 @@ fn network_that(outage: Outage, env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
     (through(env, rule), is_away)
 }
 
+/// Returns a network in which `tf` alone can be cut off, and what does it. A stopped terraform that ran again could then
+/// write its state at once. It is as if the service of the lock had an outage, and that of the state had none.
+pub fn network_of_tf(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = is_away.clone();
+    let rule = move |request: &Message| {
+        if request.is_ours() && away.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass }
+    };
+    (through(env, rule), is_away)
+}
+
+/// What stands while the terraform of a run is stopped: another run has the lock and has written its state.
+pub struct Successor {
+    lock: String,
+    /// Terraform is about to write its own state ([`lets_go`]).
+    _open: fs::File,
+}
+
+impl Successor {
+    /// Gives lock and state to another run, and makes the stopped terraform write its state as soon as it runs.
+    #[track_caller]
+    pub fn succeeds(env: &TestEnv, go: &Path) -> Self {
+        // A taker needs at least a fifth of the lease after the stop, and this at most a twentieth. A `tf` that is
+        // suspended does not do it.
+        if !ours(env).iter().any(|pid| state(*pid) == Some('T')) {
+            env.wait_for_trace("connections of terraform were broken off");
+        }
+        Self { lock: succeed(env), _open: lets_go(go) }
+    }
+
+    /// Checks that the lock and the state are still those of the other run.
+    #[track_caller]
+    pub fn assert_stands(&self, env: &TestEnv, what: &str) {
+        assert_eq!(env.state().as_deref(), Some(SUCCESSOR), "{what}\n{}", env.trace());
+        let locks = env.locks();
+        assert!(!locks.is_empty() && locks.iter().all(|lock| *lock == self.lock), "{what} {locks:?}\n{}", env.trace());
+    }
+}
+
 fn in_an_outage_terraform_is_stopped_in_time_and_goes_on_after_it(lock: Lock) {
     for outage in [Outage::Refuses, Outage::Drops] {
         let mut env = leased(lock, "4s");
@@ -961,7 +1000,7 @@ fn a_frozen_run_whose_lock_nobody_took_goes_on_after_the_thaw() {
 /// Returns a directory whose runs have a lease of 2 s. Their provisioner waits for a line in the returned pipe, so
 /// terraform writes its state a few milliseconds after [`lets_go`], if it may run.
 pub fn about_to_write(lock: Lock) -> (TestEnv, PathBuf) {
-    let mut env = TestEnv::new(lock, "trap '' INT; touch began; read -r _ < go");
+    let mut env = TestEnv::new(lock, "trap '' INT TERM; touch began; read -r _ < go");
     // Where no state is, terraform first reads again whether there is one, and then writes back what it finds
     // (states/remote/state.go, PersistState).
     let state = SUCCESSOR.replace("successor", "before").replace("5b6a1b9c", "00000000");
@@ -1449,6 +1488,174 @@ fn a_sigcont_from_somebody_else_is_answered_with_a_stop() {
     is_away.store(false, Ordering::SeqCst);
     wait_until_it_goes_on(&env, terraform);
     ends_well(&env, run);
+}
+
+/// Another run has the lock of the stopped terraform.
+#[test]
+fn a_timeout_that_ends_a_run_does_not_continue_its_stopped_terraform() {
+    for lock in Lock::ALL {
+        let (mut env, go) = about_to_write(lock);
+        let (_proxy, is_away) = network_of_tf(&mut env);
+        let mut command = env.command("timeout");
+        command.args(["1000", "tf", "apply", "-auto-approve", "-no-color"]);
+        let run = Run::start(command);
+        env.wait_for_began(&run);
+        wait_for_renewal_after(&env, &Value::Null);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease");
+        let successor = Successor::succeeds(&env, &go);
+        // This is how timeout(1) learns that the time is over. It sends SIGTERM to `tf` and to its group, and then
+        // SIGCONT to both.
+        run.send(Signal::SIGALRM);
+        env.wait_for_trace("got SIGTERM");
+        env.wait_for_trace("got SIGCONT");
+        wait_until_stopped(&env, terraform);
+        successor.assert_stands(&env, "before the look");
+        is_away.store(false, Ordering::SeqCst);
+        let end = run.wait();
+        // timeout(1) exits with 137 if its command was killed with SIGKILL, although the time was over.
+        assert_eq!(end.code(), Some(137), "{}", env.dump(&end));
+        assert!(end.err.contains("the lock is held by another run now"), "{}", env.dump(&end));
+        assert!(!end.err.contains(MAY_HAVE_WRITTEN), "{}", env.dump(&end));
+        wait_until_all_is_gone(&env);
+        successor.assert_stands(&env, "after the look");
+    }
+}
+
+#[test]
+fn a_sigcont_from_somebody_else_does_not_let_a_terraform_write_whose_lock_another_run_has() {
+    for lock in Lock::ALL {
+        let (mut env, go) = about_to_write(lock);
+        let (_proxy, is_away) = network_of_tf(&mut env);
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease");
+        let successor = Successor::succeeds(&env, &go);
+        for round in 0..5 {
+            killpg(terraform, Signal::SIGCONT).unwrap();
+            let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
+            wait_for("an answer", answers, || env.trace());
+            wait_until_stopped(&env, terraform);
+        }
+        successor.assert_stands(&env, "before the look");
+        is_away.store(false, Ordering::SeqCst);
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        assert!(end.err.contains("the lock is held by another run now"), "{}", env.dump(&end));
+        wait_until_all_is_gone(&env);
+        successor.assert_stands(&env, "after the look");
+    }
+}
+
+/// A terraform that was continued by another process cannot write, and writes when it goes on.
+#[test]
+fn a_terraform_that_could_not_write_after_a_sigcont_from_somebody_else_writes_when_it_goes_on() {
+    for lock in Lock::ALL {
+        let (mut env, go) = about_to_write(lock);
+        let (_proxy, is_away) = network_of_tf(&mut env);
+        let run = start(&env);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        env.wait_for_trace("connections of terraform were broken off");
+        let before = env.state();
+        let _open = lets_go(&go);
+        for round in 0..5 {
+            killpg(terraform, Signal::SIGCONT).unwrap();
+            let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
+            wait_for("an answer", answers, || env.trace());
+            wait_until_stopped(&env, terraform);
+        }
+        assert_eq!(env.state(), before, "{}", env.trace());
+        is_away.store(false, Ordering::SeqCst);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert_ne!(env.state(), before, "{}", env.dump(&end));
+        env.assert_unlocked();
+        wait_until_all_is_gone(&env);
+    }
+}
+
+#[test]
+fn fg_does_not_let_a_terraform_write_whose_lock_another_run_has() {
+    for lock in Lock::ALL {
+        let (mut env, go) = about_to_write(lock);
+        let (_proxy, is_away) = network_of_tf(&mut env);
+        let (mut terminal, terraform) = suspended_past_its_deadline(&env, &is_away);
+        let successor = Successor::succeeds(&env, &go);
+        terminal.type_in("fg\n");
+        terminal.wait_for("terraform was stopped, because the lease");
+        assert_eq!(state(terraform), Some('T'), "{}", env.trace());
+        successor.assert_stands(&env, "before the look");
+        is_away.store(false, Ordering::SeqCst);
+        terminal.wait_for("the lock is held by another run now");
+        wait_until_gone(&env, terraform);
+        drop(terminal);
+        wait_until_all_is_gone(&env);
+        successor.assert_stands(&env, "after the look");
+    }
+}
+
+/// Another run has the lock meanwhile, or nobody has taken it.
+#[test]
+fn whoever_dies_in_a_run_that_is_suspended_past_its_deadline_terraform_writes_nothing_before_a_look() {
+    for (number, dead) in [&["tf"][..], &["guardian"], &["tf", "guardian"]].into_iter().enumerate() {
+        for is_taken in [false, true] {
+            let lock = Lock::ALL[(number + usize::from(is_taken)) % 3];
+            let (mut env, go) = about_to_write(lock);
+            let (_proxy, is_away) = network_of_tf(&mut env);
+            let (mut terminal, terraform) = suspended_past_its_deadline(&env, &is_away);
+            let before = env.state();
+            let what = format!("{lock:?}, {dead:?} died, taken: {is_taken}");
+            let successor = is_taken.then(|| Successor::succeeds(&env, &go));
+            let _open = (!is_taken).then(|| lets_go(&go));
+            let assert_stands = || match &successor {
+                Some(successor) => successor.assert_stands(&env, &what),
+                None => assert_eq!(env.state(), before, "{what}\n{}", env.trace()),
+            };
+            let tf = tf_of(&env);
+            let guardian = guardian_of(&env, tf);
+            for name in dead {
+                let pid = if *name == "tf" { tf } else { guardian };
+                kill(pid, Signal::SIGKILL).unwrap();
+                wait_until_gone(&env, pid);
+            }
+            if dead.contains(&"tf") {
+                // Nobody is left who could continue it after a look.
+                wait_until_gone(&env, terraform);
+            } else {
+                terminal.type_in("fg\n");
+                terminal.wait_for("terraform was stopped, because the lease");
+                wait_until_stopped(&env, terraform);
+            }
+            assert_stands();
+            is_away.store(false, Ordering::SeqCst);
+            if !dead.contains(&"tf") {
+                terminal.wait_for(if is_taken { "the lock is held by another run now" } else { "Apply complete!" });
+            }
+            if is_taken {
+                wait_until_gone(&env, terraform);
+                assert_stands();
+            } else if dead.len() == 1 {
+                // `tf` or its guardian is left, which releases the lock if terraform does not.
+                wait_until_unlocked(&env);
+            }
+            drop(terminal);
+            wait_until_all_is_gone(&env);
+            if is_taken {
+                assert_stands();
+            } else {
+                // After the death of both, the next run on this host releases the lock.
+                let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+                assert_eq!(end.code(), Some(0), "{what}: {}", env.dump(&end));
+                env.assert_unlocked();
+            }
+        }
+    }
 }
 
 #[test]

@@ -3,13 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
 
 use super::interrupted_once::slow_to_plan;
+use super::leased::{Successor, about_to_write, network_of_tf, wait_for_renewal_after, wait_until_stopped};
 use crate::support::cloud::tool;
-use crate::support::process::Run;
+use crate::support::process::{Run, terraform_below};
 use crate::support::processes::{KillOnDrop, home, tf_of, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::system::is_root_on_linux;
 use crate::support::terminal::Terminal;
@@ -248,4 +251,37 @@ fn tf_that_is_killed_after_its_unit_was_told_to_stop_sends_no_second_interrupt()
     wait_until_unlocked(&env);
     let end = run.wait();
     assert!(!end.err.contains("Two interrupts"), "{}", env.dump(&end));
+}
+
+/// The manager's SIGCONT reaches a terraform that is stopped because its lease was not renewed in time.
+#[test]
+fn a_service_manager_that_stops_a_unit_does_not_let_a_terraform_write_whose_lock_another_run_has() {
+    if !is_root_on_linux() {
+        return;
+    }
+    for (mode, lock) in ["control-group", "mixed"].into_iter().flat_map(|mode| Lock::ALL.map(|lock| (mode, lock))) {
+        let (mut env, go) = about_to_write(lock);
+        let _kill_on_drop = KillOnDrop(home(&env));
+        let (_proxy, is_away) = network_of_tf(&mut env);
+        let (_unit, run) = start_unit(&env, mode);
+        env.wait_for_began(&run);
+        wait_for_renewal_after(&env, &Value::Null);
+        let terraform = terraform_below(run.pid());
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(&env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease");
+        let successor = Successor::succeeds(&env, &go);
+        env.write("stop", "");
+        env.wait_for_file("stopped");
+        env.wait_for_trace("got SIGTERM");
+        env.wait_for_trace("got SIGCONT");
+        wait_until_stopped(&env, terraform);
+        successor.assert_stands(&env, mode);
+        is_away.store(false, Ordering::SeqCst);
+        let end = run.wait();
+        assert_eq!(end.code(), Some(137), "{mode}: {}", env.dump(&end));
+        assert!(end.err.contains("the lock is held by another run now"), "{mode}: {}", env.dump(&end));
+        wait_until_all_is_gone(&env);
+        successor.assert_stands(&env, mode);
+    }
 }
