@@ -152,14 +152,176 @@ fn a_hostile_record_never_leads_to_a_takeover(lock: Lock) {
         old("tf", "x".repeat(3000).into()),
         json!({}),
     ];
-    for record in hostile {
+    // Each text alone is read in the same way from each kind of lock.
+    let count = if lock == Lock::Both { TEXTS.len() } else { 1 };
+    let too_large = filled(&record(LONG_AGO, 300), TEXTS[0], MAX_BYTES + 1);
+    for record in hostile.into_iter().chain([too_large]) {
         env.lock_with_lease(&record);
         let end = env.run(Subject::Tf, &PLAN);
         assert_not_taken(&env, &end);
+        assert_harmless(&format!("{}{}", end.out, end.err));
+        env.delete_lock();
+    }
+    for texts in &TEXTS[..count] {
+        let record = filled(&old("fence", "none".into()), texts, MAX_BYTES);
+        env.lock_with_lease(&record);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_not_taken(&env, &end);
+        assert_harmless(&format!("{}{}", end.out, end.err));
         env.delete_lock();
     }
 }
 for_each_lock!(a_hostile_record_never_leads_to_a_takeover);
+
+/// The largest record that `tf` parses, in bytes of JSON (src/lease/record.rs).
+const MAX_BYTES: usize = 2048;
+
+/// A text that does something to a terminal, or looks like a message of `tf`.
+const HOSTILE: &str = "\u{1b}]0;owned\u{7}\u{1b}[2J\r\u{9b}31m\u{7f}\u{202e}\ntf: forged\n";
+
+/// Pointers to the texts of a record (RFC 6901): all of them, each of the holder, and each of the rest.
+const TEXTS: [&[&str]; 15] = [
+    &[
+        "/holder/user",
+        "/holder/host",
+        "/holder/machine",
+        "/holder/boot",
+        "/holder/container",
+        "/holder/ci",
+        "/holder/job",
+        "/holder/attempt",
+        "/holder/cloud",
+        "/region",
+        "/tf",
+        "/taken/by",
+        "/interrupted/host",
+        "/interrupted/why",
+    ],
+    &["/holder/user"],
+    &["/holder/host"],
+    &["/holder/machine"],
+    &["/holder/boot"],
+    &["/holder/container"],
+    &["/holder/ci"],
+    &["/holder/job"],
+    &["/holder/attempt"],
+    &["/holder/cloud"],
+    &["/region"],
+    &["/tf"],
+    &["/taken/by"],
+    &["/interrupted/host"],
+    &["/interrupted/why"],
+];
+
+/// Returns `record` with [`HOSTILE`] again and again in the texts at these places, so that it has `bytes` bytes of
+/// JSON.
+fn filled(record: &Value, places: &[&str], bytes: usize) -> Value {
+    let mut record = record.clone();
+    for name in ["machine", "boot", "container", "attempt", "cloud"] {
+        record["holder"][name] = "".into();
+    }
+    if places.contains(&"/taken/by") {
+        // This claim lapses within 10 s. Nobody in another region takes the lock over then.
+        record["taken"] = json!({ "by": "", "at": jiff::Timestamp::now().as_second() - 65, "number": 1 });
+        record["region"] = "eu-west-1".into();
+    }
+    if places.iter().any(|place| place.starts_with("/interrupted")) {
+        record["interrupted"] = json!({ "host": "", "why": "", "at": 1_790_000_120 });
+    }
+    for place in places.iter().cycle() {
+        let length = record.to_string().len();
+        let text = record.pointer_mut(place).unwrap();
+        let mut filled = text.as_str().unwrap().to_owned();
+        let rest = bytes - length;
+        // A control character is six bytes of JSON, and an x is one.
+        let is_last = rest < 6 * HOSTILE.len();
+        filled.push_str(&if is_last { "x".repeat(rest) } else { HOSTILE.to_owned() });
+        *text = filled.into();
+        if is_last {
+            break;
+        }
+    }
+    assert_eq!(record.to_string().len(), bytes);
+    record
+}
+
+/// Asserts that `text` does nothing to a terminal, and that no line of it looks like a message of `tf`.
+#[track_caller]
+fn assert_harmless(text: &str) {
+    let is_strange = |one: char| (one.is_control() && one != '\n') || one == '\u{202e}';
+    assert!(!text.contains(is_strange) && !text.lines().any(|line| line.starts_with("tf: forged")), "{text:?}");
+}
+
+/// Only an object can have a member twice. The lease would be fresh by one of the two, and lapsed by the other one.
+#[test]
+fn a_record_that_has_a_member_twice_is_not_taken_over() {
+    let env = leased(Lock::File, "5m");
+    let lapsed = record(LONG_AGO, 300);
+    let mut fresh = record(0, 300);
+    (fresh["fence"], fresh["holder"]["user"]) = ("none".into(), HOSTILE.into());
+    let mut info: Value = serde_json::from_str(&lock_json(LEASED, &env.path())).unwrap();
+    info["Who"] = "runner@fv-az1".into();
+    let info = info.to_string();
+    let names: Vec<&String> = lapsed.as_object().unwrap().keys().collect();
+    for name in names {
+        let plain = format!("\"{name}\":{}", lapsed[name]);
+        // The second one has a name with an escape.
+        let again = format!("\"\\u{:04x}{}\":{}", u32::from(name.as_bytes()[0]), &name[1..], fresh[name]);
+        let text = lapsed.to_string();
+        for text in [text.replacen('{', &format!("{{{again},"), 1), format!("{},{again}}}", &text[..text.len() - 1])] {
+            assert!(text.contains(&plain), "{plain} {text}");
+            let object = format!("{},\"tf\":{text}}}", info.strip_suffix('}').unwrap());
+            cloud().s3("PUT", &format!("{}.tflock", env.path()), object.as_bytes());
+            let end = env.run(Subject::Tf, &PLAN);
+            assert_not_taken(&env, &end);
+            assert_harmless(&format!("{}{}", end.out, end.err));
+        }
+    }
+}
+
+/// Whoever may write the lock may write the record, and the texts in it are shown to people and passed to programs.
+fn a_takeover_from_a_holder_with_hostile_texts_is_reported_harmlessly(lock: Lock) {
+    let mut env = leased(lock, "5m");
+    let told = env.directory.join("told");
+    env.set("TFW_ON_EVENT", format!("cat >> '{}'", told.display()));
+    let texts: Vec<&str> = TEXTS[0].iter().copied().filter(|text| text.starts_with("/holder")).collect();
+    for places in [&texts[..], &["/holder/user", "/holder/host", "/holder/job"]] {
+        env.write("told", "");
+        let before = takeovers(&env);
+        let mut record = record(LONG_AGO, 300);
+        if places.len() == 3 {
+            for place in places {
+                *record.pointer_mut(place).unwrap() = format!("{HOSTILE}{place}").into();
+            }
+        } else {
+            record = filled(&record, places, MAX_BYTES);
+        }
+        env.lock_with_lease(&record);
+        let end = env.run(Subject::Tf, &PLAN);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        assert!(end.err.contains("released the lock: ") && end.err.contains(LEASED), "{}", env.dump(&end));
+        assert_harmless(&format!("{}{}", end.out, end.err));
+        assert!(end.err.contains(r"\u{1b}"), "the text is shown: {}", env.dump(&end));
+        env.assert_unlocked();
+        assert_eq!(takeovers(&env), before + 1, "{:?}", history(&env));
+        let line = wait_for("the event", || Some(env.read("told")).filter(|text| text.ends_with('\n')), || env.trace());
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(event["event"], "taken over");
+        assert_harmless(&line);
+        let written = fs::read_to_string(env.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl"));
+        assert_harmless(&written.unwrap());
+        for arguments in [&["history"][..], &["history", "--json"]] {
+            let end = super::locks_release::locks(&env, arguments);
+            assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+            assert!(end.out.contains("taken over"), "{}", env.dump(&end));
+            assert_harmless(&format!("{}{}", end.out, end.err));
+        }
+        // A program that decodes the JSON gets no control characters either.
+        let texts = event.as_object().unwrap().values().filter_map(Value::as_str);
+        texts.for_each(|text| assert_harmless(text));
+    }
+}
+for_each_lock!(a_takeover_from_a_holder_with_hostile_texts_is_reported_harmlessly);
 
 /// Whether this is the claim of a taker.
 fn claims(request: &Message) -> bool {
