@@ -1702,8 +1702,9 @@ fn what_a_dead_terraform_has_left_does_nothing_more_when_its_lease_may_lapse() {
 /// The processes of a run, and terraform.
 const PROCESSES: [&str; 5] = ["tf", "guardian", "keeper", "fuse", "terraform"];
 
-/// Kills each subset of the processes of a run, while terraform is running and while it is stopped. Afterwards nothing
-/// is left but a terraform that works with its lock, and the lock can be taken when terraform has ended.
+/// Kills each subset of the processes of a run, while terraform is running and while it is stopped. If `tf` is left,
+/// terraform survives. Otherwise it is killed, unless it was running and its fuse is left. In the end no process is
+/// left, and the lock is free: the guardian releases it, or else the next run on this host.
 fn every_subset(is_stopped: bool) {
     for subset in 1..1_u8 << PROCESSES.len() {
         let mut env = leased(Lock::Both, "3s");
@@ -1740,7 +1741,24 @@ fn every_subset(is_stopped: bool) {
         }
         is_away.store(false, Ordering::SeqCst);
         env.unblock();
-        drop(run.wait());
+        let end = run.wait();
+        if has("tf") {
+            assert_eq!(end.signal(), Some(9), "{what}: {}", env.dump(&end));
+        } else if has("terraform") {
+            // `tf` ends as terraform did, and has released its lock by then.
+            assert_eq!(end.signal(), Some(9), "{what}: {}", env.dump(&end));
+            env.assert_unlocked();
+        } else {
+            // Terraform survives the death of every other process, because `tf` restores what is gone.
+            assert_eq!(end.code(), Some(0), "{what}: {}", env.dump(&end));
+            assert!(end.out.contains("Apply complete!"), "{what}: {}", env.dump(&end));
+            let was_stopped = is_stopped || has("fuse");
+            assert_eq!(end.err.contains("terraform was stopped"), was_stopped, "{what}: {}", env.dump(&end));
+            env.assert_unlocked();
+        }
+        if has("tf") && !has("guardian") {
+            wait_until_unlocked(&env);
+        }
         wait_until_all_is_gone(&env);
         // The guardian, or else the next run on this host, releases what is left.
         let end = env.run(Subject::Tf, &["plan", "-no-color"]);
