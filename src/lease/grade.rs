@@ -247,7 +247,8 @@ fn paused_machine(facts: &HostFacts) -> Option<&'static str> {
         }
     }
     // The texts are those by which systemd recognizes the machines (src/basic/virt.c, `dmi_vendor_table`). The machines
-    // of Lima, Colima, Podman and UTM are `Apple Inc.`, `Apple Virtualization Generic Platform`, or QEMU's.
+    // of Lima, Colima, Podman and UTM are `Apple Inc.`, `Apple Virtualization Generic Platform`, or QEMU's. Those of QEMU
+    // are the same on a laptop and on a server, so they are machines of unknown kind.
     let Dmi { sys_vendor, product_name, board_vendor, .. } = &facts.dmi;
     for (start, kind) in [
         ("Apple Virtualization", "Apple Virtualization"),
@@ -450,6 +451,37 @@ mod tests {
             let expected = Grade::None(NoFenceReason::PausedMachine(kind));
             assert_grades(&guest(dmi.clone()), expected);
             assert_grades(&arm_guest(dmi), expected);
+        }
+    }
+
+    /// They run below Apple's Virtualization framework (`vmType: vz` of Lima and Colima, "Apple Virtualization" of UTM) or
+    /// QEMU. The clock of each stands still while it is paused, and while the laptop below it sleeps.
+    #[test]
+    fn a_guest_of_lima_colima_or_utm_makes_no_promise_of_its_own() {
+        // systemd, pull request 24419: a guest of UTM on a Mac with an M1.
+        let vz = || dmi("Apple Inc.", "Apple Virtualization Generic Platform");
+        let known = Grade::None(NoFenceReason::PausedMachine("Apple Virtualization"));
+        assert_grades(&arm_guest(vz()), known);
+        // An x86-64 program that Rosetta runs in it.
+        let rosetta = INTEL.replace("GenuineIntel", "VirtualApple");
+        assert_grades(&HostFacts { processors: rosetta, ..guest(vz()) }, known);
+        // On a Mac with an Intel processor, DMI does not name Apple's framework (systemd, pull request 31007).
+        assert_grades(&guest(Dmi::default()), UNKNOWN);
+        // A guest of QEMU on a laptop says the same as one on a server. So `TFW_CLOCK=steady` is believed.
+        let virt = || dmi("QEMU", "QEMU Virtual Machine");
+        assert_grades(&arm_guest(virt()), UNKNOWN);
+        for product in ["Standard PC (Q35 + ICH9, 2009)", "Standard PC (i440FX + PIIX, 1996)"] {
+            assert_grades(&guest(dmi("QEMU", product)), UNKNOWN);
+            // Its processor is emulated.
+            assert_grades(&HostFacts { dmi: dmi("QEMU", product), ..laptop() }, UNKNOWN);
+        }
+        // Without UEFI, the machine `virt` has no DMI.
+        assert_grades(&arm_guest(Dmi::default()), UNKNOWN);
+        // A container in such a guest reads the same files.
+        let cgroups = Some("0::/\n".to_owned());
+        for (facts, expected) in [(arm_guest(vz()), known), (arm_guest(virt()), UNKNOWN)] {
+            let private = Some(4_026_532_511);
+            assert_grades(&HostFacts { cgroups: cgroups.clone(), cgroup_namespace: private, ..facts }, expected);
         }
     }
 
