@@ -4,8 +4,8 @@
 //! The process stops itself at its point, so that the others can be killed in the same moment. In the end:
 //!
 //! - No process is left, stopped or running.
-//! - The other host has got the lock: not before the lease has lapsed unless the holder's host has released it, and not
-//!   while the holder's terraform was running.
+//! - The other host has got the lock: not before the lease has lapsed unless the holder's host has released it, not
+//!   while the holder's terraform was running, and not later than it is promised.
 //! - The holder's terraform has written nothing after that.
 //! - The write ends of both pipes were in the fuse and in `tf` alone.
 //! - The journal of the holder's host is empty.
@@ -45,6 +45,23 @@ fn lease() -> i64 {
 
 /// How long a step may take: with the lease of a dead run, and the longest pause between two attempts of terraform.
 const LIMIT: Duration = Duration::from_mins(3);
+
+/// How long a busy machine may take for what is not a wait.
+const SLACK: i64 = 20;
+
+/// Terraform's longest pause between two attempts to lock (internal/states/statemgr/locker.go).
+const LONGEST_PAUSE: i64 = 16;
+
+/// Returns how many seconds after its last renewal a lock is released at the latest, by a host that waits for it: when
+/// the lease has lapsed by the service's clocks, when nothing has changed for a while, and when the waiting terraform
+/// pauses (`Terms::lapse_time`, `Terms::quiet_window`, `MAX_REST_WAIT`).
+fn latest_release() -> i64 {
+    const MAX_REST_WAIT: i64 = 20;
+    let clock_tolerance = (lease() / 6).min(10) + 1;
+    // One and a half intervals between two renewals, which are less than a fifth of the lease.
+    let quiet_window = clock_tolerance.max(lease() * 3 / 10 + 1);
+    lease() + clock_tolerance + quiet_window + MAX_REST_WAIT + SLACK
+}
 
 /// How often the processes of a run are looked at. To list them takes milliseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -108,6 +125,8 @@ struct Hosts {
 struct Deaths {
     victims: Vec<(Pid, String)>,
     at: i64,
+    /// The last renewal that was seen before, by the service's clock. 0 if none was.
+    renewed: i64,
 }
 
 /// The plan of the other host, which waits for the lock.
@@ -115,6 +134,9 @@ struct Contender<'a> {
     env: &'a TestEnv,
     run: Option<Run>,
     end: Option<Ended>,
+    /// When the plan was started and was seen to have ended, in seconds since 1970.
+    started: i64,
+    ended: i64,
 }
 
 /// What came of the run after the deaths.
@@ -132,12 +154,13 @@ enum After {
 
 impl<'a> Contender<'a> {
     fn start(env: &'a TestEnv) -> Self {
-        let mut contender = Self { env, run: None, end: None };
+        let mut contender = Self { env, run: None, end: None, started: 0, ended: 0 };
         contender.start_again();
         contender
     }
 
     fn start_again(&mut self) {
+        self.started = Timestamp::now().as_second();
         self.run = Some(self.env.start(Subject::Tf, &["plan", "-no-color", "-lock-timeout=5m"]));
     }
 
@@ -155,12 +178,22 @@ impl<'a> Contender<'a> {
             self.start_again();
             return false;
         }
+        self.ended = Timestamp::now().as_second();
         self.end = Some(end);
         true
     }
 
     fn has_released(&self) -> bool {
         self.end.as_ref().is_some_and(|end| end.err.contains("released the lock"))
+    }
+
+    /// Returns when the other host has released the lock, in seconds since 1970, as its history says. `None` if the last
+    /// event in it is another one.
+    fn released_at(&self) -> Option<i64> {
+        let path = self.env.directory.parent().unwrap().join("home/.local/state/tf/history.jsonl");
+        let event: Value = serde_json::from_str(fs::read_to_string(path).ok()?.lines().last()?).ok()?;
+        let time: Timestamp = event["time"].as_str()?.parse().ok()?;
+        (event["event"] == "taken over").then(|| time.as_second())
     }
 
     fn seen(&self) -> String {
@@ -373,7 +406,7 @@ impl Hosts {
     fn play(&self, situation: Situation, point: &str, with: &[&str]) -> BTreeSet<String> {
         self.clear();
         let what = format!("{:?}, {situation:?}, dead at {point:?} with {with:?}", self.holder.lock);
-        let mut contender = None;
+        let (mut contender, mut renewed) = (None, 0);
         if situation == Situation::Whole {
             fs::create_dir(self.armed()).unwrap();
         }
@@ -383,7 +416,7 @@ impl Hosts {
         if situation != Situation::Whole {
             // The next renewal comes after the first one was written into the other part of the lock.
             let last = record(&self.holder).unwrap_or_default();
-            wait_for_renewal_after(&self.holder, &last);
+            renewed = wait_for_renewal_after(&self.holder, &last)["renewed"].as_i64().unwrap();
             fs::create_dir(self.armed()).unwrap();
         }
         if stopped.is_none() {
@@ -410,7 +443,7 @@ impl Hosts {
         }
         victims.retain(|(_, name)| name != "tf-spare");
         tell(&format!("{what}: {victims:?}"));
-        let deaths = Deaths { victims, at: Timestamp::now().as_second() };
+        let deaths = Deaths { victims, at: Timestamp::now().as_second(), renewed };
         self.assert_write_ends(run.pid(), &what);
         self.finish(situation, run, contender, &what, &deaths);
         points
@@ -418,10 +451,10 @@ impl Hosts {
 
     /// Checks what follows from the deaths.
     fn finish(&self, situation: Situation, run: Run, contender: Option<Contender<'_>>, what: &str, deaths: &Deaths) {
-        let Deaths { victims, at: killed_at } = deaths;
+        let Deaths { victims, at: killed_at, renewed } = deaths;
         let mut contender = contender.unwrap_or_else(|| Contender::start(&self.other));
         let helpers = ["tf", "tf-guardian", "tf-keeper", "tf-fuse", "tf-spare"];
-        let mut renewed = self.renewed();
+        let mut renewed = self.renewed().max(*renewed);
         let outcome = || {
             sleep(POLL_INTERVAL);
             let left = self.left();
@@ -457,6 +490,7 @@ impl Hosts {
                 let _ = kill(pid, Signal::SIGKILL);
                 is_killed_late = true;
             }
+            renewed = renewed.max(self.renewed());
             self.left().is_empty().then_some(())
         };
         wait_within(LIMIT, &format!("the end of all: {what}"), end_of_all, || dump(&contender));
@@ -480,7 +514,14 @@ impl Hosts {
         wait_within(LIMIT, &format!("the other host: {what}"), || contender.has_ended().then_some(()), seen);
         assert_eq!(contender.end.as_ref().and_then(Ended::code), Some(0), "{}", dump(&contender));
         if contender.has_released() {
-            assert!(Timestamp::now().as_second() >= renewed + lease(), "{renewed}\n{}", dump(&contender));
+            let released = contender.released_at().expect("the other host has released the lock");
+            assert!(released >= renewed + lease(), "{renewed} {released}\n{}", dump(&contender));
+            // The other host may have begun to wait when the lease had lapsed.
+            let from = renewed.max(contender.started);
+            assert!(released <= from + latest_release(), "{from} {released}\n{}", dump(&contender));
+            tell(&format!("{what}: released {} s after the last renewal", released - renewed));
+            let latest_end = released + LONGEST_PAUSE + SLACK;
+            assert!(contender.ended <= latest_end, "{released} {}\n{}", contender.ended, dump(&contender));
         }
         wait_until_all_is_gone(&self.other);
         // The run has left nothing on its host.
