@@ -167,6 +167,7 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
+    #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
     fn a_barred_process_opens_nothing_until_the_bar_is_lifted() {
         use std::io::{BufRead, BufReader, Write};
         use std::process::{Command, Stdio};
