@@ -107,8 +107,8 @@ $(TOOLS)/executors/.made: tests/executors/install
 	tests/executors/install
 
 .PHONY: portable
-portable: tools ## every test, with the signal handling for systems without signalfd
-	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable
+portable: tools ## every test, with the signal handling for systems without signalfd: T=module for some tests with real terraform
+	RUSTFLAGS='--cfg tf_portable' cargo test --target-dir target/portable $(if $(T),--test real -- $(T)::)
 
 .PHONY: macos
 macos: ## compile, link and lint everything for macOS, also on Linux: 10 min the first time (450 MB download)

@@ -260,6 +260,8 @@ def report(options, table, runs, begun):
           f"other reports: {sum(len(run.other) for run in runs)} {[run.other for run in runs if run.other][:1] or ''}")
     if 0 in counts:
         sys.exit(f"{counts.count(0)} runs were never renewed, so the figures say nothing")
+    if any(run.stopped for run in runs) or table.largest > 1024:
+        sys.exit("a run was stopped, or an item is larger than 1 KiB")
 
 
 main()

@@ -751,6 +751,7 @@ impl<'a> Watch<'a> {
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let unfinished = self.clean_up(ended);
+        let mut is_recorded = true;
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             if unfinished.is_empty() {
                 // If this fails, a recovery finds that the run has left nothing.
@@ -759,10 +760,13 @@ impl<'a> Watch<'a> {
                 record.log = self.context.recorder.log().clone();
                 record.tree.survivors = self.context.tree.survivors();
                 record.leave(unfinished);
-                let _ = entry.write(&record, Durability::PowerLoss);
+                is_recorded = entry.write(&record, Durability::PowerLoss).is_ok();
             }
         }
-        self.context.recorder.remove();
+        // If the disk is full, only the recorder shows the lock.
+        if is_recorded {
+            self.context.recorder.remove();
+        }
         crash_point::reached("guardian: done");
     }
 
