@@ -1524,6 +1524,17 @@ fn a_timeout_that_ends_a_run_does_not_continue_its_stopped_terraform() {
     }
 }
 
+/// Continues terraform five times, and waits each time until `tf` has stopped it again.
+#[track_caller]
+fn continue_in_vain(env: &TestEnv, terraform: Pid) {
+    for round in 0..5 {
+        killpg(terraform, Signal::SIGCONT).unwrap();
+        let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
+        wait_for("an answer", answers, || env.trace());
+        wait_until_stopped(env, terraform);
+    }
+}
+
 #[test]
 fn a_sigcont_from_somebody_else_does_not_let_a_terraform_write_whose_lock_another_run_has() {
     for lock in Lock::ALL {
@@ -1535,12 +1546,7 @@ fn a_sigcont_from_somebody_else_does_not_let_a_terraform_write_whose_lock_anothe
         wait_until_stopped(&env, terraform);
         run.wait_for_err("terraform was stopped, because the lease");
         let successor = Successor::succeeds(&env, &go);
-        for round in 0..5 {
-            killpg(terraform, Signal::SIGCONT).unwrap();
-            let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
-            wait_for("an answer", answers, || env.trace());
-            wait_until_stopped(&env, terraform);
-        }
+        continue_in_vain(&env, terraform);
         successor.assert_stands(&env, "before the look");
         is_away.store(false, Ordering::SeqCst);
         let end = run.wait();
@@ -1564,12 +1570,7 @@ fn a_terraform_that_could_not_write_after_a_sigcont_from_somebody_else_writes_wh
         env.wait_for_trace("connections of terraform were broken off");
         let before = env.state();
         let _open = lets_go(&go);
-        for round in 0..5 {
-            killpg(terraform, Signal::SIGCONT).unwrap();
-            let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
-            wait_for("an answer", answers, || env.trace());
-            wait_until_stopped(&env, terraform);
-        }
+        continue_in_vain(&env, terraform);
         assert_eq!(env.state(), before, "{}", env.trace());
         is_away.store(false, Ordering::SeqCst);
         let end = run.wait();
