@@ -451,6 +451,9 @@ pub fn network_of_tf(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
     (through(env, rule), is_away)
 }
 
+/// What the trace says when a stopped terraform would get no connection if another process continued it.
+const CANNOT_CONNECT: &str = "terraform can open a connection: false";
+
 /// What stands while the terraform of a run is stopped: another run has the lock and has written its state.
 pub struct Successor {
     lock: String,
@@ -465,6 +468,7 @@ impl Successor {
         // A taker needs at least a fifth of the lease after the stop, and this at most a twentieth. A `tf` that is
         // suspended does not do it.
         if !ours(env).iter().any(|pid| state(*pid) == Some('T')) {
+            env.wait_for_trace(CANNOT_CONNECT);
             env.wait_for_trace("connections of terraform were broken off");
         }
         Self { lock: succeed(env), _open: lets_go(go) }
@@ -1567,6 +1571,7 @@ fn a_terraform_that_could_not_write_after_a_sigcont_from_somebody_else_writes_wh
         let terraform = terraform_below(run.pid());
         is_away.store(true, Ordering::SeqCst);
         wait_until_stopped(&env, terraform);
+        env.wait_for_trace(CANNOT_CONNECT);
         env.wait_for_trace("connections of terraform were broken off");
         let before = env.state();
         let _open = lets_go(&go);
