@@ -185,12 +185,18 @@ impl Link {
         self.flush() && has_room
     }
 
-    /// Sends what is left of earlier reports, without waiting. Returns whether nothing is left.
+    /// Sends what is left of earlier reports, without waiting. Returns whether all was sent.
+    ///
+    /// If nobody reads the socket any more, it stays writable, and each write fails with EPIPE. So the socket must not
+    /// be waited for again: the thread would do nothing else.
     fn flush(&mut self) -> bool {
         while !self.unsent.is_empty() {
             match self.socket.try_write(&self.unsent) {
                 Ok(length) => drop(self.unsent.drain(..length)),
-                Err(_) => return false,
+                Err(error) => {
+                    self.is_abandoned |= error.kind() != io::ErrorKind::WouldBlock;
+                    return false;
+                }
             }
         }
         true
@@ -344,6 +350,18 @@ mod tests {
     use crate::lease::record::Promise;
     use crate::supervise::keeper::Loss;
 
+    fn link(socket: UnixStream, terraform: OwnedFd) -> Link {
+        Link {
+            socket: tokio::net::UnixStream::from_std(socket).unwrap(),
+            is_abandoned: false,
+            terraform: Readiness::of(terraform).unwrap(),
+            unsent: Vec::new(),
+            answer: None,
+            notice: None,
+            interrupted: Rc::default(),
+        }
+    }
+
     /// Returns the reports that a supervisor reads which was suspended while `reports` were sent until its socket was
     /// full, and then `last`.
     fn read_after_a_suspension(last: &[Report]) -> Vec<Report> {
@@ -351,15 +369,7 @@ mod tests {
         own.set_nonblocking(true).unwrap();
         let (terraform, _lives) = descriptor::pipe().unwrap();
         runtime::block_on(async {
-            let mut link = Link {
-                socket: tokio::net::UnixStream::from_std(own).unwrap(),
-                is_abandoned: false,
-                terraform: Readiness::of(terraform).unwrap(),
-                unsent: Vec::new(),
-                answer: None,
-                notice: None,
-                interrupted: Rc::default(),
-            };
+            let mut link = link(own, terraform);
             let renewed =
                 Report::Renewed { fence: Promise::Stop, sent: Duration::ZERO, fuse: Some((7, Duration::ZERO)) };
             link.socket.writable().await.unwrap();
@@ -379,6 +389,23 @@ mod tests {
             reader.join().unwrap()
         })
         .unwrap()
+    }
+
+    #[test]
+    fn a_supervisor_that_is_gone_is_not_waited_for() {
+        let (own, supervisors) = UnixStream::pair().unwrap();
+        own.set_nonblocking(true).unwrap();
+        drop(supervisors);
+        let (terraform, _lives) = descriptor::pipe().unwrap();
+        runtime::block_on(async {
+            let mut link = link(own, terraform);
+            // The write is the first thing that shows it, before the end of the socket was waited for.
+            link.socket.writable().await.unwrap();
+            assert!(!link.report(&Report::Lost(Loss::Gone)) && link.is_abandoned);
+            let soon = tokio::time::Instant::now() + Duration::from_millis(10);
+            assert!(matches!(link.wake(Some(soon)).await, Wake::Due));
+        })
+        .unwrap();
     }
 
     #[test]
