@@ -587,9 +587,9 @@ impl Tree {
     }
 }
 
-/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination. `grace_ended_at`
-/// is the time at which the grace period was ended early, or `None` if it was not. `has_nested` is whether a process of
-/// a nested run is running.
+/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination.
+/// `grace_ended_at` is the time at which the grace period was ended early, or `None` if it was not. `has_nested` is
+/// whether a process of a nested run is running.
 fn kill_from(grace_ended_at: Option<Duration>, has_nested: bool) -> Duration {
     let grace = if has_nested { NESTED_TERM_GRACE } else { TERM_GRACE };
     grace_ended_at.unwrap_or(grace).min(grace)

@@ -454,7 +454,7 @@ pub fn network_of_tf(env: &mut TestEnv) -> (Proxy, Arc<AtomicBool>) {
 /// What the trace says when a stopped terraform would get no connection if another process continued it.
 const CANNOT_CONNECT: &str = "terraform can open a connection: false";
 
-/// What stands while the terraform of a run is stopped: another run has the lock and has written its state.
+/// The lock and the state of another run, which has taken them while the terraform of this run is stopped.
 pub struct Successor {
     lock: String,
     /// Terraform is about to write its own state ([`lets_go`]).

@@ -279,7 +279,7 @@ fn a_record_that_has_a_member_twice_is_not_taken_over() {
     }
 }
 
-/// Whoever may write the lock may write the record, and the texts in it are shown to people and passed to programs.
+/// A person who may write the lock may write the record too. `tf` shows its texts to people and passes them to programs.
 fn a_takeover_from_a_holder_with_hostile_texts_is_reported_harmlessly(lock: Lock) {
     let mut env = leased(lock, "5m");
     let told = env.directory.join("told");
