@@ -462,6 +462,16 @@ pub struct Successor {
 }
 
 impl Successor {
+    /// Cuts the network of `run` off, waits until its terraform is stopped and the run says so, and lets another run
+    /// take its lock.
+    #[track_caller]
+    pub fn of_a_stopped_run(env: &TestEnv, go: &Path, (run, terraform): (&Run, Pid), is_away: &AtomicBool) -> Self {
+        is_away.store(true, Ordering::SeqCst);
+        wait_until_stopped(env, terraform);
+        run.wait_for_err("terraform was stopped, because the lease");
+        Self::succeeds(env, go)
+    }
+
     /// Gives lock and state to another run, and makes the stopped terraform write its state as soon as it runs.
     #[track_caller]
     pub fn succeeds(env: &TestEnv, go: &Path) -> Self {
@@ -1505,10 +1515,7 @@ fn a_timeout_that_ends_a_run_does_not_continue_its_stopped_terraform() {
         env.wait_for_began(&run);
         wait_for_renewal_after(&env, &Value::Null);
         let terraform = terraform_below(run.pid());
-        is_away.store(true, Ordering::SeqCst);
-        wait_until_stopped(&env, terraform);
-        run.wait_for_err("terraform was stopped, because the lease");
-        let successor = Successor::succeeds(&env, &go);
+        let successor = Successor::of_a_stopped_run(&env, &go, (&run, terraform), &is_away);
         // This is how timeout(1) learns that the time is over. It sends SIGTERM to `tf` and to its group, and then
         // SIGCONT to both.
         run.send(Signal::SIGALRM);
@@ -1545,10 +1552,7 @@ fn a_sigcont_from_somebody_else_does_not_let_a_terraform_write_whose_lock_anothe
         let (_proxy, is_away) = network_of_tf(&mut env);
         let run = start(&env);
         let terraform = terraform_below(run.pid());
-        is_away.store(true, Ordering::SeqCst);
-        wait_until_stopped(&env, terraform);
-        run.wait_for_err("terraform was stopped, because the lease");
-        let successor = Successor::succeeds(&env, &go);
+        let successor = Successor::of_a_stopped_run(&env, &go, (&run, terraform), &is_away);
         continue_in_vain(&env, terraform);
         successor.assert_stands(&env, "before the look");
         is_away.store(false, Ordering::SeqCst);

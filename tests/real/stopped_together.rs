@@ -267,10 +267,7 @@ fn a_service_manager_that_stops_a_unit_does_not_let_a_terraform_write_whose_lock
         env.wait_for_began(&run);
         wait_for_renewal_after(&env, &Value::Null);
         let terraform = terraform_below(run.pid());
-        is_away.store(true, Ordering::SeqCst);
-        wait_until_stopped(&env, terraform);
-        run.wait_for_err("terraform was stopped, because the lease");
-        let successor = Successor::succeeds(&env, &go);
+        let successor = Successor::of_a_stopped_run(&env, &go, (&run, terraform), &is_away);
         env.write("stop", "");
         env.wait_for_file("stopped");
         env.wait_for_trace("got SIGTERM");
