@@ -32,26 +32,40 @@ def free_port():
 
 
 class Cloud:
+    existing = []
+
     def __init__(self):
+        # MiniStack writes /tmp/ministack-PORT.pid, and ends if another user owns a file of that name (proc_sys_fs(5),
+        # protected_regular). Its own directory is also where its output is kept until it has started.
+        self.temporary = tempfile.TemporaryDirectory(prefix="tf-cloud-")
+        self.existing.append(self)
         self.port = free_port()
-        environment = dict(os.environ, BIND_HOST="127.0.0.1", GATEWAY_PORT=str(self.port))
-        self.server = subprocess.Popen(
-            [HERE / "target/tools/bin/ministack"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for _ in range(600):
-            try:
-                if self.ask("GET", "/_ministack/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.05)
-        else:
-            sys.exit("the loopback cloud did not start")
+        environment = dict(
+            os.environ, BIND_HOST="127.0.0.1", GATEWAY_PORT=str(self.port), TMPDIR=self.temporary.name)
+        log = pathlib.Path(self.temporary.name) / "output"
+        with log.open("wb") as output:
+            self.server = subprocess.Popen(
+                [HERE / "target/tools/bin/ministack"], env=environment, stdout=output, stderr=output)
+        deadline = time.monotonic() + 30
+        while not self.is_healthy():
+            if (ended := self.server.poll()) is not None:
+                sys.exit(f"MiniStack ended with exit code {ended}:\n{log.read_text(errors='replace')}")
+            if time.monotonic() > deadline:
+                self.server.kill()
+                sys.exit(f"MiniStack did not answer on port {self.port} for 30 s:\n{log.read_text(errors='replace')}")
+            time.sleep(0.05)
         self.ask("PUT", "/bucket", service="s3")
         self.dynamodb("CreateTable", {
             "TableName": "locks", "BillingMode": "PAY_PER_REQUEST",
             "AttributeDefinitions": [{"AttributeName": "LockID", "AttributeType": "S"}],
             "KeySchema": [{"AttributeName": "LockID", "KeyType": "HASH"}],
         })
+
+    def is_healthy(self):
+        try:
+            return self.ask("GET", "/_ministack/health")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
     def ask(self, method, path, body=b"", headers=None, service="s3"):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -87,6 +101,7 @@ class Cloud:
     def stop(self):
         self.server.kill()
         self.server.wait()
+        self.temporary.cleanup()
 
 
 class Work:

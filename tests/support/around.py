@@ -427,6 +427,8 @@ def give_up(number, _):
     for place in list(Place.existing):
         kill(place.processes())
         shutil.rmtree(place.root, ignore_errors=True)
+    for cloud in Cloud.existing:
+        cloud.stop()
     for thread in os.listdir("/proc/self/task"):
         for child in pathlib.Path(f"/proc/self/task/{thread}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)

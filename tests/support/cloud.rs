@@ -38,25 +38,35 @@ pub fn tool(name: &str) -> PathBuf {
 
 /// Starts a server that is killed when the tests end, even if they crash: its keeper process reads a pipe that this
 /// process holds, and kills the server at the end of the pipe.
+///
+/// The server has a directory of its own for temporary files: MiniStack ends if another user owns a file of the name
+/// `ministack-PORT.pid` in /tmp (proc_sys_fs(5), protected_regular).
 pub fn keep(command: &[&str], environment: &[(&str, &str)]) -> Server {
     let keeper = r#"
-import os, signal, subprocess, sys
+import os, subprocess, sys, tempfile
 log = open(sys.argv[1], "ab")
-child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-sys.stdin.read()
-child.send_signal(signal.SIGKILL)
+with tempfile.TemporaryDirectory(prefix="tf-test-server-") as temporary:
+    environment = dict(os.environ, TMPDIR=temporary)
+    child = subprocess.Popen(sys.argv[2:], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    sys.stdin.read()
+    child.kill()
+    child.wait()
 "#;
-    // Another user may have run the tests before, and then owns the other log.
-    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("servers-{}.log", nix::unistd::geteuid()));
     clean(&mut Command::new(tool("python3")))
         .args(["-c", keeper])
-        .arg(log)
+        .arg(server_log())
         .args(command)
         .envs(environment.iter().copied())
         .stdin(Stdio::piped())
         .spawn()
         .map(Server)
         .unwrap()
+}
+
+/// Returns the path of the file with the output of the servers. Another user may have run the tests before, and then
+/// owns the other file.
+fn server_log() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("servers-{}.log", nix::unistd::geteuid()))
 }
 
 /// A server and its keeper. Both end when this is dropped.
@@ -122,7 +132,7 @@ impl Cloud {
         wait_for(
             "MiniStack",
             || http::ask(port, "GET", "/_ministack/health", &[], b"").filter(|answer| answer.status() == 200),
-            || format!("nothing on port {port}"),
+            || format!("nothing on port {port}; its output is in {}", server_log().display()),
         );
         // MiniStack's HTTP server loses the response to about one in a thousand requests that reuse a connection: a
         // PutItem takes effect, and terraform's SDK then retries and meets its own lock. The proxy uses a new
