@@ -12,6 +12,8 @@ pub(crate) mod procargs;
 pub(crate) mod process_entry;
 #[cfg(target_os = "macos")]
 pub(crate) mod reporting_handler;
+#[cfg(any(target_os = "macos", test))]
+pub(crate) mod sized_read;
 #[cfg(target_os = "macos")]
 pub(crate) mod sysctl;
 #[cfg(target_os = "macos")]

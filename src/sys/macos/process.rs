@@ -209,7 +209,7 @@ fn description(pid: Pid) -> Option<Description> {
     // KERN_PROC.
     // SAFETY: this is the type of PROC_PIDT_SHORTBSDINFO, and all its fields are numbers.
     let info = unsafe { pidinfo::<libc::proc_bsdshortinfo>(pid, libc::PROC_PIDT_SHORTBSDINFO, ZOMBIES_TOO) }?;
-    let entry = sysctl::by_number([libc::CTL_KERN, libc::KERN_PROC, libc::KERN_PROC_PID, pid.as_raw()]);
+    let entry = sysctl::process_entry(pid.as_raw());
     Some(Description {
         parent: info.pbsi_ppid,
         group: info.pbsi_pgid,
@@ -284,7 +284,7 @@ impl Process {
 
     /// Returns the value of the variable `name` in the environment with which the process was started.
     pub(crate) fn environment(&self, name: &str) -> Variable {
-        let bytes = sysctl::by_number([libc::CTL_KERN, libc::KERN_PROCARGS2, self.pid.as_raw()]).unwrap_or_default();
+        let bytes = sysctl::arguments(self.pid.as_raw()).unwrap_or_default();
         procargs::environment(&bytes).map_or(Variable::Unreadable, |entries| Variable::among(entries, name))
     }
 

@@ -2,23 +2,36 @@
 
 use std::ffi::CStr;
 
-/// How often a read is repeated because the value has grown since its size was asked for.
-const ATTEMPTS: usize = 3;
+use nix::errno::Errno;
 
-/// How much a value may grow between the question for its size and the read.
-const SPARE_BYTES: usize = 4096;
+use super::sized_read;
+
+/// The largest buffer that `KERN_PROCARGS2` accepts: `ARG_MAX` (sys/syslimits.h) and the number of arguments. With a
+/// larger one, it fails with EINVAL (`sysctl_procargsx`, bsd/kern/kern_sysctl.c of xnu).
+const MAX_ARGUMENTS: usize = 1024 * 1024 + size_of::<libc::c_int>();
 
 /// Returns the value with the name `name`. `None` if there is no such value, or if this process may not read it.
 pub(crate) fn by_name(name: &CStr) -> Option<Vec<u8>> {
     // SAFETY: `name` is zero-terminated. `read` passes either a null pointer or a buffer of `size` bytes.
-    read(|buffer, size| unsafe { libc::sysctlbyname(name.as_ptr(), buffer, size, std::ptr::null_mut(), 0) })
+    read(usize::MAX, |buffer, size| unsafe { libc::sysctlbyname(name.as_ptr(), buffer, size, std::ptr::null_mut(), 0) })
 }
 
-/// Returns the value with the numbers `name`. `None` if there is no such value, or if this process may not read it.
-pub(crate) fn by_number<const N: usize>(mut name: [libc::c_int; N]) -> Option<Vec<u8>> {
+/// Returns the arguments and the environment of a process, in the format of [`super::procargs`]. `None` if there is no
+/// such process, or if this process may not read them.
+pub(crate) fn arguments(pid: libc::pid_t) -> Option<Vec<u8>> {
+    by_number(MAX_ARGUMENTS, [libc::CTL_KERN, libc::KERN_PROCARGS2, pid])
+}
+
+/// Returns the `kinfo_proc` (sys/sysctl.h) of a process. Empty if there is no such process.
+pub(crate) fn process_entry(pid: libc::pid_t) -> Option<Vec<u8>> {
+    by_number(usize::MAX, [libc::CTL_KERN, libc::KERN_PROC, libc::KERN_PROC_PID, pid])
+}
+
+/// Returns the value with the numbers `name`. The kernel accepts a buffer of at most `max` bytes.
+fn by_number<const N: usize>(max: usize, mut name: [libc::c_int; N]) -> Option<Vec<u8>> {
     let length = libc::c_uint::try_from(N).ok()?;
     // SAFETY: `name` has `length` numbers. `read` passes either a null pointer or a buffer of `size` bytes.
-    read(|buffer, size| unsafe { libc::sysctl(name.as_mut_ptr(), length, buffer, size, std::ptr::null_mut(), 0) })
+    read(max, |buffer, size| unsafe { libc::sysctl(name.as_mut_ptr(), length, buffer, size, std::ptr::null_mut(), 0) })
 }
 
 /// Returns the text with the name `name`, without the zero byte at its end. `None` if it cannot be read, is empty or is
@@ -29,26 +42,13 @@ pub(crate) fn text(name: &CStr) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Asks for the size of a value with a null pointer, and then for the value. The buffer is larger than that size, and a
-/// full one counts as too small: of the arguments of a process, the kernel returns only the end if they have grown
-/// (`sysctl_procargsx`, bsd/kern/kern_sysctl.c of xnu).
-fn read(mut call: impl FnMut(*mut libc::c_void, *mut libc::size_t) -> libc::c_int) -> Option<Vec<u8>> {
-    for _ in 0..ATTEMPTS {
-        let mut size = 0;
-        if call(std::ptr::null_mut(), &raw mut size) != 0 {
-            return None;
-        }
-        let mut value = vec![0u8; size + SPARE_BYTES];
-        size = value.len();
-        match call(value.as_mut_ptr().cast(), &raw mut size) {
-            0 if size == value.len() => {}
-            0 => {
-                value.truncate(size);
-                return Some(value);
-            }
-            _ if std::io::Error::last_os_error().raw_os_error() == Some(libc::ENOMEM) => {}
-            _ => return None,
-        }
-    }
-    None
+/// Reads a value by `call`, which gets a buffer and its size, and stores the size of the value there. With a null
+/// pointer it only stores the size. It returns -1 and sets errno if it fails.
+fn read(max: usize, mut call: impl FnMut(*mut libc::c_void, *mut libc::size_t) -> libc::c_int) -> Option<Vec<u8>> {
+    sized_read::read(max, |buffer| {
+        let (start, mut size) =
+            buffer.map_or((std::ptr::null_mut(), 0), |buffer| (buffer.as_mut_ptr().cast(), buffer.len()));
+        Errno::result(call(start, &raw mut size))?;
+        Ok(size)
+    })
 }
