@@ -313,7 +313,8 @@ impl Process {
             let bytes: Vec<u8> = paths.pvi_cdir.vip_path.iter().flatten().map(|byte| byte.cast_unsigned()).collect();
             let directory =
                 CStr::from_bytes_until_nul(&bytes).map(|path| Path::new(OsStr::from_bytes(path.to_bytes())));
-            directory.is_ok_and(|directory| directory.join(".terraform").exists())
+            // The path is empty if the kernel cannot tell it (bsd/kern/proc_info.c of xnu).
+            directory.is_ok_and(|directory| directory.is_absolute() && directory.join(".terraform").exists())
         })
     }
 
