@@ -69,7 +69,8 @@ impl Kqueue {
     /// Takes the next event from the queue. If `waits` is true, waits for one. `None` if there is none, or if the wait
     /// was interrupted.
     pub(crate) fn next(&self, waits: bool) -> Option<Exit> {
-        /// The part of the data that is the exit status in the form of wait(2) (NOTE_PDATAMASK, sys/event.h).
+        /// The exit status in the form of wait(2) has 16 bits (`W_EXITCODE`, sys/wait.h). NOTE_PDATAMASK (sys/event.h)
+        /// has 20.
         const STATUS: libc::intptr_t = 0xffff;
         let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         let timeout = if waits { std::ptr::null() } else { &raw const none };
