@@ -80,8 +80,8 @@ impl SignalSource {
         let [number, kernel, pid @ ..] = bytes;
         let signal = Signal::try_from(i32::from(number)).ok()?;
         let pid = i32::from_ne_bytes(pid);
-        let origin = origin::of(signal, kernel == 1, pid);
-        Some(Arrival { signal, origin, sender: super::sender(origin, pid) })
+        let (origin, sender) = origin::of(signal, kernel == 1, pid);
+        Some(Arrival { signal, origin, sender })
     }
 }
 
