@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -24,6 +25,9 @@ use super::{descriptor, disposition, poll};
 /// How long the watcher may take to join the group. It may be stopped together with the group before it has reported
 /// that.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The byte that reports that the watcher has joined the group. All others are the numbers of signals.
+const JOINED: u8 = 0;
 
 /// The parent's handle of the watcher. Dropping it kills the watcher.
 #[derive(Debug)]
@@ -51,24 +55,29 @@ impl GroupSignalWatcher {
         };
         drop((writer, blocked));
         let group_signal_watcher = Self { pid, received };
-        // The first byte reports that the watcher is in the group. Only after that may terraform's group become the
-        // foreground process group.
+        group_signal_watcher.wait_until_joined()?;
+        fcntl(&group_signal_watcher.received, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(group_signal_watcher)
+    }
+
+    /// Waits until the watcher has reported that it is in the group. Only after that may terraform's group become the
+    /// foreground process group, so a signal that was reported before is no key.
+    fn wait_until_joined(&self) -> io::Result<()> {
         let until = Instant::now() + JOIN_TIMEOUT;
-        let joined = [(group_signal_watcher.as_fd(), PollFlags::POLLIN)];
-        while poll::wait(&joined, Some(until.saturating_duration_since(Instant::now()))) != [true] {
-            if Instant::now() >= until {
+        let mut byte = [u8::MAX];
+        while byte != [JOINED] {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-        }
-        let mut byte = [0];
-        match nix::unistd::read(&group_signal_watcher.received, &mut byte) {
-            Ok(1) if byte[0] == 0 => {
-                use nix::fcntl::{FcntlArg, OFlag, fcntl};
-                fcntl(&group_signal_watcher.received, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-                Ok(group_signal_watcher)
+            if poll::wait(&[(self.as_fd(), PollFlags::POLLIN)], Some(left)) != [true] {
+                continue;
             }
-            _ => Err(io::Error::other("the watcher could not join terraform's process group")),
+            if nix::unistd::read(&self.received, &mut byte) != Ok(1) {
+                return Err(io::Error::other("the watcher could not join terraform's process group"));
+            }
         }
+        Ok(())
     }
 
     /// Returns the pid of the watcher. The watcher is a child of this process and not a descendant of terraform.
@@ -122,12 +131,10 @@ fn watch(group: Pid, parent: Pid, writer: i32) -> ! {
         if libc::getppid() != parent.as_raw() {
             libc::_exit(1);
         }
-        let ready = 0u8;
-        libc::write(writer, (&raw const ready).cast(), 1);
-        // The byte above must come first. The signals are still blocked, so what has arrived by now is pending.
         if !Source::listen(parent, writer) {
             libc::_exit(1);
         }
+        libc::write(writer, [JOINED].as_ptr().cast(), 1);
         loop {
             match source.next() {
                 #[cfg(target_os = "linux")]
