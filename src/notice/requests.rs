@@ -51,12 +51,12 @@ const MAINTENANCE: &str = "/computeMetadata/v1/instance/maintenance-event";
 
 /// Asks a metadata service again and again, until it says that this host is about to end.
 pub(crate) async fn first_notice(service: Service) -> Notice {
-    let mut questions = Questions::new(service);
+    let mut questions = Questions::new(service, Waits::ForChange);
     let mut useless = 0_u32;
     let mut traced = None;
     loop {
         let asked = Instant::now();
-        let found = questions.ask(Waits::ForChange).await;
+        let found = questions.ask().await;
         let state = found.as_ref().map(drop).map_err(Useless::clone);
         if traced.as_ref() != Some(&state) {
             match &state {
@@ -81,10 +81,11 @@ pub(crate) async fn first_notice(service: Service) -> Notice {
 /// # Errors
 /// If it does not answer, or if its answer is useless.
 pub(crate) async fn ask_once(service: Service) -> Found {
-    Questions::new(service).ask(Waits::Never).await
+    Questions::new(service, Waits::Never).ask().await
 }
 
-/// Whether a question to Google's service may wait for a change.
+/// Whether a question to Google's service may wait for a change. After a wait without a useful answer, none does: what is
+/// between this host and the service may end every long request, and a preemption comes 30 s after its notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Waits {
     Never,
@@ -102,28 +103,29 @@ struct Questions {
     seen: [Option<String>; 2],
     /// Whether Google's service has no key for maintenance events, as that of GKE.
     has_no_maintenance: bool,
+    waits: Waits,
 }
 
 impl Questions {
-    fn new(service: Service) -> Self {
+    fn new(service: Service, waits: Waits) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         // The next question comes after some seconds. A connection to a machine that was suspended meanwhile is of no
         // use.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         let requests = Requests { client, service };
-        Self { requests, token: None, machine: None, seen: [None, None], has_no_maintenance: false }
+        Self { requests, token: None, machine: None, seen: [None, None], has_no_maintenance: false, waits }
     }
 
     /// Asks whether this host is about to end.
     ///
     /// # Errors
     /// If an answer is missing or useless, and no other one has a notice.
-    async fn ask(&mut self, waits: Waits) -> Found {
+    async fn ask(&mut self) -> Found {
         match self.requests.service.provider {
             Provider::Ec2 => self.ask_ec2().await,
             Provider::Azure => self.ask_azure().await,
-            Provider::Gcp => self.ask_google(waits).await,
+            Provider::Gcp => self.ask_google().await,
         }
     }
 
@@ -167,17 +169,20 @@ impl Questions {
 
     /// Asks Google's service for two keys at once. An answer to one of them is enough for now: the other one is asked
     /// again with the `ETag` of its last answer, so no change is missed.
-    async fn ask_google(&mut self, waits: Waits) -> Found {
-        let [preempted, maintenance] = &self.seen;
-        if waits == Waits::ForChange
-            && let (Some(preempted), Some(maintenance)) = (preempted, maintenance)
+    async fn ask_google(&mut self) -> Found {
+        if self.waits == Waits::ForChange
+            && let [Some(preempted), Some(maintenance)] = &self.seen
         {
             let maintenance = self.requests.wait_for_change(MAINTENANCE, maintenance);
             let (place, answer) = tokio::select! {
-                answer = self.requests.wait_for_change(PREEMPTED, preempted) => (0, answer?),
-                answer = maintenance, if !self.has_no_maintenance => (1, answer?),
+                answer = self.requests.wait_for_change(PREEMPTED, preempted) => (0, answer),
+                answer = maintenance, if !self.has_no_maintenance => (1, answer),
             };
-            return self.note(place, answer);
+            let found = answer.and_then(|answer| self.note(place, answer));
+            if found.is_err() {
+                self.waits = Waits::Never;
+            }
+            return found;
         }
         let preempted = self.requests.get(PREEMPTED, FLAVOR).await?;
         let preempted = self.note(0, preempted)?;
