@@ -79,8 +79,8 @@ enum Operation {
 }
 
 /// Determines whether locks may be released after `operation`. Returns `None` if so, and otherwise the outcome with the
-/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree according
-/// to `policy`. If terraform exited by itself, this kills no process, because terraform may have left a process running on
+/// reason why no lock may be released. If terraform died, this kills the remaining processes of its tree according to
+/// `policy`. If terraform exited by itself, this kills no process, because terraform may have left a process running on
 /// purpose.
 fn reason_to_keep(
     tree: &Tree,

@@ -213,8 +213,7 @@ fn next_step(seen: Seen<'_>, said: Option<&Said>, waited: Duration) -> Step {
     }
 }
 
-/// Returns the time until the next read: as long as terraform has waited already, and at most
-/// [`MAX_LOOK_INTERVAL`].
+/// Returns the time until the next read: as long as terraform has waited already, and at most [`MAX_LOOK_INTERVAL`].
 fn look_interval(waited: Duration) -> Duration {
     waited.min(MAX_LOOK_INTERVAL)
 }

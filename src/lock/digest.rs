@@ -34,8 +34,8 @@ impl Comparison {
     }
 }
 
-/// Compares `state` with its digest in `table`. The two may differ while a terraform is writing them,
-/// so the caller must hold the lock or compare twice.
+/// Compares `state` with its digest in `table`. The two may differ while a terraform is writing them, so the caller must
+/// hold the lock or compare twice.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the digest or the state cannot be read.

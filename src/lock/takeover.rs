@@ -430,8 +430,7 @@ struct Watch<'a> {
     /// The object of a lock with two parts.
     object: Option<StoreKey>,
     /// The place of an object that locks with this backend do not have ([`ObjectPart::OfAnotherBackend`]). `None` if
-    /// they have one. It is not compared: terraform deletes its object before the item, and the
-    /// item is compared.
+    /// they have one. It is not compared: terraform deletes its object before the item, and the item is compared.
     other_object: Option<StoreKey>,
     begun: Instant,
     unchanged: Unchanged<(LeasedLock, Rest)>,

@@ -31,8 +31,8 @@ struct Connection {
 
 impl UnconfirmedBytes {
     /// Reads the connections of this network namespace. Only connections that this host has begun count, so a server on
-    /// this host whose clients are slow does not. Empty on systems other than Linux
-    /// ([`UNSEEN_PAUSE`]), and where /proc cannot be read.
+    /// this host whose clients are slow does not. Empty on systems other than Linux ([`UNSEEN_PAUSE`]), and where /proc
+    /// cannot be read.
     pub(crate) fn read() -> Self {
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
         let ports = read("/proc/sys/net/ipv4/ip_local_port_range");

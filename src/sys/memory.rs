@@ -49,9 +49,8 @@ impl MemoryFile {
     }
 
     /// Opens the file that another process created under `name` in one of the directories of [`MemoryFile::create`].
-    /// Returns `None` if there is no
-    /// such file, or if the entry is a link, is not a regular file, has several names or belongs to another user. A
-    /// file from memfd_create(2) is never found, because it has no name in a directory.
+    /// Returns `None` if there is no such file, or if the entry is a link, is not a regular file, has several names or
+    /// belongs to another user. A file from memfd_create(2) is never found, because it has no name in a directory.
     pub(crate) fn find(name: &str) -> Option<Self> {
         use std::os::unix::fs::MetadataExt;
         directories().chain(usual_directory()).find_map(|directory| {
