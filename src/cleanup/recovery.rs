@@ -902,14 +902,9 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, sent_until };
     let (finished, unfinished) = clean_up_after(&record, context, reason.as_deref(), audience);
     crash_point::reached("recovery: cleaned up");
-    if unfinished.is_empty() {
-        // If this fails, a later recovery finishes the run again.
-        let _ = entry.take_away();
-    } else {
-        record.leave(unfinished);
-        if entry.write(&record, Durability::PowerLoss).is_ok() {
-            Recorder::clear_away(&record.run);
-        }
+    let run = record.run.clone();
+    if entry.close(*record, unfinished).is_ok() {
+        Recorder::clear_away(&run);
     }
     crash_point::reached("recovery: closed");
     finished

@@ -606,6 +606,21 @@ impl JournalEntry {
         remove(&self.path)
     }
 
+    /// Closes the record. If nothing is `left`, deletes the run from the journal. Otherwise writes `record` with what is
+    /// left, for the next `tf`.
+    ///
+    /// # Errors
+    /// Fails if the record cannot be written ([`JournalEntry::write`]). The recorder of the run must then stay: only it
+    /// may show a lock. A run that cannot be deleted is no error: a recovery finds that it has left nothing.
+    pub(crate) fn close(&self, mut record: JournalRecord, left: Unfinished) -> io::Result<()> {
+        if left.is_empty() {
+            let _ = self.take_away();
+            return Ok(());
+        }
+        record.leave(left);
+        self.write(&record, Durability::PowerLoss)
+    }
+
     /// Whether the record was written within the last `time`. True if the time of the write is not known.
     pub(crate) fn was_written_within(&self, time: Duration) -> bool {
         !is_older(&self.path.join("record.json"), time)

@@ -795,6 +795,7 @@ impl Attempt<'_> {
                 stored => stored?,
             };
             let Some((stored, has_lease)) = stored else {
+                trace!("{part:?} holds nothing");
                 return Ok(Judged::of_no_part(was_asked_to_go));
             };
             let Some(info) = stored.info() else {

@@ -751,20 +751,14 @@ impl<'a> Watch<'a> {
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
         let unfinished = self.clean_up(ended);
-        let mut is_recorded = true;
+        let mut closed = Ok(());
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
-            if unfinished.is_empty() {
-                // If this fails, a recovery finds that the run has left nothing.
-                let _ = entry.take_away();
-            } else {
-                record.log = self.context.recorder.log().clone();
-                record.tree.survivors = self.context.tree.survivors();
-                record.leave(unfinished);
-                is_recorded = entry.write(&record, Durability::PowerLoss).is_ok();
-            }
+            record.log = self.context.recorder.log().clone();
+            record.tree.survivors = self.context.tree.survivors();
+            closed = entry.close(record, unfinished);
         }
         // If the disk is full, only the recorder shows the lock.
-        if is_recorded {
+        if closed.is_ok() {
             self.context.recorder.remove();
         }
         crash_point::reached("guardian: done");

@@ -276,10 +276,14 @@ impl<'a> Prepared<'a> {
         }
         crash_point::reached("tf: terraform ended");
         let all_written = self.pipes.flush();
-        self.clean_up(ended, &started, waiting, signals);
+        let closed = self.clean_up(ended, &started, waiting, signals);
         write_the_rest(&mut self.pipes, all_written, signals);
         say_the_rest(signals);
         self.write_step_outputs(ended);
+        if closed.is_err() {
+            // If the disk is full, only the recorder shows the lock.
+            self.recorder.leave();
+        }
         Ok(ended)
     }
 
@@ -294,7 +298,7 @@ impl<'a> Prepared<'a> {
         let terraform = match spawn::spawn(&self.image, &setup) {
             Ok(terraform) => terraform,
             Err(error) => {
-                self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
+                let _ = self.run_record.close(Unfinished::default(), &Log::default(), Vec::new());
                 // The system has no free process, descriptor or memory. The caller can still run terraform without
                 // supervision, by replacing this process with terraform.
                 let lacking = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM];
@@ -358,7 +362,10 @@ impl<'a> Prepared<'a> {
     /// any more, or until the promise of a lock that is kept was withdrawn. If neither can be done, the fence stays
     /// after the end of `tf`: at the deadline, the kernel kills the group. If terraform exited by itself, the fence must
     /// not stop a daemon that a provisioner started on purpose.
-    fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) {
+    ///
+    /// # Errors
+    /// If what is left for the next `tf` cannot be written to the run's record.
+    fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) -> io::Result<()> {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
         let mut log = self.recorder.read().clone();
@@ -444,8 +451,9 @@ impl<'a> Prepared<'a> {
             Unfinished::default()
         };
         crash_point::reached("tf: cleaned up");
-        self.run_record.close(unfinished, &log, self.tree.survivors());
+        let closed = self.run_record.close(unfinished, &log, self.tree.survivors());
         crash_point::reached("tf: closed");
+        closed
     }
 
     fn write_step_outputs(&self, ended: Ended) {

@@ -3,7 +3,7 @@
 //! The guardian writes the journal, because `tf` could not handle signals while it waits for a disk. If there is no
 //! guardian, `tf` writes the journal itself.
 
-use crate::journal::state_directory::Durability;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::crash_point;
 use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
+use crate::journal::state_directory::Durability;
 use crate::supervise::guardian::{Guardian, Heard};
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
@@ -261,34 +262,32 @@ impl RunRecord {
         recorder.forget();
     }
 
-    /// Closes the record. If nothing is unfinished, deletes it. Otherwise writes `unfinished`, `log` and `survivors` to
-    /// it, for the next `tf`. `survivors` are the run's processes that are still running, by pid and start time in
-    /// clock ticks since boot.
-    pub(crate) fn close(&mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) {
+    /// Closes the record ([`JournalEntry::close`]), with `log` and `survivors` if something is unfinished. `survivors`
+    /// are the run's processes that are still running, by pid and start time in clock ticks since boot.
+    ///
+    /// # Errors
+    /// Those of [`JournalEntry::close`].
+    pub(crate) fn close(&mut self, unfinished: Unfinished, log: &Log, survivors: Vec<(i32, u64)>) -> io::Result<()> {
         if let Some(guardian) = &mut self.guardian {
             guardian.over();
         }
         crash_point::reached("tf: over");
-        if unfinished.is_empty() {
-            // The guardian writes nothing after it has read that the run is over. If it is writing now, it writes into
-            // a directory that is renamed and then deleted with all its files. So the record can be deleted without
-            // waiting for the guardian.
-            if let Some((entry, _)) = &self.entry {
-                // If this fails, a recovery finds that the run has left nothing.
-                let _ = entry.take_away();
-            }
+        let mut closed = Ok(());
+        // The guardian writes nothing after it has read that the run is over. If it is writing now, it writes into a
+        // directory that is renamed and then deleted with all its files. So the record can be deleted, but not written,
+        // without waiting for the guardian.
+        if let Some((entry, record)) = self.entry.take_if(|_| unfinished.is_empty()) {
+            closed = entry.close(record, Unfinished::default());
         }
         if let Some(guardian) = self.guardian.take() {
             guardian.wait();
         }
-        if let Some((entry, mut record)) = self.entry.take()
-            && !unfinished.is_empty()
-        {
+        if let Some((entry, mut record)) = self.entry.take() {
             record.log = log.clone();
             record.tree.survivors = survivors;
-            record.leave(unfinished);
-            let _ = entry.write(&record, Durability::PowerLoss);
+            closed = entry.close(record, unfinished);
         }
+        closed
     }
 }
 

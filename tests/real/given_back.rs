@@ -216,7 +216,7 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
         run.kill_terraform();
         // The request lands when its sender is dead, and after `tf` has looked and found nothing.
         env.wait_for_trace("the tree is dead");
-        std::thread::sleep(Duration::from_millis(1500));
+        env.wait_for_trace("holds nothing");
         assert!(env.locks().is_empty());
         proxy.let_go();
         proxy.wait_until_delivered();

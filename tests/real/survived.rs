@@ -817,6 +817,38 @@ fn a_lock_that_could_not_be_written_to_the_journal_is_found_in_a_long_log() {
     env.assert_unlocked();
 }
 
+/// The record cannot be written while the run works, nor by `tf` when it could not release the lock.
+#[test]
+fn a_lock_that_tf_can_neither_release_nor_record_is_released_by_the_next_run() {
+    let mut env = TestEnv::new(Lock::Both, WAITS);
+    env.stand_in("waits", "#!/bin/sh\nwhile ! test -e blocked; do sleep 0.02; done\nexec terraform \"$@\"\n");
+    let is_cut_off = Arc::new(AtomicBool::new(false));
+    let cut_off = Arc::clone(&is_cut_off);
+    let _proxy =
+        through(&mut env, move |_| if cut_off.load(Ordering::SeqCst) { ProxyAction::Close } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &APPLY);
+    let guardian = guardian_of(&env, run.pid());
+    let record = wait_for("the record", || records(&env).pop(), || env.trace());
+    // A directory is in the place of the file that a write of each process would create.
+    for pid in [guardian.as_raw(), run.pid().as_raw()] {
+        fs::create_dir(record.with_extension(pid.to_string())).unwrap();
+    }
+    env.write("blocked", "");
+    env.wait_for_began(&run);
+    env.wait_for_trace("journal written: false");
+    is_cut_off.store(true, Ordering::SeqCst);
+    run.kill_terraform();
+    let end = run.wait();
+    is_cut_off.store(false, Ordering::SeqCst);
+    env.assert_locked();
+    let id = id_of(&env.locks()[0]);
+    assert!(!fs::read_to_string(&record).unwrap().contains(&id), "{}", env.dump(&end));
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 #[test]
 fn a_torn_or_hostile_record_is_set_aside_and_said_once() {
     for text in ["", "{", "null", "[[[[[[", r#"{"format":1}"#, "\u{0}\u{1}\u{2}"] {
