@@ -1,6 +1,6 @@
 //! Writes JSON that contains only ASCII characters, because the content is untrusted and is printed on terminals. No
 //! information is lost, because every JSON parser converts an escape such as `\u202e` back into the character. Also
-//! reads the names of an object's members without storing the values.
+//! reads texts as Go does, and the names of an object's members without storing the values.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -44,6 +44,46 @@ pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<
     String::from_utf8(bytes).map_err(serde::ser::Error::custom)
 }
 
+/// Parses JSON that may contain a [`GoText`] or [`MemberNames`].
+///
+/// # Errors
+/// Fails if `json` is not JSON, or is not a `T`.
+pub(crate) fn parse<'de, T: Deserialize<'de>>(json: &'de str) -> serde_json::Result<T> {
+    // A visitor of bytes gets a string with a control character, which is not JSON.
+    let IgnoredAny = serde_json::from_str(json)?;
+    serde_json::from_str(json)
+}
+
+/// A string of JSON, as Go's encoding/json reads it: a `\ud800` that is half of no pair becomes U+FFFD. serde_json
+/// refuses such a string.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GoText(pub(crate) String);
+
+impl<'de> Deserialize<'de> for GoText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+
+        impl Visitor<'_> for Bytes {
+            type Value = GoText;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a JSON string")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<GoText, E> {
+                Ok(GoText(text.to_owned()))
+            }
+
+            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<GoText, E> {
+                Ok(GoText(String::from_utf8_lossy(bytes).into_owned()))
+            }
+        }
+
+        // serde_json gives half of a pair as three bytes that are not UTF-8 to a visitor of bytes.
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
 /// The names of the members of a JSON object, in the order of the text, with every duplicate.
 pub(crate) struct MemberNames(pub(crate) Vec<String>);
 
@@ -60,7 +100,7 @@ impl<'de> Deserialize<'de> for MemberNames {
 
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<MemberNames, M::Error> {
                 let mut names = Vec::new();
-                while let Some((name, IgnoredAny)) = map.next_entry()? {
+                while let Some((GoText(name), IgnoredAny)) = map.next_entry()? {
                     names.push(name);
                 }
                 Ok(MemberNames(names))
@@ -85,9 +125,28 @@ mod tests {
     }
 
     #[test]
+    fn a_text_is_read_as_go_reads_it() {
+        for (json, expected) in [(r#""plain""#, "plain"), (r#""gr\u00fcn \ud83d\udd12""#, "grün 🔒"), (r#""""#, "")]
+        {
+            assert_eq!(parse::<GoText>(json).unwrap(), GoText(expected.to_owned()), "{json}");
+        }
+        for json in [r#""a\ud800b""#, r#""a\udc00b""#, r#""a\ud800\ud800b""#] {
+            let GoText(text) = parse(json).unwrap();
+            let middle = text.strip_prefix('a').unwrap().strip_suffix('b').unwrap();
+            assert!(middle.chars().all(|character| character == '\u{fffd}') && !middle.is_empty(), "{text:?}");
+        }
+        for json in ["7", "null", "[97]", "{}", r#""a"#, "\"\n\""] {
+            assert!(parse::<GoText>(json).is_err(), "{json}");
+        }
+    }
+
+    #[test]
     fn names_keep_their_order_and_their_duplicates() {
         let MemberNames(names) = serde_json::from_str(r#"{"b": {"x": 1}, "a": [2], "b": null}"#).unwrap();
         assert_eq!(names, ["b", "a", "b"]);
+        // Values that serde_json can skip, but not store.
+        let deep = format!(r#"{{"a": {}{}, "b": 1e400, "\ud800": "\udc00"}}"#, "[".repeat(9000), "]".repeat(9000));
+        assert_eq!(serde_json::from_str::<MemberNames>(&deep).unwrap().0.len(), 3);
         for text in ["[]", "\"b\"", "null", r#"{"b": 1"#] {
             assert!(serde_json::from_str::<MemberNames>(text).is_err(), "{text}");
         }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::notice::Notice;
 use super::terms::Terms;
-use crate::json::MemberNames;
+use crate::json::{self, MemberNames};
 
 /// The name of the attribute and of the member.
 pub(crate) const FIELD: &str = "tf";
@@ -119,7 +119,7 @@ pub(crate) fn split(text: &str) -> (Cow<'_, str>, Member) {
     if !text.contains("tf\"") && !text.contains('\\') {
         return whole(Member::None);
     }
-    let Ok(MemberNames(names)) = serde_json::from_str(text) else { return whole(Member::None) };
+    let Ok(MemberNames(names)) = json::parse(text) else { return whole(Member::None) };
     match names.iter().filter(|name| *name == FIELD).count() {
         0 => return whole(Member::None),
         1 if names.last().is_some_and(|name| name == FIELD) => {}

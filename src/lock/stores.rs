@@ -10,6 +10,7 @@ use super::deleted::Deleted;
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
+use crate::json::{self, MemberNames};
 use crate::lease::record::Claim;
 use crate::lock::{dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
@@ -108,8 +109,8 @@ impl StoredLock {
 
     /// Whether the content is a terraform state, which a person has put at a lock's location by mistake.
     pub(crate) fn is_state(&self) -> bool {
-        let state = serde_json::from_str::<serde_json::Value>(self.text()).unwrap_or_default();
-        ["lineage", "serial"].iter().all(|name| state.get(name).is_some())
+        let names = json::parse(self.text()).map_or_else(|_| Vec::new(), |MemberNames(names)| names);
+        ["lineage", "serial"].iter().all(|wanted| names.iter().any(|name| name == wanted))
     }
 
     /// Describes content that is not a lock. The description contains no part of the content.

@@ -1,10 +1,10 @@
 //! Terraform's lock: the JSON in a DynamoDB item or in a `.tflock` object.
 
-use std::borrow::Cow;
-
 use jiff::Timestamp;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use crate::json::{self, GoText};
 use crate::random;
 
 /// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are the names of the Go fields.
@@ -35,10 +35,10 @@ pub(crate) struct LockInfo {
 
 impl LockInfo {
     /// Parses a lock as terraform does (Go's encoding/json): the case of a name is ignored, the last of two equal names
-    /// counts, and `null` leaves a field empty. `None` if the text is not a lock. Also `None` if the lock has no ID:
-    /// terraform writes no such lock, and no command could select it.
-    pub(crate) fn parse(json: &str) -> Option<Self> {
-        let Parsed(lock) = serde_json::from_str(json).ok()?;
+    /// counts, `null` leaves a field empty, and a member that is not a field may have any value. `None` if the text is
+    /// not a lock. Also `None` if the lock has no ID: terraform writes no such lock, and no command could select it.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let Parsed(lock) = json::parse(text).ok()?;
         (!lock.id.is_empty()).then_some(lock)
     }
 
@@ -90,10 +90,6 @@ impl LockInfo {
 /// does not show which of `id` and `ID` is the last one.
 struct Parsed(LockInfo);
 
-/// The name of a member. It is copied only if it contains an escape.
-#[derive(Deserialize)]
-struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
-
 impl<'de> Deserialize<'de> for Parsed {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InOrder;
@@ -107,14 +103,14 @@ impl<'de> Deserialize<'de> for Parsed {
 
             fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Parsed, M::Error> {
                 let mut lock = LockInfo::default();
-                while let Some(Name(name)) = map.next_key()? {
+                while let Some(GoText(name)) = map.next_key()? {
                     match lock.field(&name) {
                         Some(field) => {
-                            if let Some(text) = map.next_value::<Option<String>>()? {
+                            if let Some(GoText(text)) = map.next_value()? {
                                 *field = text;
                             }
                         }
-                        None => drop(map.next_value::<serde_json::Value>()?),
+                        None => drop(map.next_value::<IgnoredAny>()?),
                     }
                 }
                 Ok(Parsed(lock))
@@ -281,9 +277,35 @@ mod tests {
         let other_names = json.replace("\"ID\"", "\"Id\"").replace("\"Who\"", "\"who\"");
         assert_eq!(LockInfo::parse(&other_names), Some(info));
         assert_eq!(LockInfo::parse(r#"{"ID":"x","Who":null}"#).unwrap().who, "");
-        for junk in ["", "{}", "null", "[]", r#"{"ID":7}"#, r#"{"ID":""}"#, r#"{"ID":"x","Who":7}"#, &json[..40]] {
+        for junk in [
+            "",
+            "{}",
+            "null",
+            "[]",
+            r#"{"ID":7}"#,
+            r#"{"ID":""}"#,
+            r#"{"ID":"x","Who":7}"#,
+            "{\"ID\":\"x\n\"}",
+            &json[..40],
+        ] {
             assert_eq!(LockInfo::parse(junk), None, "{junk:?}");
         }
+    }
+
+    /// A lock that terraform reads must not count as something that is not a lock: that can be released without a
+    /// judgement of its holder.
+    #[test]
+    fn a_lock_may_have_other_members_with_any_value_and_texts_that_are_not_unicode() {
+        let deep = format!("{}{}", "[".repeat(9000), "]".repeat(9000));
+        for other in [r#""y":1e400"#, r#""y":"\ud800""#, r#""\ud800":1"#, &format!(r#""y":{deep}"#)] {
+            for json in [format!(r#"{{"ID":"x","Who":"a@b",{other}}}"#), format!(r#"{{{other},"ID":"x","Who":"a@b"}}"#)]
+            {
+                let expected = LockInfo { id: "x".into(), who: "a@b".into(), ..LockInfo::default() };
+                assert_eq!(LockInfo::parse(&json), Some(expected), "{}", &json[..40]);
+            }
+        }
+        let info = LockInfo::parse(r#"{"ID":"x","Who":"a\ud800@b"}"#).unwrap();
+        assert!(info.who.starts_with('a') && info.who.ends_with("\u{fffd}@b"), "{info:?}");
     }
 
     /// Go assigns the fields in the order of the text (encoding/json), so the last of two names counts, even if they
