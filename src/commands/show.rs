@@ -14,6 +14,7 @@ use super::output::{End, Output, Widths};
 use crate::cleanup::messages::{self, LockName};
 use crate::console::{argument, length_of_time, visible};
 use crate::holder::next_step::{self, ReportKind};
+use crate::terraform::lock_info::LockInfo;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks show                            the only lock of this directory
@@ -93,20 +94,14 @@ pub(super) fn next_step(lock: &FoundLock, kind: ReportKind, place: &LocationArgs
 /// Describes a lock completely: one line for each fact, with its name first.
 pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     let mut lines: Vec<(String, String)> = Vec::new();
-    // All fields of the lock's JSON, under their own names: first those that terraform writes, then any others.
-    if let Ok(Value::Object(mut fields)) = serde_json::from_str(lock.parts[0].1.text()) {
-        const KNOWN: [&str; 7] = ["ID", "Path", "Operation", "Who", "Version", "Created", "Info"];
-        let known: Vec<_> = KNOWN.iter().filter_map(|name| fields.remove_entry(*name)).collect();
-        for (name, value) in known.into_iter().chain(fields) {
-            let text = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-            let mut shown = visible(&text);
-            if name == "Created"
-                && let Some(age) = lock.age(now)
-            {
-                shown = format!("{shown} ({} ago)", length_of_time(age));
-            }
-            lines.push((visible(&name), shown));
+    let Members { known, other } = members(lock);
+    for (name, mut shown) in known {
+        if name == "Created"
+            && let Some(age) = lock.age(now)
+        {
+            shown = format!("{shown} ({} ago)", length_of_time(age));
         }
+        lines.push((name.to_owned(), shown));
     }
     if let Some(workspace) = &lock.workspace {
         lines.push(("workspace".into(), visible(workspace)));
@@ -132,8 +127,37 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
         lines.push((name.into(), text));
         name = "";
     }
+    lines.extend(other);
     let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).min(24);
     lines.iter().fold(String::new(), |all, (name, text)| format!("{all}{name:width$}  {text}\n"))
+}
+
+/// The members of a lock's JSON, as they are shown to a person: the name, and the value.
+struct Members {
+    /// Those that terraform writes.
+    known: Vec<(&'static str, String)>,
+    /// Any others. Anybody who can write the lock chooses their names, so no name is one that this command prints for a
+    /// fact of its own.
+    other: Vec<(String, String)>,
+}
+
+fn members(lock: &FoundLock) -> Members {
+    const KNOWN: [&str; 7] = ["ID", "Path", "Operation", "Who", "Version", "Created", "Info"];
+    let text = |value: &Value| visible(&value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned));
+    if let Ok(Value::Object(fields)) = serde_json::from_str(lock.parts[0].1.text()) {
+        let known = KNOWN.iter().filter_map(|name| Some((*name, text(fields.get(*name)?)))).collect();
+        let other = fields.iter().filter(|(name, _)| !KNOWN.contains(&name.as_str()));
+        return Members { known, other: other.map(|(name, value)| (other_name(name), text(value))).collect() };
+    }
+    // A member has a value that terraform can skip, but that cannot be stored here.
+    let LockInfo { id, operation, who, version, created, path } = &lock.info;
+    let fields = [("ID", id), ("Path", path), ("Operation", operation), ("Who", who), ("Version", version)];
+    let known = fields.into_iter().chain([("Created", created)]).map(|(name, value)| (name, visible(value)));
+    Members { known: known.collect(), other: vec![("other".into(), "members that cannot be shown".into())] }
+}
+
+fn other_name(name: &str) -> String {
+    format!("other \"{}\"", visible(name))
 }
 
 #[cfg(test)]
@@ -142,7 +166,6 @@ mod tests {
     use crate::holder::evidence::{Judgement, Verdict};
     use crate::lock::dynamodb::InfoAttribute;
     use crate::lock::stores::{StoreKey, StoredLock};
-    use crate::terraform::lock_info::LockInfo;
 
     fn lock(verdict: Verdict, who: &str) -> FoundLock {
         let place = StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() };
@@ -178,5 +201,27 @@ mod tests {
         }
         let alive = next_step(&lock(Verdict::Alive, "anna@vm"), ReportKind::Shown, &outside);
         assert!(!alive.contains("release"), "{alive}");
+    }
+
+    /// Anybody who can write a lock can add members to it.
+    #[test]
+    fn no_member_of_a_lock_can_be_read_as_a_line_of_tf() {
+        let mut lock = lock(Verdict::Unknown, "anna@vm");
+        let forged = r#"{"holder is":"dead: proven","ID":"ID-7","evidence":"seen","note":"n","Created":"x"}"#;
+        lock.parts[0].1 = StoredLock::Item(InfoAttribute::Text(forged.into()));
+        let shown = description(&lock, Timestamp::now());
+        let of_tf: Vec<&str> = shown.lines().filter(|line| line.starts_with("holder is")).collect();
+        assert_eq!(of_tf.len(), 1, "{shown}");
+        assert!(of_tf[0].contains("unknown"), "{shown}");
+        let last: Vec<&str> = shown.lines().rev().take(3).collect();
+        assert!(last.iter().all(|line| line.starts_with("other \"")), "{shown}");
+    }
+
+    #[test]
+    fn a_lock_whose_json_cannot_be_stored_is_shown_with_the_fields_of_terraform() {
+        let mut lock = lock(Verdict::Unknown, "anna@vm");
+        lock.parts[0].1 = StoredLock::Item(InfoAttribute::Text(r#"{"ID":"ID-7","Who":"anna@vm","y":1e400}"#.into()));
+        let shown = description(&lock, Timestamp::now());
+        assert!(shown.starts_with("ID ") && shown.contains("anna@vm") && shown.contains("cannot be shown"), "{shown}");
     }
 }
