@@ -84,7 +84,8 @@ pub(super) struct Release {
 /// What to do with a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Recover the dead run that held the lock, as `tf locks recover` does.
+    /// Recover the dead run that held the lock, as `tf locks recover` does. If this host has no record of that run,
+    /// delete the lock.
     Finish,
     /// Delete the lock.
     Delete,
@@ -168,14 +169,16 @@ impl Release {
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
             }
-            let is_recovered = matches!(step, Step::Finish);
+            let host = HostView::look();
+            let is_recorded = host.dead_run(&lock.info.id).is_some() || host.was_had_late(&lock.info.id);
+            let is_recovered = matches!(step, Step::Finish) && is_recorded;
             let released = match step {
-                Step::Finish => self.finish(&reach, &lock).await,
+                Step::Finish if is_recorded => self.finish(&reach, &lock, &host).await,
                 Step::Refuse => {
                     self.remember(What::Refused, &lock);
                     Ok(self.refuse(&lock, lock.verdict()))
                 }
-                Step::Delete => self.delete(&reach, &lock).await,
+                Step::Finish | Step::Delete => self.delete(&reach, &lock).await,
                 Step::Ask if agreement::is_given(LIKELY) => self.delete(&reach, &lock).await,
                 Step::Ask => {
                     console::say("not released");
@@ -256,7 +259,8 @@ impl Release {
             let Some(stored) = stored else { continue };
             let shown = visible(&place.describe());
             match reach.stores.remove(place, stored).await {
-                Ok(Removed::Gone(_) | Removed::GoneBefore) => {
+                Ok(Removed::GoneBefore) => console::print(&format!("{shown} is gone: another process deleted it")),
+                Ok(Removed::Gone(_)) => {
                     let event = LockInfo::default();
                     let reason_given = self.reason.as_deref();
                     let why = format!("it was not a lock: {reason}");
@@ -314,28 +318,20 @@ impl Release {
         Finding::Failed
     }
 
-    /// Releases a lock whose run is dead. If the journal has a record of that run, this function recovers the run, as
-    /// `tf locks recover` does for all dead runs, because recovery waits for writes in flight and knows more about the
-    /// run. If there is only a pending request for a lock that the run held, it recovers all dead runs. If there is
-    /// neither, it deletes the lock.
+    /// Releases a lock of a dead run that this host has recorded. If the journal has a record of that run, recovers the
+    /// run, as `tf locks recover` does for all dead runs, because recovery waits for writes in flight and knows more
+    /// about the run. If there is only a pending request for a lock that the run held, recovers all dead runs.
     ///
     /// Returns [`Finding::Failed`] if a part of the lock still exists unchanged after the recovery.
-    async fn finish(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
-        let host = HostView::look();
-        let run = host.dead_run(&lock.info.id);
-        if run.is_some() || host.was_had_late(&lock.info.id) {
-            super::recover::in_a_process(run, self.reason.as_deref())?;
-            let mut still = false;
-            for (store_key, stored) in &lock.parts {
-                still |= read(reach, store_key).await?.is_some_and(|now| now.is_same_lock(stored));
-            }
-            if still {
+    async fn finish(&self, reach: &Connection, lock: &FoundLock, host: &HostView) -> Result<Finding, Trouble> {
+        super::recover::in_a_process(host.dead_run(&lock.info.id), self.reason.as_deref())?;
+        for (store_key, stored) in &lock.parts {
+            if read(reach, store_key).await?.is_some_and(|now| now.is_same_lock(stored)) {
                 console::say("not released; the messages above say why");
                 return Ok(Finding::Failed);
             }
-            return Ok(Finding::Nothing);
         }
-        self.delete(reach, lock).await
+        Ok(Finding::Nothing)
     }
 
     /// Deletes every part of the lock, each on condition that it is still what was shown.
@@ -375,12 +371,13 @@ impl Release {
             Some(Taken::Changed) => return self.changed(reach, lock).await,
             None => {}
         }
-        let mut gone = true;
+        let (mut gone, mut is_ours) = (true, false);
         let mut half = "";
         for (store_key, shown) in &parts {
             let place = visible(&store_key.describe());
             match reach.stores.remove(store_key, shown).await {
-                Ok(Removed::Gone(_) | Removed::GoneBefore) => {
+                Ok(removed @ (Removed::Gone(_) | Removed::GoneBefore)) => {
+                    is_ours |= removed != Removed::GoneBefore;
                     half = HALF;
                 }
                 Ok(Removed::Anothers) => gone = false,
@@ -393,6 +390,11 @@ impl Release {
         }
         if !gone {
             return self.changed(reach, lock).await;
+        }
+        if !is_ours {
+            // It is no event of this command, so the history does not get it.
+            console::print(&format!("the lock {} is gone: another process released it", visible(&lock.info.id)));
+            return Ok(Finding::Nothing);
         }
         Ok(self.was_released(lock))
     }

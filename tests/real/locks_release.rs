@@ -1,11 +1,15 @@
 //! `tf locks show`, `release` and `audit`: the lock of a proven dead holder is released, that of a likely dead one
 //! needs a confirmation, and that of a living one is not released.
 
+use std::os::unix::process::ExitStatusExt;
+
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
+use super::given_back::{is_dynamodb, through};
 use super::survived::{assert_nothing_left, killed_whole};
 use crate::support::cloud::{cloud, tool};
+use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
@@ -113,6 +117,19 @@ fn a_person_is_asked_and_only_yes_is_one() {
 }
 
 #[test]
+fn an_interrupt_at_the_question_ends_tf_and_releases_nothing() {
+    let env = TestEnv::new(Lock::Both, "true");
+    old_lock(&env);
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["locks", "release"]);
+    let mut terminal = Terminal::start(command);
+    terminal.wait_for("Release it?");
+    terminal.type_in("\u{3}");
+    assert_eq!(terminal.wait().signal(), Some(Signal::SIGINT as i32), "{}", terminal.whole_screen());
+    env.assert_locked();
+}
+
+#[test]
 fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     let env = TestEnv::new(Lock::Both, "true");
     old_lock(&env);
@@ -126,6 +143,29 @@ fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     assert_eq!(status.code(), Some(1), "{shown}");
     assert!(shown.contains("it changed in the meantime") && shown.contains(&id_of(&other)), "{shown}");
     assert_eq!(env.locks(), [other.clone(), other]);
+}
+
+/// The holder finishes while `tf` deletes its lock.
+#[test]
+fn a_lock_that_another_process_releases_first_is_not_recorded_as_released_by_a_person() {
+    for parts in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = TestEnv::new(parts, "true");
+        let id = id_of(&old_lock(&env));
+        let deletes = |request: &Message| is_dynamodb(request, ".DeleteItem") || request.start.starts_with("DELETE ");
+        let proxy =
+            through(&mut env, move |request| if deletes(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+        let mut command = env.command(env.bin().join("tf"));
+        command.args(["locks", "release", "--force", &id]);
+        let run = Run::start(command);
+        proxy.wait_until_held();
+        env.delete_lock();
+        proxy.let_go();
+        let end = run.wait();
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{parts:?}: {}", env.dump(&end));
+        assert!(end.out.ends_with(&format!("the lock {id} is gone: another process released it\n")), "{}", end.out);
+        let history = locks(&env, &["history", "--json"]);
+        assert!(!history.out.contains(&id), "{}", history.out);
+    }
 }
 
 #[test]
