@@ -148,8 +148,8 @@ pub(crate) fn no_lease(reason: &str) -> String {
 }
 
 /// Reports that terraform was killed because the run has lost its lock. `write` is whether it may have written its
-/// state after that.
-pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) -> String {
+/// state after that. `plan` is the command that plans in the directory and the workspace of the run.
+pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, plan: &str) -> String {
     let how = match loss {
         Some(Loss::Claimed(claim)) => {
             let at = claim.at().map_or_else(String::new, |at| format!(" at {at:.0}"));
@@ -176,16 +176,16 @@ pub(crate) fn lock_lost(loss: Option<&Loss>, write: LateWrite, program: &str) ->
             format!("terraform ran after the deadline of its lease, so it may have written its state {over}")
         }
     };
-    format!("{how}\n{state}\nto compare the state with the real resources, type: {program} plan")
+    format!("{how}\n{state}\nto compare the state with the real resources, type: {plan}")
 }
 
 /// Reports that terraform was killed because it was stopped within its unlock, and its lock was gone. It writes its
-/// state before its unlock.
-pub(crate) fn lost_in_unlock(program: &str) -> String {
+/// state before its unlock. `plan` is as for [`lock_lost`].
+pub(crate) fn lost_in_unlock(plan: &str) -> String {
     format!(
         "terraform was stopped while it released its lock, and the lock is gone\n\
          terraform was killed, because it might have released the lock of another run instead of its own\n\
-         to compare the state with the real resources, type: {program} plan"
+         to compare the state with the real resources, type: {plan}"
     )
 }
 
@@ -1483,7 +1483,8 @@ mod tests {
         ] {
             let has_another = !matches!(loss, Some(Loss::Gone) | None);
             for write in [LateWrite::No, LateWrite::BeforeTheLossWasFound, LateWrite::AfterTheDeadline] {
-                let said = lock_lost(loss.as_ref(), write, "terraform");
+                let said = lock_lost(loss.as_ref(), write, "terraform -chdir=d plan");
+                assert!(said.ends_with("type: terraform -chdir=d plan"), "{said}");
                 assert!(said.starts_with(who) && !said.contains("lapsed"), "{said}");
                 assert_eq!(
                     said.contains("the state of the other run"),

@@ -355,6 +355,12 @@ impl TerminalReporter<'_> {
         self.in_directories(named_workspace(workspace, candidates).as_deref(), |there| there.locks(words))
     }
 
+    /// Returns the command that plans in the directory and the workspace of this run.
+    pub(crate) fn plan_command(&self, candidates: &CandidateBackends) -> String {
+        let workspace = named_workspace(candidates.workspaces.first().map(String::as_str), candidates);
+        self.in_directories(workspace.as_deref(), |there| there.terraform(&self.program(), "plan"))
+    }
+
     /// Returns terraform's own command that removes a lock of `workspace`, without the lock's ID.
     fn force_unlock(&self, workspace: Option<&str>, candidates: &CandidateBackends) -> String {
         let workspace = named_workspace(workspace, candidates);

@@ -424,11 +424,11 @@ impl<'a> Prepared<'a> {
             let lease = self.lease.as_ref();
             let has_exited = matches!(ended, Ended::Exited(_));
             let write = lease.map_or(LateWrite::No, |lease| lease.late_write(log.written, has_exited));
-            let program = self.context.invocation.name.to_string_lossy();
+            let plan = reporter.plan_command(&candidates);
             if lease.is_some_and(RunLease::is_lost_in_unlock) {
-                console::say(&messages::lost_in_unlock(&program));
+                console::say(&messages::lost_in_unlock(&plan));
             } else {
-                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), write, &program));
+                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), write, &plan));
             }
         }
         if self.stop.killed() == Some(Why::LeaseUnknown)
