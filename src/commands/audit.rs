@@ -13,15 +13,15 @@ use nix::sys::signal::Signal;
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
 use super::output::{Output, Widths};
-use super::scan::{self, Scan, unless_stopped};
+use super::scan::Scan;
 use super::staleness::Staleness;
+use super::stop_requests::StopRequests;
 use super::targets::{BadLine, Fleet, Speed, Tally, TargetArgs, TargetName, Targets};
 use super::{Finding, inventory};
 use crate::holder::evidence::Verdict;
 use crate::json;
 use crate::lease::observed::ObservedLease;
 use crate::settings;
-use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h
@@ -264,13 +264,16 @@ impl Audit {
 
     async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
         let begun = Instant::now();
-        let connection = place.reach().await?;
+        let mut stop_requests = StopRequests::listen()?;
+        let reached = stop_requests.unless_stopped(Box::pin(place.reach())).await;
+        let connection = reached.map_err(Trouble::Stopped)??;
         let mut audited = self.nothing_audited();
         let mut output = Output::new(false, Widths::USUAL)?;
         if let ScanTarget::Directory(directory) = &connection.target {
             let staleness = Staleness { older_than: Some(self.older_than) };
-            let mut inventory = inventory::take(directory, &connection.stores, &staleness).await?;
-            staleness.ask_witness(&mut inventory.entries).await;
+            let looked = inventory::look_and_ask_witness(directory, &connection.stores, staleness);
+            let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
+            inventory.say_unseen();
             for entry in &inventory.entries {
                 audited.add(entry, Timestamp::now(), self.json);
                 if !self.is_silent() && entry.is_stale() {
@@ -283,7 +286,7 @@ impl Audit {
                 audited.count.complete = false;
             }
         } else {
-            let counted = self.scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut audited).await?;
+            let counted = self.scan(connection, self.speed, &mut stop_requests, &mut output, &mut audited).await?;
             if let Some(signal) = counted {
                 return Ok(Finding::Stopped(signal));
             }
@@ -310,7 +313,7 @@ impl Audit {
         &self,
         Connection { target, stores }: Connection,
         speed: Speed,
-        signals: &mut Signals,
+        stop_requests: &mut StopRequests,
         output: &mut Output,
         audited: &mut Audited,
     ) -> Result<Option<Signal>, Trouble> {
@@ -318,7 +321,7 @@ impl Audit {
         let staleness = Staleness { older_than: Some(self.older_than) };
         let scan = Scan { target, stores, speed, staleness, is_silent: false };
         let scanned = scan
-            .run(signals, output, |entry| {
+            .run(stop_requests, output, |entry| {
                 audited.add(entry, now, self.json);
                 !self.is_silent() && entry.is_stale()
             })
@@ -330,24 +333,26 @@ impl Audit {
     async fn several(&self, fleet: &Fleet) -> Result<Finding, Trouble> {
         let begun = Instant::now();
         let mut output = Output::new(false, Widths::USUAL)?;
-        let mut signals = scan::listen()?;
+        let mut stop_requests = StopRequests::listen()?;
         let mut total = Count { complete: fleet.bad_lines.is_empty(), ..self.empty_count() };
         let mut counts = Vec::new();
         for target in &fleet.targets {
             let begun = Instant::now();
             let mut audited = self.nothing_audited();
-            let connection = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
+            let connection = match stop_requests.unless_stopped(Box::pin(target.place.reach())).await {
                 Err(signal) => return Ok(Finding::Stopped(signal)),
                 Ok(connection) => connection,
             };
             let counted = match connection {
-                Ok(connection) => self.scan(connection, target.speed, &mut signals, &mut output, &mut audited).await,
+                Ok(connection) => {
+                    self.scan(connection, target.speed, &mut stop_requests, &mut output, &mut audited).await
+                }
                 Err(trouble) => Err(trouble),
             };
             let name = target.name();
             let error = match counted {
                 Ok(Some(signal)) => return Ok(Finding::Stopped(signal)),
-                Err(Trouble::ReaderGone) => return Err(Trouble::ReaderGone),
+                Err(Trouble::Stopped(signal)) => return Err(Trouble::Stopped(signal)),
                 Ok(None) => None,
                 Err(trouble) => Some(trouble.to_string()),
             };

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use clap::Args;
+use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
 
 use crate::aws::credentials::Purpose;
@@ -97,9 +98,9 @@ pub(super) enum Trouble {
         /// The next step for the user.
         next: &'static str,
     },
-    /// The reader of stdout has exited. Nothing is reported.
+    /// A signal ends the command. For SIGPIPE, the reader of stdout has exited. Nothing is reported.
     #[error("")]
-    ReaderGone,
+    Stopped(Signal),
     /// A request failed.
     #[error("{failure}\n{next}")]
     Failed {
@@ -115,7 +116,7 @@ pub(super) enum Trouble {
 impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::BrokenPipe => Self::ReaderGone,
+            io::ErrorKind::BrokenPipe => Self::Stopped(Signal::SIGPIPE),
             io::ErrorKind::NotConnected => Self::Said(console::STDOUT_CLOSED.to_owned()),
             _ => Self::Said(format!("could not write the result: {error}")),
         }
@@ -348,7 +349,7 @@ mod tests {
     #[test]
     fn a_reader_that_is_gone_is_no_error_to_report() {
         let trouble = |kind: io::ErrorKind| Trouble::from(io::Error::from(kind));
-        assert!(matches!(trouble(io::ErrorKind::BrokenPipe), Trouble::ReaderGone));
+        assert!(matches!(trouble(io::ErrorKind::BrokenPipe), Trouble::Stopped(Signal::SIGPIPE)));
         assert_eq!(trouble(io::ErrorKind::NotConnected).to_string(), console::STDOUT_CLOSED);
         assert!(trouble(io::ErrorKind::StorageFull).to_string().starts_with("could not write the result: "));
     }

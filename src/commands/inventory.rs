@@ -102,15 +102,36 @@ pub(super) fn state(directory: &Directory, workspace: &str) -> Option<ListedStat
     })
 }
 
+impl Inventory {
+    /// Prints [`UNSEEN`] if the lock objects were not checked.
+    pub(super) fn say_unseen(&self) {
+        if self.unseen {
+            console::say(UNSEEN);
+        }
+    }
+}
+
 /// As [`look`]. Prints [`UNSEEN`] if the lock objects were not checked.
 ///
 /// # Errors
 /// As [`look`].
 pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
     let inventory = look(directory, stores, staleness).await?;
-    if inventory.unseen {
-        console::say(UNSEEN);
-    }
+    inventory.say_unseen();
+    Ok(inventory)
+}
+
+/// As [`look`]. Asks the witness about each lock whose holder is not settled.
+///
+/// # Errors
+/// As [`look`].
+pub(super) async fn look_and_ask_witness(
+    directory: &Directory,
+    stores: &Stores,
+    staleness: Staleness,
+) -> Result<Inventory, Trouble> {
+    let mut inventory = look(directory, stores, &staleness).await?;
+    staleness.ask_witness(&mut inventory.entries).await;
     Ok(inventory)
 }
 

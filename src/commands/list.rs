@@ -6,11 +6,11 @@ use clap::Args;
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
 use super::output::{End, FleetEnd, Output, TargetEnd, Widths};
-use super::scan::{self, Scan, Scanned, unless_stopped};
+use super::scan::{Scan, Scanned};
 use super::staleness::Staleness;
+use super::stop_requests::StopRequests;
 use super::targets::{Fleet, Speed, Tally, TargetArgs, Targets};
 use super::{Finding, inventory, watch};
-use crate::sys::signals::Signals;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks                                        the locks of this directory's backend
@@ -69,13 +69,16 @@ impl List {
     }
 
     async fn one(&self, place: &LocationArgs) -> Result<Finding, Trouble> {
-        let connection = place.reach().await?;
+        let mut stop_requests = StopRequests::listen()?;
+        let reached = stop_requests.unless_stopped(Box::pin(place.reach())).await;
+        let connection = reached.map_err(Trouble::Stopped)??;
         let ScanTarget::Directory(directory) = &connection.target else {
-            return self.list_scanned(connection, place).await;
+            return self.list_scanned(connection, place, &mut stop_requests).await;
         };
-        let inventory = inventory::take(directory, &connection.stores, &Staleness::default()).await?;
-        let mut entries = inventory.entries;
-        Staleness::default().ask_witness(&mut entries).await;
+        let looked = inventory::look_and_ask_witness(directory, &connection.stores, Staleness::default());
+        let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
+        inventory.say_unseen();
+        let entries = inventory.entries;
         let stale = entries.iter().any(ListedEntry::is_stale);
         let mut output = Output::new(self.json, Widths::of(&entries))?;
         for entry in &entries {
@@ -101,10 +104,15 @@ impl List {
         })
     }
 
-    async fn list_scanned(&self, connection: Connection, place: &LocationArgs) -> Result<Finding, Trouble> {
+    async fn list_scanned(
+        &self,
+        connection: Connection,
+        place: &LocationArgs,
+        stop_requests: &mut StopRequests,
+    ) -> Result<Finding, Trouble> {
         let mut output = Output::new(self.json, Widths::USUAL)?;
         let mut tally = Tally::default();
-        let scanned = scan(connection, self.speed, &mut scan::listen()?, &mut output, &mut tally).await?;
+        let scanned = scan(connection, self.speed, stop_requests, &mut output, &mut tally).await?;
         let complete = scanned.stopped.is_none() && scanned.failed.is_none() && tally.unread == 0;
         output.end(&End { complete, scanned: scanned.items, fleet: None })?;
         if let Some(trouble) = scanned.failed {
@@ -124,24 +132,24 @@ impl List {
 
     async fn several(&self, fleet: &Fleet) -> Result<Finding, Trouble> {
         let mut output = Output::new(self.json, Widths::USUAL)?;
-        let mut signals = scan::listen()?;
+        let mut stop_requests = StopRequests::listen()?;
         let (mut total, mut items, mut targets) = (Tally::default(), 0, Vec::new());
         let mut stopped = None;
         for target in &fleet.targets {
             let name = target.name();
             output.next_target();
             let mut tally = Tally::default();
-            let listed = match unless_stopped(&mut signals, Box::pin(target.place.reach())).await {
+            let listed = match stop_requests.unless_stopped(Box::pin(target.place.reach())).await {
                 Err(signal) => Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
                 Ok(Err(trouble)) => Err(trouble),
-                Ok(Ok(connection)) => scan(connection, target.speed, &mut signals, &mut output, &mut tally).await,
+                Ok(Ok(connection)) => scan(connection, target.speed, &mut stop_requests, &mut output, &mut tally).await,
             };
             let (scanned, error) = match listed {
                 Ok(mut scanned) => {
                     let failed = scanned.failed.take().map(|trouble| trouble.to_string());
                     (scanned, failed)
                 }
-                Err(Trouble::ReaderGone) => return Err(Trouble::ReaderGone),
+                Err(Trouble::Stopped(signal)) => return Err(Trouble::Stopped(signal)),
                 Err(trouble) => (Scanned::default(), Some(trouble.to_string())),
             };
             items += scanned.items;
@@ -182,12 +190,12 @@ fn note_test_objects(scanned: &Scanned, place: &LocationArgs) {
 async fn scan(
     Connection { target, stores }: Connection,
     speed: Speed,
-    signals: &mut Signals,
+    stop_requests: &mut StopRequests,
     output: &mut Output,
     tally: &mut Tally,
 ) -> Result<Scanned, Trouble> {
     let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: false };
-    scan.run(signals, output, |entry| {
+    scan.run(stop_requests, output, |entry| {
         match entry {
             ListedEntry::Lock(lock) => {
                 tally.locks += 1;

@@ -24,6 +24,7 @@ mod shell_init;
 mod shim;
 mod show;
 mod staleness;
+mod stop_requests;
 mod targets;
 mod version;
 mod watch;
@@ -261,7 +262,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         }
     };
     let finding = found.unwrap_or_else(|trouble| match trouble {
-        Trouble::ReaderGone => Finding::Stopped(Signal::SIGPIPE),
+        Trouble::Stopped(signal) => Finding::Stopped(signal),
         trouble => {
             console::say(&trouble.to_string());
             Finding::Failed

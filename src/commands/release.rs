@@ -16,6 +16,7 @@ use super::choose::{Choice, choose};
 use super::connection::{Connection, LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::staleness::Staleness;
+use super::stop_requests::unless_stopped;
 use super::{Finding, agreement, show};
 use crate::cleanup::messages;
 use crate::cleanup::takeover_process;
@@ -95,6 +96,16 @@ enum Step {
     Refuse,
 }
 
+/// The result of a look at a lock right before its delete.
+enum Again {
+    /// It is still what was shown. With `--force`, its lease record may be another one: these are its parts as they are
+    /// now.
+    Same(Vec<(StoreKey, StoredLock)>),
+    Changed,
+    /// Its holder is now judged otherwise, so that the lock may not be deleted.
+    NotAllowed(Box<FoundLock>),
+}
+
 /// How far the user agrees to a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Consent {
@@ -150,8 +161,12 @@ impl Release {
 
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
-            let reach = self.place.reach().await?;
-            let chosen = choose(&reach, self.lock.as_deref().or(self.force.as_deref()), self.no_lock).await?;
+            let chosen = async {
+                let reach = self.place.reach().await?;
+                let chosen = choose(&reach, self.lock.as_deref().or(self.force.as_deref()), self.no_lock).await?;
+                Ok((reach, chosen))
+            };
+            let (reach, chosen) = unless_stopped(Box::pin(chosen)).await?;
             let (lock, junk) = match chosen {
                 Choice::Lock(lock, junk) => (lock, junk),
                 Choice::NoLock(junk) => return self.remove(&reach, &junk).await,
@@ -336,36 +351,14 @@ impl Release {
 
     /// Deletes every part of the lock, each on condition that it is still what was shown.
     async fn delete(&self, reach: &Connection, lock: &FoundLock) -> Result<Finding, Trouble> {
-        if self.force.is_none() && is_proven_by_a_witness(&lock.judgement) {
-            console::say(&format!(
-                "the holder's last write may still arrive; waiting {} s before releasing the lock",
-                QUIET_WINDOW.as_secs()
-            ));
-            sleep(QUIET_WINDOW).await;
-        }
-        let mut parts = lock.parts.clone();
-        for (store_key, shown) in &mut parts {
-            match read(reach, store_key).await? {
-                Some(now) if now == *shown => {}
-                // A holder that is alive renews its lease, so the object changes. `--force` means this holder too.
-                Some(now) if self.force.is_some() && now.is_same_lock(shown) => *shown = now,
-                Some(_) => return self.changed(reach, lock).await,
-                None => {}
+        let parts = match unless_stopped(Box::pin(self.check_again(reach, lock))).await? {
+            Again::Same(parts) => parts,
+            Again::Changed => return self.changed(reach, lock).await,
+            Again::NotAllowed(again) => {
+                self.remember(What::Refused, &again);
+                return Ok(self.refuse(&again, lock.verdict()));
             }
-        }
-        // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
-        // to recover its run. So the witness is asked again too, if its answer counts.
-        let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
-        Staleness::default().judge(&mut again, &HostView::look());
-        if self.force.is_none() {
-            Staleness::default().ask_witness(&mut again).await;
-        }
-        if let Some(ListedEntry::Lock(again)) = again.first()
-            && !is_still_allowed(lock.verdict(), again.verdict(), self.consent())
-        {
-            self.remember(What::Refused, again);
-            return Ok(self.refuse(again, lock.verdict()));
-        }
+        };
         match self.claim(reach, lock).await? {
             Some(Taken::Gone(_)) => return Ok(self.was_released(lock)),
             Some(Taken::Changed) => return self.changed(reach, lock).await,
@@ -397,6 +390,41 @@ impl Release {
             return Ok(Finding::Nothing);
         }
         Ok(self.was_released(lock))
+    }
+
+    /// Reads the lock and judges its holder again, right before the delete. If only a witness has proven that the holder
+    /// is dead, waits first for a write that may still arrive.
+    async fn check_again(&self, reach: &Connection, lock: &FoundLock) -> Result<Again, Trouble> {
+        if self.force.is_none() && is_proven_by_a_witness(&lock.judgement) {
+            console::say(&format!(
+                "the holder's last write may still arrive; waiting {} s before releasing the lock",
+                QUIET_WINDOW.as_secs()
+            ));
+            sleep(QUIET_WINDOW).await;
+        }
+        let mut parts = lock.parts.clone();
+        for (store_key, shown) in &mut parts {
+            match read(reach, store_key).await? {
+                Some(now) if now == *shown => {}
+                // A holder that is alive renews its lease, so the object changes. `--force` means this holder too.
+                Some(now) if self.force.is_some() && now.is_same_lock(shown) => *shown = now,
+                Some(_) => return Ok(Again::Changed),
+                None => {}
+            }
+        }
+        // The answer may have taken long. The holder may be alive after all by now, or another process may have begun
+        // to recover its run. So the witness is asked again too, if its answer counts.
+        let mut again = vec![ListedEntry::Lock(Box::new(lock.clone()))];
+        Staleness::default().judge(&mut again, &HostView::look());
+        if self.force.is_none() {
+            Staleness::default().ask_witness(&mut again).await;
+        }
+        match again.pop() {
+            Some(ListedEntry::Lock(again)) if !is_still_allowed(lock.verdict(), again.verdict(), self.consent()) => {
+                Ok(Again::NotAllowed(again))
+            }
+            _ => Ok(Again::Same(parts)),
+        }
     }
 
     /// Releases a lock with an item that has a lease record. It is claimed first, so that a holder that renews its

@@ -23,6 +23,7 @@ use super::connection::{ScanTarget, Trouble};
 use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
 use super::output::{Output, Shown};
 use super::staleness::Staleness;
+use super::stop_requests::StopRequests;
 use super::targets::Speed;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
@@ -31,7 +32,6 @@ use crate::holder::host::HostView;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, probe, s3};
-use crate::sys::signals::Signals;
 
 /// The share of a provisioned table's read capacity that a scan uses.
 const SHARE: f64 = 0.25;
@@ -159,11 +159,11 @@ impl Scan {
     /// the entries of the earlier pages are shown, and the result says why it failed.
     pub(super) async fn run(
         &self,
-        signals: &mut Signals,
+        stop_requests: &mut StopRequests,
         output: &mut Output,
         mut each: impl FnMut(&ListedEntry) -> bool,
     ) -> Result<Scanned, Trouble> {
-        let (segments, total) = match unless_stopped(signals, self.prepare()).await {
+        let (segments, total) = match stop_requests.unless_stopped(self.prepare()).await {
             Ok(prepared) => prepared?,
             Err(signal) => return Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
         };
@@ -190,7 +190,7 @@ impl Scan {
             let page = tokio::select! {
                 page = pages.recv() => page,
                 () = sleep(POLL_INTERVAL) => {
-                    scanned.stopped = signals.next_stop();
+                    scanned.stopped = stop_requests.next();
                     if scanned.stopped.is_some() {
                         break;
                     }
@@ -285,31 +285,6 @@ impl Scan {
             }
             ScanTarget::Bucket(bucket, prefix) => Ok((vec![Segment::Bucket(bucket.clone(), prefix.clone())], None)),
             ScanTarget::Directory(_) => Ok((Vec::new(), None)),
-        }
-    }
-}
-
-/// Starts to read the signals that stop a scan.
-///
-/// # Errors
-/// Fails if the signals cannot be read.
-pub(super) fn listen() -> Result<Signals, Trouble> {
-    Signals::listen().map_err(|error| Trouble::Said(error.to_string()))
-}
-
-/// Waits for `work`, unless a signal asks this process to stop.
-///
-/// # Errors
-/// Fails with that signal. `work` is then abandoned.
-pub(super) async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
-    let mut work = std::pin::pin!(work);
-    loop {
-        if let Some(signal) = signals.next_stop() {
-            return Err(signal);
-        }
-        tokio::select! {
-            done = &mut work => return Ok(done),
-            () = sleep(POLL_INTERVAL) => {}
         }
     }
 }

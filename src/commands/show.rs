@@ -11,6 +11,7 @@ use super::connection::{LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::lease_view;
 use super::output::{End, Output, Widths};
+use super::stop_requests::unless_stopped;
 use crate::cleanup::messages::{self, LockName};
 use crate::console::{argument, length_of_time, visible};
 use crate::holder::next_step::{self, ReportKind};
@@ -40,8 +41,11 @@ pub(super) struct Show {
 impl Show {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
         super::block_on(async {
-            let reach = self.place.reach().await?;
-            let (lock, junk) = match choose(&reach, self.lock.as_deref(), false).await? {
+            let chosen = async {
+                let reach = self.place.reach().await?;
+                choose(&reach, self.lock.as_deref(), false).await
+            };
+            let (lock, junk) = match unless_stopped(Box::pin(chosen)).await? {
                 Choice::Lock(lock, junk) => (Some(lock), junk),
                 Choice::NoLock(junk) => (None, junk),
             };

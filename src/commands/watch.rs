@@ -15,13 +15,13 @@ use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::ListedEntry;
 use super::inventory;
 use super::output::{self, Widths};
-use super::scan::{self, Scan, unless_stopped};
+use super::scan::Scan;
 use super::staleness::Staleness;
+use super::stop_requests::{AroundSuspension, StopRequests};
 use super::targets::Speed;
 use crate::console::{self, ellipsis, length_of_time, visible, visible_whole};
 use crate::lock::stores::StoreKey;
 use crate::settings;
-use crate::sys::signals::Signals;
 
 /// How often to check for signals and for another size of the terminal.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -52,13 +52,13 @@ pub(super) fn interval(text: &str) -> Result<Duration, Trouble> {
 /// Fails if the first round fails, or if the output cannot be written.
 pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration) -> Result<Finding, Trouble> {
     console::stdout_is_open()?;
-    let mut signals = scan::listen()?;
+    let mut stop_requests = StopRequests::listen()?;
     let mut connection: Option<Connection> = None;
     let mut rows: Option<Vec<Row>> = None;
     let mut view: Option<View> = None;
     loop {
         let begun = Instant::now();
-        let round = match round(place, speed, &mut connection, rows.is_none(), &mut signals).await {
+        let round = match round(place, speed, &mut connection, rows.is_none(), &mut stop_requests).await {
             Ok(round) => Ok(round),
             Err(Interrupted::Signal(signal)) => return Ok(Finding::Stopped(signal)),
             Err(Interrupted::Trouble(trouble)) if rows.is_none() => return Err(trouble),
@@ -68,7 +68,7 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
             }
         };
         let took = begun.elapsed();
-        let view = view.get_or_insert_with(View::new);
+        let view = view.get_or_insert_with(|| View::new(&mut stop_requests));
         let (note, owed) = match round {
             Ok(Round { entries, note, looked, owed }) => {
                 rows = Some(compared(rows.take(), entries, &looked));
@@ -84,10 +84,10 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
         view.show(shown, &title(shown, interval, Timestamp::now()), note.as_deref())?;
         let until = begun + time_to_next_round(interval, took, owed);
         while Instant::now() < until {
-            if let Some(signal) = signals.next_stop() {
+            if let Some(signal) = stop_requests.next() {
                 return Ok(Finding::Stopped(signal));
             }
-            view.redraw_if_resized(shown, note.as_deref())?;
+            view.redraw_if_needed(shown, note.as_deref(), stop_requests.was_suspended())?;
             sleep(POLL_INTERVAL.min(until - Instant::now())).await;
         }
     }
@@ -154,17 +154,16 @@ async fn round(
     speed: Speed,
     connection: &mut Option<Connection>,
     is_first: bool,
-    signals: &mut Signals,
+    stop_requests: &mut StopRequests,
 ) -> Result<Round, Interrupted> {
     let reached = match connection.take() {
         Some(connection) => connection,
-        None => unless_stopped(signals, Box::pin(place.reach())).await.map_err(Interrupted::Signal)??,
+        None => stop_requests.unless_stopped(Box::pin(place.reach())).await.map_err(Interrupted::Signal)??,
     };
     let Connection { target, stores } = connection.insert(reached);
     if let ScanTarget::Directory(directory) = target {
-        let staleness = Staleness::default();
-        let looked = inventory::look(directory, stores, &staleness);
-        let inventory = unless_stopped(signals, Box::pin(looked)).await.map_err(Interrupted::Signal)??;
+        let looked = inventory::look_and_ask_witness(directory, stores, Staleness::default());
+        let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Interrupted::Signal)??;
         let unseen = inventory.unseen.then(|| inventory::UNSEEN.to_owned());
         let note = inventory.incomplete.or(unseen).map(|note| note.replace('\n', ": "));
         let looked = Looked { paths: Some(inventory.states), no_objects: inventory.unseen };
@@ -175,7 +174,7 @@ async fn round(
     let mut entries = Vec::new();
     let mut nowhere = output::Output::Lines(Widths::USUAL);
     let scanned = scan
-        .run(signals, &mut nowhere, |entry| {
+        .run(stop_requests, &mut nowhere, |entry| {
             entries.push(entry.clone());
             false
         })
@@ -299,9 +298,14 @@ enum View {
 }
 
 impl View {
-    fn new() -> Self {
+    /// Begins to show the rounds. If that changes the screen, a suspension restores it.
+    fn new(stop_requests: &mut StopRequests) -> Self {
         let is_dumb = std::env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
         if Term::stdout().is_term() && !is_dumb {
+            stop_requests.around_suspension(AroundSuspension {
+                before: || drop(write_all(LEAVE)),
+                after: || drop(write_all(ENTER)),
+            });
             Self::Terminal(Screen::enter())
         } else {
             Self::Lines { has_shown: false, noted: None }
@@ -339,10 +343,10 @@ impl View {
         }
     }
 
-    /// Draws the last round again if the terminal has another size now.
-    fn redraw_if_resized(&mut self, rows: &[Row], note: Option<&str>) -> io::Result<()> {
+    /// Draws the last round again if the terminal has another size now, or if this process was suspended.
+    fn redraw_if_needed(&mut self, rows: &[Row], note: Option<&str>, was_suspended: bool) -> io::Result<()> {
         match self {
-            Self::Terminal(screen) if screen.size != Term::stdout().size() => screen.draw(rows, note),
+            Self::Terminal(screen) if was_suspended || screen.size != Term::stdout().size() => screen.draw(rows, note),
             _ => Ok(()),
         }
     }

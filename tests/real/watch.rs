@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use super::terminal::shell;
 use crate::support::cloud::cloud;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
@@ -80,6 +81,27 @@ fn on_a_terminal_the_table_is_redrawn_in_place_and_a_key_restores_the_screen() {
     for line in console::strip_ansi_codes(&screen).lines() {
         assert!(line.trim_end().chars().count() <= 200, "{line:?}");
     }
+}
+
+#[test]
+fn a_suspension_restores_the_screen_and_the_table_is_redrawn_after_it() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let mut terminal = shell(&env);
+    // The next round would begin after an hour.
+    terminal.type_in("tf locks list --watch=1h\r");
+    terminal.wait_for(id);
+    terminal.type_in("\u{1a}");
+    terminal.wait_for("Stopped");
+    let screen = terminal.screen();
+    assert!(screen.find(LEAVE).is_some_and(|at| at < screen.find("Stopped").unwrap()), "{screen:?}");
+    terminal.type_in("fg\r");
+    terminal.wait_for_times(id, 2);
+    terminal.wait_for_times("\u{1b}[?1049h", 2);
+    terminal.type_in("\u{3}");
+    terminal.wait_for_times(LEAVE, 2);
+    terminal.type_in("exit\r");
+    terminal.wait();
 }
 
 #[test]

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::kill;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::large_tables::{Generated, ITEMS_FOR_A_LOCK};
 use super::locks_release::locks;
 use crate::support::lease::{LEASED, record};
+use crate::support::process::Run;
 use crate::support::proxy::Proxy;
 use crate::support::test_env::{FAKETIME, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
@@ -243,6 +244,48 @@ fn a_witness_that_hangs_is_killed_with_everything_that_it_started() {
     assert_eq!(pids.len(), 3);
     let all_gone = || pids.iter().all(|pid| kill(Pid::from_raw(*pid), None).is_err()).then_some(());
     wait_for("the end of the witness", all_gone, || format!("{pids:?}"));
+}
+
+/// A command that dies of a signal does not leave the processes of the witness, which are in another session.
+#[test]
+fn an_interrupt_ends_every_process_of_the_witness() {
+    let commands: [&[&str]; 6] = [
+        &["list"],
+        &["list", "--watch=1s"],
+        &["show"],
+        &["audit", "--older-than", "1h"],
+        &["release", "--yes"],
+        &["list", "--table", "TABLE", "--region", "us-east-1"],
+    ];
+    for words in commands {
+        let mut env = lapsed(Lock::DynamoDb);
+        witness(&mut env, "sleep 1000 & echo $$ $! > pids.new && mv pids.new pids; wait");
+        let mut command = env.command(env.bin().join("tf"));
+        command.arg("locks").args(words.iter().map(|word| if *word == "TABLE" { &env.table } else { *word }));
+        let run = Run::start(command);
+        let pids = || std::fs::read_to_string(env.directory.join("pids")).ok();
+        let pids = wait_for("the witness", pids, || run.err());
+        run.send(Signal::SIGINT);
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(2), "{words:?}: {}", env.dump(&end));
+        let pids: Vec<i32> = pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+        let all_gone = || pids.iter().all(|pid| kill(Pid::from_raw(*pid), None).is_err()).then_some(());
+        wait_for("the end of the witness", all_gone, || format!("{words:?} {pids:?}"));
+        env.assert_locked();
+    }
+}
+
+#[test]
+fn a_watch_in_a_directory_asks_the_witness() {
+    let mut env = lapsed(Lock::Both);
+    witness(&mut env, DEAD);
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["locks", "list", "--watch=1s"]);
+    let run = Run::start(command);
+    run.wait_for_out("dead");
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(end.out.contains("held      dead"), "{}", env.dump(&end));
 }
 
 /// A refused run and its recovery do not wait for a witness, and delete nothing because of it.

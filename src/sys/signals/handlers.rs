@@ -13,17 +13,24 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use signal_hook_registry::SigId;
 
 use super::{Arrival, SignalOrigin, origin};
-use crate::sys::{descriptor, disposition};
+use crate::sys::descriptor;
+use crate::sys::disposition::{self, Disposition};
 
 /// The handlers that write into the pipe of the last [`SignalSource`] of this process, or of the process from which it
 /// was forked.
 static INSTALLED: Mutex<Vec<SigId>> = Mutex::new(Vec::new());
+
+/// The dispositions that [`SignalSource::close`] has replaced. signal-hook sets its own only once for each signal, so
+/// the next [`SignalSource::open`] must set them again.
+static REPLACED: Mutex<Vec<(Signal, Disposition)>> = Mutex::new(Vec::new());
 
 /// The pipe into which the handlers write.
 #[derive(Debug)]
 pub(super) struct SignalSource {
     arrivals: OwnedFd,
     _writer: OwnedFd,
+    /// The signals with a handler, and whether this process ignored each before.
+    handled: Vec<(Signal, bool)>,
 }
 
 impl SignalSource {
@@ -44,7 +51,11 @@ impl SignalSource {
         // interrupted repeatedly and would never succeed.
         let (waiting, handled): (Vec<Signal>, Vec<Signal>) =
             heard.iter().partition(|signal| matches!(signal, Signal::SIGTTIN | Signal::SIGTTOU));
-        for signal in &handled {
+        let handled: Vec<_> = handled.into_iter().map(|signal| (signal, disposition::is_ignored(signal))).collect();
+        for (signal, disposition) in REPLACED.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            disposition::restore(signal, &disposition);
+        }
+        for (signal, _) in &handled {
             let signal_number = *signal as i32;
             let write = move |info: &libc::siginfo_t| {
                 // SAFETY: the kernel has filled `info` for a signal. In the process `reader`, the descriptor `number`
@@ -65,8 +76,17 @@ impl SignalSource {
             installed.push(unsafe { signal_hook_registry::register_sigaction(signal_number, write)? });
         }
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&waiting.into_iter().collect()), Some(mask))?;
-        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&handled.into_iter().collect()), None)?;
-        Ok(Self { arrivals, _writer: writer })
+        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&handled.iter().map(|(signal, _)| *signal).collect()), None)?;
+        Ok(Self { arrivals, _writer: writer, handled })
+    }
+
+    /// Removes the handlers, so that each signal has its default action again, or is ignored as before.
+    pub(super) fn close(&self) {
+        let mut replaced = REPLACED.lock().unwrap_or_else(PoisonError::into_inner);
+        for (signal, was_ignored) in &self.handled {
+            let set = if *was_ignored { disposition::set_ignored } else { disposition::set_default };
+            replaced.push((*signal, set(*signal)));
+        }
     }
 
     /// Returns the next signal, or `None` if none has arrived. A SIGTTIN or SIGTTOU wakes no poll, because it is

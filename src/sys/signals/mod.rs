@@ -125,9 +125,10 @@ impl Signals {
         &self.mask_at_entry
     }
 
-    /// Restores the signal mask from the start of this process. Called right before another program replaces this
-    /// process by exec.
+    /// Lets every signal have the effect again that it had before [`Signals::listen`]. Another [`Signals`] may listen
+    /// after that.
     pub(crate) fn stop_listening(&self) {
+        self.source.close();
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_at_entry), None);
     }
 
@@ -156,12 +157,20 @@ impl Signals {
     /// Like [`Signals::next_stop`]. In addition, a TSTP that arrived before it stops this process until it is
     /// continued, unless TSTP was ignored at the start.
     pub(crate) fn next_stop_after_suspending(&mut self) -> Option<Signal> {
+        self.next_stop_with(|signals| {
+            signals.stop(Signal::SIGTSTP, false);
+        })
+    }
+
+    /// Like [`Signals::next_stop`]. In addition, a TSTP that arrived before it calls `suspend`, unless TSTP was ignored
+    /// at the start.
+    pub(crate) fn next_stop_with(&mut self, mut suspend: impl FnMut(&mut Self)) -> Option<Signal> {
         while let Some(Arrival { signal, .. }) = self.next() {
             if self.asks_for_the_end(signal) {
                 return Some(signal);
             }
             if signal == Signal::SIGTSTP && !self.inherited.ignores(signal) {
-                self.stop(signal, false);
+                suspend(self);
             }
         }
         None
