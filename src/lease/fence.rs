@@ -257,6 +257,32 @@ pub(crate) fn next_step(terms: Terms, look: Look, run: StoppedRun) -> FenceStep 
     step
 }
 
+/// A point of the cleanup after a run, at which the fence of its lease may end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CleanupPoint {
+    /// It is known whether terraform has died, and whether it may have left a lock.
+    Judged { has_died: bool, may_hold: bool },
+    /// The processes of a terraform that has died were ended as far as they may be. `may_release`: none of them works
+    /// any more, so its locks may be released.
+    TreeEnded { may_release: bool },
+    /// The locks were released or are kept. `is_withdrawn`: no lock that is kept on purpose promises a fence.
+    CleanedUp { is_withdrawn: bool },
+}
+
+/// Returns whether the fence ends at this point.
+///
+/// If terraform has died, a script of its provisioner may still work. So the fence stays until no process of the run
+/// works any more, or until the promise of a lock that is kept was withdrawn. If neither can be done, the fence stays
+/// after the end of `tf`: at the deadline, the kernel kills the group. If terraform has exited by itself, the fence must
+/// not stop a daemon that a provisioner has started on purpose.
+pub(crate) fn ends_at(point: CleanupPoint) -> bool {
+    match point {
+        CleanupPoint::Judged { has_died, may_hold } => !(has_died && may_hold),
+        CleanupPoint::TreeEnded { may_release } => may_release,
+        CleanupPoint::CleanedUp { is_withdrawn } => is_withdrawn,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -413,6 +439,20 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_fence_ends_when_no_process_can_write_any_more_or_no_lock_promises_it() {
+        for has_died in [false, true] {
+            for may_hold in [false, true] {
+                let ends = ends_at(CleanupPoint::Judged { has_died, may_hold });
+                assert_eq!(ends, !has_died || !may_hold, "{has_died} {may_hold}");
+            }
+        }
+        for fact in [false, true] {
+            assert_eq!(ends_at(CleanupPoint::TreeEnded { may_release: fact }), fact);
+            assert_eq!(ends_at(CleanupPoint::CleanedUp { is_withdrawn: fact }), fact);
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::cleanup::clean_up::{LogState, Permission};
 use crate::cleanup::process_tree::identities;
 use crate::cleanup::run_context::RunContext;
 use crate::journal::state_directory::Durability;
-use crate::lease::fence::EndReason;
+use crate::lease::fence::{CleanupPoint, EndReason};
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -914,25 +914,19 @@ impl<'a> Watch<'a> {
         let candidates = run.candidates_after().with_plan(&run.planned_backends);
         let ending = after.judge(&&candidates);
         let may_hold = ending.may_have_left_a_lock(&log);
-        // As in `tf`, the fence stays until no process of a dead terraform works any more, or until the promise was
-        // withdrawn.
-        if !(ending.died && may_hold)
-            && let Some(lease) = lease.as_mut()
-        {
-            lease.end(ended, tree);
+        if let Some(lease) = lease.as_mut() {
+            lease.end_at(CleanupPoint::Judged { has_died: ending.died, may_hold }, ended, tree);
         }
         if !may_hold {
             return Unfinished::default();
         }
-        // Nobody reads what the guardian says about a promise that stands.
         if !run.release {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
             // them.
             let kept: Vec<String> = log.unreleased().map(|lock| lock.id.clone()).collect();
-            if let Some(lease) = lease
-                && lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended)
-            {
-                lease.end(ended, tree);
+            if let Some(lease) = lease {
+                let is_withdrawn = lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended);
+                lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, ended, tree);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -944,16 +938,15 @@ impl<'a> Watch<'a> {
         }
         let (fence, waiter) = (run_lease::fence_of(lease.as_deref()), &mut Waiter::Unattended);
         let permission = after.permission(ending, &candidates, By::Guardian, fence, waiter);
-        if matches!(permission, Permission::Release)
-            && let Some(lease) = lease.as_mut()
-        {
-            lease.end(ended, tree);
+        if let Some(lease) = lease.as_mut() {
+            let may_release = matches!(permission, Permission::Release);
+            lease.end_at(CleanupPoint::TreeEnded { may_release }, ended, tree);
         }
         let left = after.clean_up(ending, &candidates, (By::Guardian, permission), &mut SilentReporter, waiter);
-        if let Some(lease) = lease
-            && lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter)
-        {
-            lease.end(ended, tree);
+        if let Some(lease) = lease {
+            // If the promise stays, nobody reads what the guardian says about it.
+            let is_withdrawn = lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter);
+            lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, ended, tree);
         }
         left.unfinished
     }

@@ -56,7 +56,7 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
-use crate::lease::fence::LateWrite;
+use crate::lease::fence::{CleanupPoint, LateWrite};
 use crate::lease::grade::{self, Cloud};
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
@@ -358,10 +358,7 @@ impl<'a> Prepared<'a> {
     /// Reports how terraform ended, releases its locks, ends the lease, and closes the run's record. `waiting` has the
     /// processes of `tf` that have worked while terraform waited for a lock.
     ///
-    /// If terraform died, a script of its provisioner may still work. The fence stays until no process of the run works
-    /// any more, or until the promise of a lock that is kept was withdrawn. If neither can be done, the fence stays
-    /// after the end of `tf`: at the deadline, the kernel kills the group. If terraform exited by itself, the fence must
-    /// not stop a daemon that a provisioner started on purpose.
+    /// The fence of the lease may stay after the end of `tf` ([`CleanupPoint`]).
     ///
     /// # Errors
     /// If what is left for the next `tf` cannot be written to the run's record.
@@ -390,10 +387,8 @@ impl<'a> Prepared<'a> {
         let ending = after.judge(&candidates);
         let may_hold = ending.may_have_left_a_lock(&log);
         let waiter = &mut Waiter::Interactive(signals);
-        if !(ending.died && may_hold)
-            && let Some(lease) = &mut self.lease
-        {
-            lease.end(Some(ended), &self.tree);
+        if let Some(lease) = &mut self.lease {
+            lease.end_at(CleanupPoint::Judged { has_died: ending.died, may_hold }, Some(ended), &self.tree);
         }
         // With a lease, the processes of a dead terraform are ended first, because its time is limited. Without a list
         // of processes, they can be told from other children only after the others have ended.
@@ -406,10 +401,9 @@ impl<'a> Prepared<'a> {
             crash_point::reached("tf: locks may be held");
             after.permission(ending, &candidates, By::Tf, run_lease::fence_of(self.lease.as_ref()), waiter)
         });
-        if matches!(permission, Some(Permission::Release))
-            && let Some(lease) = &mut self.lease
-        {
-            lease.end(Some(ended), &self.tree);
+        if let Some(lease) = &mut self.lease {
+            let may_release = matches!(permission, Some(Permission::Release));
+            lease.end_at(CleanupPoint::TreeEnded { may_release }, Some(ended), &self.tree);
         }
         tried.extend(waiting.into_iter().flat_map(|waiting| waiting.finish(waiter)));
         let mut reporter = TerminalReporter {
@@ -440,9 +434,9 @@ impl<'a> Prepared<'a> {
             let left = after.clean_up(ending, &candidates, (By::Tf, permission), &mut reporter, waiter);
             // Nobody may take a lock that is kept on purpose without being asked.
             if let Some(lease) = &mut self.lease {
-                if lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter) {
-                    lease.end(Some(ended), &self.tree);
-                } else {
+                let is_withdrawn = lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter);
+                lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, Some(ended), &self.tree);
+                if !is_withdrawn {
                     console::say(messages::LEASE_STANDS);
                 }
             }

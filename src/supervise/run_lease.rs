@@ -27,9 +27,9 @@ use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::journal::runs::Journal;
 use crate::lease::fence::{
-    EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, StoppedRun,
-    Trouble, UnlockStep, are_requests_aborted, is_lost_before, is_reason_due, late_write, next_step, stop_cause,
-    unlock_step,
+    CleanupPoint, EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause,
+    StoppedRun, Trouble, UnlockStep, are_requests_aborted, ends_at, is_lost_before, is_reason_due, late_write,
+    next_step, stop_cause, unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::obstacle::LeaseObstacle;
@@ -1171,6 +1171,13 @@ impl RunLease {
         crash_point::reached("lease: ended the renewals");
     }
 
+    /// Ends the lease ([`Self::end`]) if its fence ends at this point of the cleanup.
+    pub(crate) fn end_at(&mut self, point: CleanupPoint, ended: Option<Ended>, tree: &Tree) {
+        if ends_at(point) {
+            self.end(ended, tree);
+        }
+    }
+
     /// Ends the lease, because terraform has ended and no process that it has started needs the fence. `ended` is how it
     /// ended, `None` if that is unknown. A second call does nothing.
     ///
@@ -1178,7 +1185,7 @@ impl RunLease {
     /// that terraform has started must not run again. But the end of the fence continues the group, for a process that
     /// terraform has started on purpose. So this kills them before that. A terraform that exited by itself was not
     /// stopped then.
-    pub(crate) fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
+    fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
         if !matches!(ended, Some(Ended::Exited(_))) && std::mem::take(&mut self.was_stopped_at_end) {
             tree.kill_rest();
         }
