@@ -192,6 +192,40 @@ fn no_file_imports_from_a_layer_above_its_own() {
     assert!(upward.is_empty(), "{upward:#?}");
 }
 
+/// Asserts that no file for which `is_meant` is true imports a file for which `is_forbidden` is true.
+#[track_caller]
+fn assert_none_imports(is_meant: impl Fn(&Module) -> bool, is_forbidden: impl Fn(&Module) -> bool) {
+    let mut found = Vec::new();
+    let mut has_any = false;
+    for (module, imported) in imports().iter().filter(|(module, _)| is_meant(module)) {
+        has_any = true;
+        let forbidden = imported.iter().filter(|other| is_forbidden(other));
+        found.extend(forbidden.map(|other| format!("{} imports {}", shown(module), shown(other))));
+    }
+    assert!(has_any && found.is_empty(), "{found:#?}");
+}
+
+/// Whether the module is `path`, or is in it.
+fn is_in(module: &Module, path: &[&str]) -> bool {
+    module.len() >= path.len() && module.iter().zip(path).all(|(part, wanted)| part == wanted)
+}
+
+#[test]
+fn the_process_that_supervises_terraform_cannot_send_a_request_to_aws() {
+    assert_none_imports(
+        |module| is_in(module, &["supervise"]) && !is_in(module, &["supervise", "keeper"]),
+        |other| is_in(other, &["aws"]),
+    );
+}
+
+#[test]
+fn what_decides_about_locks_knows_nothing_of_processes_signals_or_terminals() {
+    assert_none_imports(
+        |module| is_in(module, &["lock"]),
+        |other| is_in(other, &["sys"]) && !is_in(other, &["sys", "connections"]),
+    );
+}
+
 #[test]
 fn each_layer_that_is_listed_exists() {
     let files = files();

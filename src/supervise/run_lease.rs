@@ -18,7 +18,6 @@ use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use crate::aws::identity::AccountIdentity;
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::process_tree::{GroupFence, NoFence, Tree};
 use crate::cleanup::waiter::Waiter;
@@ -38,7 +37,7 @@ use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::supervise::fence::{self, EndingFuses, Fence};
-use crate::supervise::keeper::{Inherited, Keeper, Orders, Report};
+use crate::supervise::keeper::{self, Inherited, Keeper, Orders, Report};
 use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
 use crate::sys::connections::{self, Barred};
@@ -471,8 +470,7 @@ impl RunLease {
         (self.renewed, self.deadline) = (Some(Timestamp::now()), Some(deadline));
         // Relative paths of the shared files are relative to terraform's working directory.
         let there = Within::enter(&candidates.working_directory);
-        let identity = |location: &LockLocation| AccountIdentity::at_start(&lock.id, &location.backend);
-        let identities = locations.iter().map(identity).collect();
+        let identities = keeper::identities(&lock.id, &locations);
         drop(there);
         self.orders = Some(Orders {
             lock: lock.id.clone(),

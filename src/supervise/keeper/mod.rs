@@ -43,6 +43,7 @@ use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{Look, Loss};
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Holder, Promise};
+use crate::lock::location::LockLocation;
 use crate::supervise::fence::Fence;
 use crate::sys::process;
 use crate::sys::{descriptor, poll, session};
@@ -86,6 +87,12 @@ pub(crate) struct Orders {
     pub(crate) withdraws: bool,
     /// Terraform's working directory. Relative paths in the settings are relative to it.
     pub(crate) directory: PathBuf,
+}
+
+/// Returns [`Orders::identities`] for the lock with this ID, which the run has just got. The current directory must be
+/// that of terraform.
+pub(crate) fn identities(lock: &str, locations: &[LockLocation]) -> Vec<AccountIdentity> {
+    locations.iter().map(|location| AccountIdentity::at_start(lock, &location.backend)).collect()
 }
 
 impl std::fmt::Debug for Orders {
