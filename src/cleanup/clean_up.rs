@@ -226,7 +226,7 @@ pub(crate) enum CleanUpStep {
 }
 
 /// The order of the steps. After them, the work that is left for the next `tf` is returned, and the caller closes the
-/// run's record. So if the process is killed during a step, the record still stands, and the next `tf` repeats all
+/// run's record. So if the process is killed during a step, the record still exists, and the next `tf` repeats all
 /// steps.
 pub(crate) const ORDER: [CleanUpStep; 7] = [
     CleanUpStep::Find,

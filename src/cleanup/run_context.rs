@@ -20,7 +20,7 @@ pub(crate) struct RunContext<'a> {
     pub(crate) id: String,
     /// `user@host` at the start of the run. It is stored because the host's name may change during the run.
     pub(crate) who: String,
-    /// When this `tf` was started. Times in [`crate::supervise::stop`] are relative to this time.
+    /// When this `tf` was started. The times of the stop timeout are relative to this time.
     pub(crate) begun: Instant,
     /// A time before terraform's start. It is taken as late as possible.
     pub(crate) started: Timestamp,

@@ -35,11 +35,12 @@ pub(crate) enum Loss {
 /// Whether a terraform may have written its state after it had lost its lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LateWrite {
-    /// It has not.
+    /// Terraform has written nothing after the loss.
     No,
-    /// It may have, while nobody knew of the loss: somebody else has deleted the lock of a terraform that worked.
+    /// Terraform may have written while the loss was not known: another process has deleted the lock of a terraform that
+    /// worked.
     BeforeTheLossWasFound,
-    /// It may have, because it ran after the deadline of its lease: another process has continued it.
+    /// Terraform may have written, because it ran after the deadline of its lease: another process has continued it.
     AfterTheDeadline,
 }
 

@@ -413,7 +413,7 @@ pub(crate) enum DeletedBy {
 /// Decides who has deleted a lock that is gone. `result` is what this taker knows about its own deletes. `has_claim` is
 /// whether the lock had the claim of this taker, and no other taker can have replaced it.
 ///
-/// While a claim stands, nobody else says that the lock was released: the holder's host names the taker. An object
+/// While a claim is stored, nobody else says that the lock was released: the holder's host names the taker. An object
 /// alone has no claim. The holder's host, another taker or a person may have deleted it between the last read and the
 /// delete whose response is missing.
 pub(crate) fn deleted_by(result: DeleteResult, has_claim: bool) -> DeletedBy {

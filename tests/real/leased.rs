@@ -1611,7 +1611,7 @@ fn fg_does_not_let_a_terraform_write_whose_lock_another_run_has() {
 
 /// Another run has the lock meanwhile, or nobody has taken it.
 #[test]
-fn whoever_dies_in_a_run_that_is_suspended_past_its_deadline_terraform_writes_nothing_before_a_look() {
+fn a_run_that_is_suspended_past_its_deadline_writes_nothing_before_a_look_whichever_process_dies() {
     for (number, dead) in [&["tf"][..], &["guardian"], &["tf", "guardian"]].into_iter().enumerate() {
         for is_taken in [false, true] {
             let lock = Lock::ALL[(number + usize::from(is_taken)) % 3];
