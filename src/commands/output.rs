@@ -255,26 +255,27 @@ fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
         (column(&lock.info.who), widths.who),
         (column(&since), 20),
         (age.into(), 12),
-        (visible_in_place(&lock.info.id), 36),
+        (column(&lock.info.id), 36),
         (parts(lock).into(), 11),
     ] {
         push_padded(&mut line, &text, width);
         line.push_str("  ");
     }
-    line.push_str(&lock.judgement.reason);
+    line.push_str(&without_double_blanks(Cow::Borrowed(&lock.judgement.reason)));
     if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
-        line.extend(["; ", &lease]);
+        line.extend(["; ", &without_double_blanks(lease.into())]);
     }
     for note in &lock.notes {
-        line.extend(["; ", note]);
+        line.extend(["; ", &without_double_blanks(Cow::Borrowed(note))]);
     }
     line.push('\n');
     line
 }
 
 fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
-    let path = padded(&visible(&unreadable.place.path()), widths.path);
-    format!("unreadable   {path}  {}; {}\n", unreadable.reason, visible(&unreadable.place.describe()))
+    let path = padded(&column(&unreadable.place.path()), widths.path);
+    let text = format!("{}; {}", unreadable.reason, visible(&unreadable.place.describe()));
+    format!("unreadable   {path}  {}\n", without_double_blanks(text.into()))
 }
 
 /// Returns an entry as a plain line, which ends with a newline.
@@ -292,10 +293,26 @@ pub(super) fn table_of(width: usize, entries: &[&ListedEntry], now: Timestamp) -
     (table.head(), blocks)
 }
 
-/// Returns the text of a column of a plain line. A blank text becomes `-`, because tools find a column by its position.
+/// Returns the text of a column of a plain line. Tools find a column by its position, so a blank text becomes `-`, and
+/// the text contains no two consecutive blanks ([`without_double_blanks`]).
 fn column(text: &str) -> Cow<'_, str> {
     let shown = visible_in_place(text);
-    if shown.trim().is_empty() { "-".into() } else { shown }
+    if shown.trim().is_empty() { "-".into() } else { without_double_blanks(shown) }
+}
+
+/// Replaces each run of blanks with one blank, because two blanks separate the columns of a plain line. Makes no copy
+/// of a text that needs no change. Almost every text needs none.
+fn without_double_blanks(text: Cow<'_, str>) -> Cow<'_, str> {
+    if !text.contains("  ") {
+        return text;
+    }
+    let mut single = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character != ' ' || !single.ends_with(' ') {
+            single.push(character);
+        }
+    }
+    single.into()
 }
 
 /// Pads `text` with spaces to `width`. Longer text is not truncated.
@@ -591,6 +608,36 @@ mod tests {
             let line = line(lock(&entry), Widths::USUAL, Timestamp::now());
             assert_eq!(line.matches('\n').count(), 1, "{line:?}");
             assert!(!line.trim_end().chars().any(char::is_control), "{line:?}");
+        }
+    }
+
+    /// Splits at two or more blanks, as `awk -F '  +'` does.
+    fn columns(line: &str) -> Vec<&str> {
+        line.trim_end().split("  ").map(str::trim).filter(|column| !column.is_empty()).collect()
+    }
+
+    #[test]
+    fn text_with_several_blanks_does_not_shift_the_columns_of_a_plain_line() {
+        for blanks in ["a  b", "a     b", "   a  b   "] {
+            let mut entry = entry(blanks, &format!("b/{blanks}"));
+            let ListedEntry::Lock(found) = &mut entry else { panic!("no lock") };
+            found.info.id = blanks.to_owned();
+            found.info.operation = blanks.to_owned();
+            found.info.created = blanks.to_owned();
+            found.workspace = Some(blanks.to_owned());
+            found.judgement.reason = blanks.to_owned();
+            found.notes = vec![format!("note{blanks}")];
+            let line = line(lock(&entry), Widths::of(std::slice::from_ref(&entry)), Timestamp::now());
+            let shown = columns(&line);
+            assert_eq!(shown.len(), 10, "{line:?}");
+            assert_eq!([shown[0], shown[4], shown[8]], ["unknown", "a b", "dynamodb"], "{line:?}");
+            assert!(shown[9].contains("a b") && shown[9].contains("; note"), "{line:?}");
+
+            let place = StoreKey::DynamoDb { table: "t".into(), key: format!("b/{blanks}"), region: "r".into() };
+            let unreadable = UnreadableLock { place, reason: blanks.to_owned(), stored: None };
+            let line = unreadable_line(&unreadable, Widths::USUAL);
+            let shown = columns(&line);
+            assert_eq!((shown.len(), shown[0]), (3, "unreadable"), "{line:?}");
         }
     }
 
