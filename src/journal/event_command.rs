@@ -26,6 +26,10 @@ const ON_EVENT: &str = "TFW_ON_EVENT";
 /// The argument with which `tf locks` runs as the intermediate process. This argument is not documented.
 pub(crate) const WORD: &str = "tell-event";
 
+/// The maximum length of a line that the command receives, with its newline: 64 KiB. No event is longer, because the
+/// history limits its texts.
+pub(crate) const MAX_LINE_BYTES: u64 = 1 << 16;
+
 /// How long the command may run before it is killed.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -59,7 +63,7 @@ fn between(line: &str) -> std::io::Result<()> {
 /// Runs in the intermediate process. Reads the event from stdin, and forks the process that runs the command.
 pub(crate) fn stand_between() {
     let mut line = Vec::new();
-    let (Some(command), Ok(_)) = (named(), std::io::stdin().lock().take(1 << 16).read_to_end(&mut line)) else {
+    let (Some(command), Ok(_)) = (named(), std::io::stdin().lock().take(MAX_LINE_BYTES).read_to_end(&mut line)) else {
         return;
     };
     let directory = std::env::current_dir();

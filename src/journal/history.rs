@@ -30,9 +30,11 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// The number of older history files that are kept.
 const MAX_FILES: usize = 4;
 
-/// The maximum length of a text in an event, in characters. The limit is necessary because the texts come from a lock,
-/// and other users can write a lock with texts of any length.
-const MAX_TEXT_CHARACTERS: usize = 1024;
+/// The maximum length of a text in an event, in UTF-16 code units: 1024. The limit is necessary because the texts come
+/// from a lock, and other users can write a lock with texts of any length. JSON escapes a code unit with at most 6
+/// bytes (RFC 8259, section 7), so the 8 texts of an event need at most 48 KiB, and its line is shorter than
+/// [`event_command::MAX_LINE_BYTES`].
+const MAX_TEXT_UNITS: usize = 1024;
 
 /// What happened to a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,7 +133,7 @@ impl LockEvent {
             time: Timestamp::now(),
             what,
             by,
-            who: crate::terraform::lock_info::who(),
+            who: cut(&crate::terraform::lock_info::who()),
             pid: std::process::id(),
             id: String::new(),
             path: String::new(),
@@ -144,9 +146,14 @@ impl LockEvent {
     }
 }
 
-/// Truncates a text to [`MAX_TEXT_CHARACTERS`] characters, to limit the length of a line of the history.
+/// Truncates a text to [`MAX_TEXT_UNITS`], to limit the length of a line of the history. No character is split.
 fn cut(text: &str) -> String {
-    text.chars().take(MAX_TEXT_CHARACTERS).collect()
+    let mut units = 0;
+    let fits = |character: &char| {
+        units += character.len_utf16();
+        units <= MAX_TEXT_UNITS
+    };
+    text.chars().take_while(fits).collect()
 }
 
 /// Appends an event to the history and starts the command in `TFW_ON_EVENT`. An error is only traced, because the
@@ -287,6 +294,31 @@ mod tests {
         let line = json::to_string(&event).unwrap();
         assert!(line.len() < 3000 && line.is_ascii() && !line.contains('\n'), "{line}");
         assert_eq!(serde_json::from_str::<LockEvent>(&line).unwrap(), event);
+    }
+
+    #[test]
+    fn the_longest_line_reaches_the_command_whole() {
+        for character in ["\u{1}", "\u{7f}", "\u{ffff}", "🔒", "\"", "w"] {
+            let text = character.repeat(2 * MAX_TEXT_UNITS);
+            let lock = LockInfo {
+                id: text.clone(),
+                who: text.clone(),
+                operation: text.clone(),
+                version: text.clone(),
+                created: text.clone(),
+                path: text.clone(),
+            };
+            let event = LockEvent {
+                who: cut(&text),
+                pid: u32::MAX,
+                ..LockEvent::of_lock(What::TakenOver, By::Recovery, &lock, &text, &text, Some(&text))
+            };
+            let line = json::to_string(&event).unwrap() + "\n";
+            assert!(line.len() as u64 <= event_command::MAX_LINE_BYTES, "{character:?}: {}", line.len());
+            assert_eq!(serde_json::from_str::<LockEvent>(&line).unwrap(), event);
+            assert_eq!(event.id.encode_utf16().count(), MAX_TEXT_UNITS);
+        }
+        assert_eq!(cut(&format!("{}🔒", "w".repeat(MAX_TEXT_UNITS - 1))).len(), MAX_TEXT_UNITS - 1);
     }
 
     #[test]
