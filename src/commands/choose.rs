@@ -7,8 +7,9 @@ use super::staleness::Staleness;
 use crate::aws::failure::Failure;
 use crate::console::{self, option, visible, visible_whole};
 use crate::holder::host::HostView;
+use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::leased::StoredPart;
-use crate::lock::stores::{LOCK_FILE, StoreKey};
+use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock};
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::lock_info::{is_lock_id, split_path};
 
@@ -29,7 +30,7 @@ pub(super) enum Choice {
 ///
 /// # Errors
 /// Fails if nothing matches, if several locks match, or if a request fails. For a table or a bucket, also fails if
-/// `which` is `None`. For a table, also fails if `which` is an ID or the key of a digest.
+/// `which` is `None`. For a table, also fails if `which` is an ID or the path of a digest.
 pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: bool) -> Result<Choice, Trouble> {
     let entries = match (&reach.target, which) {
         (ScanTarget::Directory(directory), which) => {
@@ -46,13 +47,6 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
             return Err(Trouble::Said(format!(
                 "in a table, a lock is selected by its path, not by its ID\nto see the path of {word}, type `tf locks list` \
                  with the same options"
-            )));
-        }
-        (ScanTarget::Table(_), Some(path)) if path.ends_with("-md5") => {
-            return Err(Trouble::Said(format!(
-                "{} is the digest of a state, not a lock\nto fix a digest that does not match its state, type in the \
-                 directory of that state: tf locks doctor --fix-digest",
-                visible(path)
             )));
         }
         (ScanTarget::Table(table), Some(path)) => read_both(reach, table, path).await?,
@@ -117,6 +111,13 @@ async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredP
 /// each of them alone refuses every run. The user has named the table alone, so the object need not be readable.
 async fn read_both(reach: &Connection, table: &str, path: &str) -> Result<Vec<ListedEntry>, Trouble> {
     let item = read(reach, &reach.stores.item(table, path)).await?;
+    if item.as_ref().is_some_and(|item| is_digest(path, &item.stored)) {
+        return Err(Trouble::Said(format!(
+            "{} is the digest of a state, not a lock\nto fix a digest that does not match its state, type in the \
+             directory of that state: tf locks doctor --fix-digest",
+            visible(path)
+        )));
+    }
     let object = match split_path(path) {
         Some((bucket, key)) => reach.stores.read_part(&reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await,
         None => Ok(None),
@@ -138,6 +139,12 @@ async fn read_both(reach: &Connection, table: &str, path: &str) -> Result<Vec<Li
         });
     }
     Ok(entries)
+}
+
+/// Returns whether `stored`, an item with the path `path`, is the digest of a state. The key of a state may end with
+/// `-md5` too. The item of its lock has an `Info`, which a digest does not have.
+fn is_digest(path: &str, stored: &StoredLock) -> bool {
+    path.ends_with("-md5") && matches!(stored, StoredLock::Item(InfoAttribute::None))
 }
 
 /// Returns what to say if the read of the object that a lock may have beside its item has failed. `None` if there can
@@ -237,8 +244,6 @@ mod tests {
     use super::*;
     use crate::aws::failure::ServiceAnswer;
     use crate::holder::evidence::{Judgement, Verdict};
-    use crate::lock::dynamodb::InfoAttribute;
-    use crate::lock::stores::StoredLock;
     use crate::terraform::lock_info::LockInfo;
 
     fn place(path: &str) -> StoreKey {
@@ -307,6 +312,20 @@ mod tests {
         assert_eq!(unseen_object(&failed("AccessDenied", 403)).as_deref(), Some(inventory::UNSEEN));
         let said = unseen_object(&failed("PermanentRedirect", 301)).unwrap();
         assert_eq!(said, "the .tflock object of this lock was not checked\nS3: PermanentRedirect");
+    }
+
+    #[test]
+    fn an_item_is_a_digest_only_if_its_path_ends_with_md5_and_it_has_no_info() {
+        let text = || StoredLock::Item(InfoAttribute::Text("{}".to_owned()));
+        let without = || StoredLock::Item(InfoAttribute::None);
+        for (path, stored, expected) in [
+            ("b/k-md5", without(), true),
+            ("b/k-md5", text(), false),
+            ("b/k", without(), false),
+            ("b/k", text(), false),
+        ] {
+            assert_eq!(is_digest(path, &stored), expected, "{path} {stored:?}");
+        }
     }
 
     #[test]

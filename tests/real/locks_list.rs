@@ -222,6 +222,24 @@ fn what_is_no_lock_is_listed_as_that_and_digests_are_not_listed() {
 }
 
 #[test]
+fn a_lock_whose_key_ends_like_a_digest_is_shown_and_a_digest_is_not_a_lock() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let path = format!("{}/x-md5", env.bucket);
+    let show = |path: &str| locks(&env, &["show", "--table", &env.table, "--region", "us-east-1", path]);
+    let end = show(&path);
+    assert!(end.code() == Some(1) && end.err.contains("there is no lock at"), "{}", env.dump(&end));
+    let put = |item: Value| {
+        cloud().dynamodb("PutItem", &json!({ "TableName": env.table, "Item": item }));
+    };
+    put(json!({ "LockID": { "S": path }, "Digest": { "S": "0" } }));
+    let end = show(&path);
+    assert!(end.code() == Some(1) && end.err.contains("is the digest of a state"), "{}", env.dump(&end));
+    put(json!({ "LockID": { "S": path }, "Info": { "S": of_anna(A, &path) } }));
+    let end = show(&path);
+    assert!(end.err.is_empty() && end.out.contains(A), "{}", env.dump(&end));
+}
+
+#[test]
 fn a_bucket_is_listed_below_a_prefix() {
     let env = TestEnv::new(Lock::File, "true");
     for (key, id) in [("prod/a.tfstate", A), ("test/b.tfstate", B)] {
