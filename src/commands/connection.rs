@@ -3,9 +3,10 @@
 
 use crate::console;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
 
@@ -21,28 +22,31 @@ use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 
 /// The options that say where to look. Without any of them, a command looks in the backend of the current directory.
+///
+/// No value may be empty: it is most likely that of an unset variable in a script, and the command would look in a
+/// place that the user did not mean. Clap itself refuses an empty path.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct LocationArgs {
     /// Use the backend of this working directory, like terraform's -chdir
     #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket"])]
     pub(super) chdir: Option<PathBuf>,
     /// Look in this DynamoDB table, whatever the current directory is
-    #[arg(long, value_name = "TABLE", groups = ["outside", "rated"])]
+    #[arg(long, value_name = "TABLE", groups = ["outside", "rated"], value_parser = NonEmptyStringValueParser::new())]
     pub(super) table: Option<String>,
     /// Look at the .tflock objects in this S3 bucket, whatever the current directory is
-    #[arg(long, value_name = "BUCKET", group = "outside")]
+    #[arg(long, value_name = "BUCKET", group = "outside", value_parser = NonEmptyStringValueParser::new())]
     pub(super) bucket: Option<String>,
     /// Only look at objects whose key starts with PREFIX
     #[arg(long, value_name = "PREFIX", requires = "bucket")]
     pub(super) prefix: Option<String>,
     /// The region of the table or bucket (default: the region that the AWS CLI would use)
-    #[arg(long, value_name = "REGION", requires = "outside")]
+    #[arg(long, value_name = "REGION", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     pub(super) region: Option<String>,
     /// The AWS profile to use
-    #[arg(long, value_name = "PROFILE", requires = "outside")]
+    #[arg(long, value_name = "PROFILE", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     pub(super) profile: Option<String>,
     /// The endpoint URL, for a service that is not AWS itself
-    #[arg(long, value_name = "URL", requires = "outside")]
+    #[arg(long, value_name = "URL", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     pub(super) endpoint_url: Option<String>,
 }
 
@@ -140,6 +144,12 @@ impl From<Unreachable> for Trouble {
 }
 
 impl Trouble {
+    /// Builds the error for a `--chdir` that does not name a directory.
+    pub(super) fn not_a_directory(path: &Path) -> Self {
+        let shown = visible(&path.display().to_string());
+        Self::Said(format!("{shown} is not a directory\ngive a directory that contains terraform's files"))
+    }
+
     /// Builds the error for a failed request. `what` is the table, bucket or entry that the request was about, for the
     /// message.
     pub(super) fn failed(failure: Failure, what: &str, stores: &Stores) -> Self {
@@ -278,9 +288,7 @@ impl LocationArgs {
         let path = command_line.working_directory(&current);
         let shown = visible(&path.display().to_string());
         if !path.is_dir() {
-            return Err(Trouble::Said(format!(
-                "{shown} is not a directory\ngive a directory that contains terraform's files"
-            )));
+            return Err(Trouble::not_a_directory(&path));
         }
         let data_directory = DataDirectory::path(&current, &command_line);
         // Relative paths in the backend are relative to the directory in which terraform runs.

@@ -346,6 +346,27 @@ mod tests {
         files
     }
 
+    /// An unset variable in a script gives an empty value.
+    #[test]
+    fn an_empty_value_of_an_option_that_says_where_to_look_is_refused() {
+        for command in ["list", "show", "release", "audit"] {
+            for option in ["--table", "--bucket", "--region", "--profile", "--endpoint-url", "--chdir", "--from"] {
+                if option == "--from" && matches!(command, "show" | "release") {
+                    continue;
+                }
+                let table: &[&str] =
+                    if matches!(option, "--region" | "--profile" | "--endpoint-url") { &["--table", "t"] } else { &[] };
+                for empty in [vec![option.to_owned(), String::new()], vec![format!("{option}=")]] {
+                    let mut words = vec!["tf locks".to_owned(), command.to_owned()];
+                    words.extend(table.iter().map(|word| (*word).to_owned()).chain(empty));
+                    let error = Locks::try_parse_from(words).unwrap_err().to_string();
+                    let expected = format!("a value is required for '{option} <");
+                    assert!(error.contains(&expected), "{command} {option}: {error}");
+                }
+            }
+        }
+    }
+
     /// Compares the generated files with those in the repository. `make generated` sets TF_WRITE_GENERATED, which
     /// writes them.
     #[test]

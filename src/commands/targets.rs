@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Args, Parser};
 use serde::Serialize;
 
@@ -19,7 +20,8 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 const LINE_EXAMPLE: &str =
     "each line names one target, for example: --table terraform-locks --region eu-west-1 --profile prod";
 
-/// The options that say what to read. Without any of them, a command reads the backend of the current directory.
+/// The options that say what to read. Without any of them, a command reads the backend of the current directory. No
+/// value may be empty, as in [`LocationArgs`].
 #[derive(Args, Clone, Debug, Default)]
 #[command(group = ArgGroup::new("outside").args(["table", "bucket", "from"]).multiple(true))]
 #[command(group = ArgGroup::new("rated").args(["table", "from"]).multiple(true))]
@@ -28,10 +30,10 @@ pub(super) struct TargetArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["table", "bucket", "from"])]
     chdir: Option<PathBuf>,
     /// Look in this DynamoDB table, whatever the current directory is; can be given several times
-    #[arg(long, value_name = "TABLE")]
+    #[arg(long, value_name = "TABLE", value_parser = NonEmptyStringValueParser::new())]
     table: Vec<String>,
     /// Look at the .tflock objects in this S3 bucket, whatever the current directory is; can be given several times
-    #[arg(long, value_name = "BUCKET")]
+    #[arg(long, value_name = "BUCKET", value_parser = NonEmptyStringValueParser::new())]
     bucket: Vec<String>,
     /// Also read the tables and buckets in FILE (- for stdin): one on each line, with the options --table or --bucket,
     /// --prefix, --region, --profile, --endpoint-url and --rate
@@ -41,13 +43,13 @@ pub(super) struct TargetArgs {
     #[arg(long, value_name = "PREFIX", requires = "bucket")]
     prefix: Option<String>,
     /// The region of the tables and buckets (default: the region that the AWS CLI would use)
-    #[arg(long, value_name = "REGION", requires = "outside")]
+    #[arg(long, value_name = "REGION", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     region: Option<String>,
     /// The AWS profile to use
-    #[arg(long, value_name = "PROFILE", requires = "outside")]
+    #[arg(long, value_name = "PROFILE", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     profile: Option<String>,
     /// The endpoint URL, for a service that is not AWS itself
-    #[arg(long, value_name = "URL", requires = "outside")]
+    #[arg(long, value_name = "URL", requires = "outside", value_parser = NonEmptyStringValueParser::new())]
     endpoint_url: Option<String>,
 }
 
@@ -403,6 +405,7 @@ mod tests {
             (b"terraform-locks", "unexpected argument 'terraform-locks'"),
             (b"--chdir prod", "neither a table nor a bucket"),
             (b"--table", "a value is required"),
+            (b"--table ''", "a value is required"),
             (b"--table 'open", "missing closing quote"),
             (b"--table t --rate 0", "more than 0"),
             (b"--help", "unexpected argument"),

@@ -60,6 +60,9 @@ struct TerraformReport {
 
 impl Version {
     pub(super) fn run(self) -> Result<Finding, Trouble> {
+        if let Some(directory) = self.chdir.as_ref().filter(|directory| !directory.is_dir()) {
+            return Err(Trouble::not_a_directory(directory));
+        }
         let (terraform, finding) = self.terraform();
         let commit = Some(COMMIT).filter(|commit| *commit != "unknown");
         let report = Report { version: env!("CARGO_PKG_VERSION"), commit, target: TARGET, terraform };

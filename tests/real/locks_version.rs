@@ -52,6 +52,17 @@ fn without_a_terraform_it_says_so_and_still_what_it_is_itself() {
     assert_fits(&env, "version", &end.out);
 }
 
+#[test]
+fn a_directory_that_does_not_exist_is_an_error() {
+    let env = TestEnv::empty(Lock::Both);
+    env.write("file", "");
+    for directory in ["/nonexistent", "file"] {
+        let end = locks(&env, &["version", "--chdir", directory]);
+        assert_eq!((end.code(), end.out.as_str()), (Some(1), ""), "{}", env.dump(&end));
+        assert!(end.err.contains(&format!("tf: {directory} is not a directory\n")), "{}", env.dump(&end));
+    }
+}
+
 /// A program in machine code that is as large as a terraform and never exits, and a script, which is not run.
 #[test]
 fn a_terraform_that_hangs_is_killed_and_a_script_is_not_run() {
