@@ -59,8 +59,7 @@ fn main() -> ExitCode {
         Ok(terraform) => terraform,
         Err(reason) => return refuse(&reason, NOT_FOUND),
     };
-    let own_name = terraform.path.file_name().unwrap_or(terraform.path.as_os_str());
-    let name = if terraform.for_a_step { OsString::from("terraform") } else { own_name.to_owned() };
+    let name = terraform.name();
     let passes_through = terraform.supervised_already
         || asks_for_completion()
         || !(command_line.can_lock(more_arguments()) || terraform.for_a_step);

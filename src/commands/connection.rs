@@ -17,6 +17,7 @@ use crate::cleanup::messages;
 use crate::console::visible;
 use crate::lock::stores::Stores;
 use crate::terraform::backend::{BackendOrigin, CachedBackend};
+use crate::terraform::binary;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
@@ -225,7 +226,7 @@ impl LocationArgs {
         let data = DataDirectory::named_here();
         let workspace = std::env::var("TF_WORKSPACE").ok();
         let (chdir, data, workspace) = (chdir.as_deref(), data.as_deref(), workspace.as_deref());
-        let unlock = messages::unlock_command("terraform", CommandDirectories { chdir, data, workspace });
+        let unlock = messages::unlock_command(&binary::name_to_type(), CommandDirectories { chdir, data, workspace });
         format!(
             "when a lock refuses terraform, terraform prints the ID of that lock\n\
              {}, replace ID with that ID and type: {unlock} ID",
@@ -300,8 +301,9 @@ impl LocationArgs {
                 "there is no initialised backend in {shown}\n\
                  a state in a local file has a file lock, which the kernel releases when the process exits; tf does \
                  not list such a lock\n\
-                 in any other terraform directory, type `terraform init` first\n\
-                 to look in a table or a bucket instead, add --table TABLE or --bucket BUCKET"
+                 in any other terraform directory, type `{} init` first\n\
+                 to look in a table or a bucket instead, add --table TABLE or --bucket BUCKET",
+                binary::name_to_type()
             )));
         };
         match backend.kind.as_str() {
@@ -333,7 +335,8 @@ impl LocationArgs {
         }
         let said = |what: &str| {
             Trouble::Said(format!(
-                "the backend of {shown} sets no {what}\nto set up the backend again, type: terraform init"
+                "the backend of {shown} sets no {what}\nto set up the backend again, type: {} init",
+                binary::name_to_type()
             ))
         };
         Ok(Directory {

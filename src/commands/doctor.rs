@@ -153,7 +153,10 @@ impl Doctor {
                 UnlockPolicy::ForceUnlock => {
                     findings.ok(
                         "backend",
-                        &format!("{said}: tf releases a lock there with terraform force-unlock, after 10 s"),
+                        &format!(
+                            "{said}: tf releases a lock there with {} force-unlock, after 10 s",
+                            binary::name_to_type()
+                        ),
                     );
                 }
                 UnlockPolicy::Name => {
@@ -190,7 +193,8 @@ impl Doctor {
 }
 
 fn terraform(findings: &mut Findings, own_files: &Path) {
-    match binary::find(binary::name(std::env::args_os().next().as_deref())) {
+    let replaced = binary::replaced_name();
+    match binary::find(replaced) {
         Ok(found) => {
             let shown = visible(&found.path.display().to_string());
             let state = StateDirectory::open(|name| std::env::var_os(name)).ok();
@@ -219,7 +223,7 @@ fn terraform(findings: &mut Findings, own_files: &Path) {
             findings.wrong(
                 "terraform",
                 &reason.to_string(),
-                Next::Do("put terraform on PATH, or set TFW_TERRAFORM to its path"),
+                Next::Do(&format!("put {replaced} on PATH, or set TFW_TERRAFORM to its path")),
             );
         }
     }
@@ -684,7 +688,7 @@ fn errored_state(findings: &mut Findings, directory: &Directory) {
     findings.wrong(
         "errored.tfstate",
         &format!("it exists: {}", errored_state::ERRORED_STATE),
-        Next::Do(&in_directories(directory, |there| errored_state::push_errored_state("terraform", there))),
+        Next::Do(&in_directories(directory, |there| errored_state::push_errored_state(&binary::name_to_type(), there))),
     );
 }
 

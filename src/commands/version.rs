@@ -71,13 +71,13 @@ impl Version {
                 json::to_string(&report).map_err(|error| Trouble::Said(format!("could not write JSON: {error}")))?;
             console::print_for_program(&text);
         } else {
-            console::print(&report.text());
+            console::print(&report.text(binary::replaced_name()));
         }
         Ok(finding)
     }
 
     fn terraform(&self) -> (TerraformReport, Finding) {
-        let found = match binary::find(binary::name(std::env::args_os().next().as_deref())) {
+        let found = match binary::find(binary::replaced_name()) {
             Ok(found) => found,
             Err(reason) => return TerraformReport::without(&reason),
         };
@@ -93,10 +93,11 @@ impl Version {
 }
 
 impl Report {
-    fn text(&self) -> String {
+    /// Returns the report for a person. `program` is the name of the program that `tf` replaces.
+    fn text(&self, program: &str) -> String {
         let Self { version, commit, target, terraform } = self;
         let commit = commit.unwrap_or("unknown");
-        format!("tf {version}\ncommit: {commit}\ntarget: {target}\nterraform: {}", terraform.text())
+        format!("tf {version}\ncommit: {commit}\ntarget: {target}\nterraform: {}", terraform.text(program))
     }
 }
 
@@ -126,7 +127,8 @@ impl TerraformReport {
         (report, finding)
     }
 
-    fn text(&self) -> String {
+    /// As [`Report::text`].
+    fn text(&self, program: &str) -> String {
         match self {
             Self { path: Some(path), product: Some(product), version: Some(version), .. } => {
                 format!("{}, {product:?} {}", visible_whole(path), visible(version))
@@ -135,7 +137,7 @@ impl TerraformReport {
                 format!("{}, version unknown: {}", visible_whole(path), reason.as_deref().unwrap_or_default())
             }
             Self { reason, .. } => format!(
-                "none: {}\nput terraform on PATH, or set {} to its path",
+                "none: {}\nput {program} on PATH, or set {} to its path",
                 visible_whole(reason.as_deref().unwrap_or_default()),
                 binary::OVERRIDE
             ),
@@ -163,12 +165,14 @@ mod tests {
             ),
         ] {
             let (report, found) = TerraformReport::of("/a/terraform".to_owned(), version, is_terraform);
-            assert_eq!((report.text().as_str(), found), (text, finding));
+            assert_eq!((report.text("terraform").as_str(), found), (text, finding));
             assert_eq!(report.version.is_none(), report.reason.is_some());
         }
         let (report, found) = TerraformReport::without(&NotFound::Override("\u{1b}[2J".into()));
         assert_eq!(found, Finding::Stale);
-        assert!(report.text().starts_with("none: TFW_TERRAFORM is ") && !report.text().contains('\u{1b}'));
+        let text = report.text("tofu");
+        assert!(text.starts_with("none: TFW_TERRAFORM is ") && !text.contains('\u{1b}'), "{text:?}");
+        assert!(text.ends_with("\nput tofu on PATH, or set TFW_TERRAFORM to its path"), "{text:?}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use crate::console::visible_whole;
 use crate::sys::file_id::FileId;
 
 /// The environment variable that contains the path or the name of the terraform to run.
@@ -37,6 +38,15 @@ pub(crate) struct Binary {
     /// Whether `tf` runs terraform directly, in place of setup-terraform's wrapper. That wrapper would have reported
     /// the result to the workflow, so `tf` must report it.
     pub(crate) for_a_step: bool,
+}
+
+impl Binary {
+    /// Returns the name with which a user runs this terraform: the name of its file, or `terraform` in place of
+    /// setup-terraform's wrapper.
+    pub(crate) fn name(&self) -> OsString {
+        let own = self.path.file_name().unwrap_or(self.path.as_os_str());
+        if self.for_a_step { "terraform".into() } else { own.to_owned() }
+    }
 }
 
 /// Why no terraform was found.
@@ -74,6 +84,18 @@ pub(crate) fn name(called_as: Option<&OsStr>) -> &'static str {
         Some(name) if name == "tofu" => "tofu",
         _ => "terraform",
     }
+}
+
+/// Returns the name of the program that `tf` replaces, by the name under which this process was started.
+pub(crate) fn replaced_name() -> &'static str {
+    name(std::env::args_os().next().as_deref())
+}
+
+/// Returns the name of the terraform that this `tf` would run, for a command that a person types. If there is none, it
+/// is the name of the program that `tf` replaces.
+pub(crate) fn name_to_type() -> String {
+    let replaced = replaced_name();
+    find(replaced).map_or_else(|_| replaced.to_owned(), |found| visible_whole(&found.name().to_string_lossy()))
 }
 
 /// Finds the program `name`: the one in `TFW_TERRAFORM`, otherwise the first on PATH that is neither this program nor
@@ -212,6 +234,19 @@ mod tests {
         assert_eq!(chain.descent(10, 1), Descent::Same);
         assert_eq!(chain.descent(12, 11), Descent::Far);
         assert_eq!(Chain::default().descent(12, 0), Descent::Far);
+    }
+
+    #[test]
+    fn a_terraform_has_the_name_of_its_file_and_behind_the_wrapper_that_of_the_wrapper() {
+        for (path, for_a_step, expected) in [
+            ("/x/tofu", false, "tofu"),
+            ("/x/terraform1.11.4", false, "terraform1.11.4"),
+            ("/x/terraform-bin", true, "terraform"),
+        ] {
+            let chain = OsString::new();
+            let binary = Binary { path: path.into(), chain, supervised_already: false, for_a_step };
+            assert_eq!(binary.name(), expected);
+        }
     }
 
     #[test]

@@ -232,6 +232,57 @@ fn called_as_tofu_it_runs_tofu_and_called_as_terraform_terraform() {
     }
 }
 
+/// The commands to type name the program that the user has. `tf` itself asks for terraform.
+#[test]
+fn called_as_tofu_every_next_step_names_tofu() {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    let real = env.directory.parent().unwrap().join("real");
+    let ours = env.directory.parent().unwrap().join("ours");
+    for directory in [&real, &ours] {
+        fs::create_dir(directory).unwrap();
+    }
+    for name in ["tofu", "terraform"] {
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tf"), ours.join(name)).unwrap();
+    }
+    env.set("PATH", format!("{}:{}:/usr/bin:/bin", ours.display(), real.display()));
+    let locks = |env: &TestEnv, name: &str, words: &[&str]| {
+        let mut command = env.command(ours.join(name));
+        command.arg("locks").args(words);
+        Run::start(command).wait()
+    };
+    for name in ["tofu", "terraform"] {
+        let end = locks(&env, name, &["doctor"]);
+        assert!(end.out.contains(&format!("put {name} on PATH")), "{}", env.dump(&end));
+        let end = locks(&env, name, &["version"]);
+        assert!(end.out.contains(&format!("put {name} on PATH")), "{}", env.dump(&end));
+    }
+    for name in ["tofu", "terraform"] {
+        let program = real.join(name);
+        fs::write(&program, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    for name in ["tofu", "terraform"] {
+        let end = locks(&env, name, &["list"]);
+        assert!(end.err.contains(&format!("type `{name} init` first")), "{}", env.dump(&end));
+    }
+    fs::create_dir(env.directory.join(".terraform")).unwrap();
+    let backend = |kind: &str, config: &str| {
+        let file = format!(r#"{{"version":3,"backend":{{"type":"{kind}","config":{config}}}}}"#);
+        env.write(".terraform/terraform.tfstate", &file);
+    };
+    backend("http", r#"{"address":"http://localhost/x"}"#);
+    for name in ["tofu", "terraform"] {
+        let end = locks(&env, name, &["list"]);
+        assert!(end.err.contains(&format!("type: {name} force-unlock ID")), "{}", env.dump(&end));
+    }
+    backend("s3", r#"{"bucket":"b","key":"k","region":"us-east-1"}"#);
+    env.write("errored.tfstate", "{}");
+    for name in ["tofu", "terraform"] {
+        let end = locks(&env, name, &["doctor"]);
+        assert!(end.out.contains(&format!("type: {name} state push errored.tfstate")), "{}", env.dump(&end));
+    }
+}
+
 /// Atlantis has a binary for each version, and applies the plan that it has created.
 #[test]
 fn as_atlantis_runs_a_plan_its_lock_is_given_back() {
