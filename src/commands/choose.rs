@@ -1,11 +1,11 @@
 //! Selects one lock by its ID, path, key or workspace.
 
-use super::connection::{Connection, Directory, ScanTarget, Trouble};
+use super::connection::{Connection, Directory, LocationArgs, ScanTarget, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock, Wanted, pair};
 use super::inventory;
 use super::staleness::Staleness;
 use crate::aws::failure::Failure;
-use crate::console::{self, option, visible, visible_whole};
+use crate::console::{self, visible, visible_whole};
 use crate::holder::host::HostView;
 use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::leased::StoredPart;
@@ -82,9 +82,9 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
 /// the region of the backend's table.
 fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
     let state = visible(&format!("{}/{}", directory.bucket, directory.key));
+    let (chdir, data) = (directory.path.to_string_lossy(), DataDirectory::named_here());
+    let directories = CommandDirectories { chdir: Some(&chdir), data: data.as_deref(), workspace: None };
     if no_lock {
-        let (chdir, data) = (directory.path.to_string_lossy(), DataDirectory::named_here());
-        let directories = CommandDirectories { chdir: Some(&chdir), data: data.as_deref(), workspace: None };
         return Trouble::Said(format!(
             "nothing was deleted: --no-lock found nothing that is not a lock for {state}\n\
              to see which locks are held, type: {}",
@@ -92,12 +92,16 @@ fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
         ));
     }
     let elsewhere = directory.table.as_ref().map_or_else(String::new, |table| {
-        format!(
-            "\na workspace that has no state yet may have a lock in DynamoDB\n\
-             to list all locks of the table, type: tf locks list{}{}",
-            option("--table", &visible_whole(table)),
-            option("--region", &visible_whole(region))
-        )
+        let next = match LocationArgs::of_table(&directory.backend, table, region) {
+            Ok(place) => format!("to list all locks of the table, type: {}", place.command("list")),
+            Err(others) => format!(
+                "`tf locks list --table` has no option for these settings of the backend, so it may fail or read \
+                 another account: {}\nto see the lock of one workspace, replace WORKSPACE with its name and type: {}",
+                visible(&others.join(", ")),
+                CommandDirectories { workspace: Some("WORKSPACE"), ..directories }.locks("list")
+            ),
+        };
+        format!("\na workspace that has no state yet may have a lock in DynamoDB\n{next}")
     });
     Trouble::Said(format!("no lock is held for {state}{elsewhere}"))
 }
@@ -244,6 +248,7 @@ mod tests {
     use super::*;
     use crate::aws::failure::ServiceAnswer;
     use crate::holder::evidence::{Judgement, Verdict};
+    use crate::terraform::backend::tests::backend;
     use crate::terraform::lock_info::LockInfo;
 
     fn place(path: &str) -> StoreKey {
@@ -326,6 +331,29 @@ mod tests {
         ] {
             assert_eq!(is_digest(path, &stored), expected, "{path} {stored:?}");
         }
+    }
+
+    #[test]
+    fn without_a_lock_the_command_to_type_reaches_the_table_of_this_backend() {
+        let said = |config: &str| {
+            let directory = Directory {
+                path: "/x".into(),
+                asked_from: "/x".into(),
+                own_files: "/x/.terraform".into(),
+                backend: backend(config),
+                bucket: "b".into(),
+                key: "k".into(),
+                table: Some("t".into()),
+                lock_file: false,
+                workspace: "default".into(),
+            };
+            nothing_here(&directory, "r", false).to_string()
+        };
+        let typed = said(r#"{"profile":"p","endpoints":{"dynamodb":"http://x"}}"#);
+        assert!(typed.ends_with("tf locks list --table t --region r --profile p --endpoint-url http://x"), "{typed}");
+        let typed = said(r#"{"assume_role":{"role_arn":"arn"},"profile":"p"}"#);
+        assert!(!typed.contains("--table t") && typed.contains("read another account: assume_role\n"), "{typed}");
+        assert!(typed.ends_with("type: TF_WORKSPACE=WORKSPACE tf locks list --chdir /x"), "{typed}");
     }
 
     #[test]

@@ -10,13 +10,14 @@ use clap::builder::NonEmptyStringValueParser;
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
 
+use crate::aws::attributes::{self, Treatment};
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
 use crate::console::visible;
 use crate::lock::stores::Stores;
-use crate::terraform::backend::{BackendOrigin, CachedBackend};
+use crate::terraform::backend::{BackendOrigin, CachedBackend, is_unset};
 use crate::terraform::binary;
 use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
@@ -234,6 +235,39 @@ impl LocationArgs {
         )
     }
 
+    /// Returns the options with which a command reads `table` as `backend` does, in the same environment. `region` is
+    /// the region of the table. If `backend` has settings that no option expresses, a command without them could read
+    /// another account, or could fail.
+    ///
+    /// # Errors
+    /// Returns the names of these settings, in the order of the alphabet.
+    pub(super) fn of_table(backend: &CachedBackend, table: &str, region: &str) -> Result<Self, Vec<String>> {
+        let named = |name: &str| backend.string(name).map(ToOwned::to_owned);
+        let endpoint_url = named("endpoints.dynamodb").or_else(|| named("dynamodb_endpoint"));
+        let mut others: Vec<String> = Vec::new();
+        for (name, value) in backend.attributes().filter(|(_, value)| !is_unset(value) && **value != Value::Bool(false))
+        {
+            match (name, value.as_object()) {
+                ("endpoints", Some(_)) => {
+                    let nested = backend.nested(name).into_iter().map(|nested| format!("{name}.{nested}"));
+                    others.extend(nested.filter(|nested| !is_expressed(nested)));
+                }
+                _ if !is_expressed(name) => others.push(name.to_owned()),
+                _ => {}
+            }
+        }
+        // A user name and a password in the URL must not be printed.
+        if endpoint_url.as_ref().is_some_and(|url| url.contains('@')) {
+            others.push("an endpoint with a user name".to_owned());
+        }
+        if others.is_empty() {
+            let (table, region) = (Some(table.to_owned()), Some(region.to_owned()));
+            return Ok(Self { table, region, endpoint_url, profile: named("profile"), ..Self::default() });
+        }
+        others.sort_unstable();
+        Err(others)
+    }
+
     /// Returns options that select the directory `chdir`, or the current directory if `chdir` is `None`.
     pub(super) fn directory_of(chdir: Option<PathBuf>) -> Self {
         Self { chdir, ..Self::default() }
@@ -353,9 +387,40 @@ impl LocationArgs {
     }
 }
 
+/// The attributes of a backend that options express, or that do not change how an item of the table is read: most of
+/// them say where a state is. `skip_metadata_api_check` is here because a command uses the credentials of the instance
+/// only if it has no others.
+const EXPRESSED: [&str; 16] = [
+    "region",
+    "profile",
+    "dynamodb_table",
+    "endpoints.dynamodb",
+    "dynamodb_endpoint",
+    "bucket",
+    "key",
+    "workspace_key_prefix",
+    "use_lockfile",
+    "endpoint",
+    "endpoints.s3",
+    "use_path_style",
+    "force_path_style",
+    "encrypt",
+    "sse_customer_key",
+    "skip_metadata_api_check",
+];
+
+/// Whether an option has the same effect as the attribute `name` of a backend, or the attribute does not change how an
+/// item of the table is read. For an unknown attribute, the result is false.
+fn is_expressed(name: &str) -> bool {
+    let has_no_effect =
+        |attribute: &attributes::Setting| attribute.name == name && attribute.treatment == Treatment::NoEffect;
+    EXPRESSED.contains(&name) || attributes::ATTRIBUTES.iter().any(has_no_effect)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terraform::backend::tests::backend;
 
     #[test]
     fn a_reader_that_is_gone_is_no_error_to_report() {
@@ -379,6 +444,42 @@ mod tests {
         let strings = ["region", "profile", "endpoints.s3", "endpoints.dynamodb"].map(|name| backend.string(name));
         assert_eq!(strings, [Some("r"), Some("p"), Some("http://x"), Some("http://x")]);
         assert!(backend.flag("use_path_style"));
+    }
+
+    #[test]
+    fn a_table_is_read_as_its_backend_reads_it_or_not_at_all() {
+        let of = |config: &str| {
+            let place = LocationArgs::of_table(&backend(config), "t", "r");
+            place.map(|place| place.command("list")).map_err(|others| others.join(", "))
+        };
+        let plain = "tf locks list --table t --region r".to_owned();
+        for config in [
+            r#"{"bucket":"b","key":"k","dynamodb_table":"t","region":"r","encrypt":true}"#,
+            r#"{"assume_role":null,"access_key":"","shared_config_files":[],"insecure":false}"#,
+            r#"{"endpoints":{"sts":null,"iam":"i","s3":"s"},"skip_credentials_validation":true,"max_retries":9}"#,
+        ] {
+            assert_eq!(of(config), Ok(plain.clone()), "{config}");
+        }
+        for (config, options) in [
+            (r#"{"profile":"a b"}"#, " --profile 'a b'"),
+            (r#"{"endpoints":{"dynamodb":"http://x","s3":"http://y"}}"#, " --endpoint-url http://x"),
+            (r#"{"dynamodb_endpoint":"http://x","profile":"p"}"#, " --profile p --endpoint-url http://x"),
+        ] {
+            assert_eq!(of(config), Ok(plain.clone() + options), "{config}");
+        }
+        for (config, others) in [
+            (r#"{"assume_role":{"role_arn":"arn"},"profile":"p"}"#, "assume_role"),
+            (r#"{"assume_role_with_web_identity":{"role_arn":"arn"}}"#, "assume_role_with_web_identity"),
+            (r#"{"role_arn":"arn"}"#, "role_arn"),
+            (r#"{"secret_key":"s","access_key":"a"}"#, "access_key, secret_key"),
+            (r#"{"shared_credentials_files":["f"]}"#, "shared_credentials_files"),
+            (r#"{"endpoints":{"dynamodb":"http://x","sts":"http://y"}}"#, "endpoints.sts"),
+            (r#"{"endpoints":{"dynamodb":"http://anna:hunter2@x"}}"#, "an endpoint with a user name"),
+            (r#"{"insecure":true}"#, "insecure"),
+            (r#"{"an_attribute_of_tomorrow":1}"#, "an_attribute_of_tomorrow"),
+        ] {
+            assert_eq!(of(config), Err(others.to_owned()), "{config}");
+        }
     }
 
     #[test]

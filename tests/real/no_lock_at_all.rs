@@ -317,6 +317,37 @@ fn the_command_that_is_named_releases_the_lock_that_a_new_workspace_left() {
     assert!(env.locks_at(key).is_empty(), "{}", env.dump(&released));
 }
 
+/// The environment has an endpoint at which nothing answers, so only the settings of the backend reach the table.
+#[test]
+fn without_a_lock_the_command_that_is_named_lists_the_table_of_the_backend() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let path = format!("{}/env:/foo/dir/prod.tfstate", env.bucket);
+    let id = "22222222-3333-4444-5555-666666666666";
+    cloud().put_item(&env.table, &path, &lock_json(id, &path));
+    env.set("AWS_ENDPOINT_URL", "http://127.0.0.1:9");
+    let url = format!("http://127.0.0.1:{}", cloud().port);
+    let file = ".terraform/terraform.tfstate";
+    let mut state: Value = serde_json::from_str(&env.read(file)).unwrap();
+    let config = &mut state["backend"]["config"];
+    config["endpoints"] = json!({ "dynamodb": url, "s3": url });
+    env.write(file, &state.to_string());
+    let end = locks(&env, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains(&format!("--endpoint-url {url}")), "{}", env.dump(&end));
+    let listed = type_what_is_said(&env, &end.err);
+    assert!(listed.out.contains(id), "{}\n{}", end.err, env.dump(&listed));
+
+    // No option expresses these settings.
+    let config = &mut state["backend"]["config"];
+    (config["access_key"], config["secret_key"]) = (json!("a"), json!("s"));
+    env.write(file, &state.to_string());
+    let end = locks(&env, &["show"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("another account: access_key, secret_key\n"), "{}", env.dump(&end));
+    let listed = type_what_is_said(&env, &end.err.replace("WORKSPACE=WORKSPACE", "WORKSPACE=foo"));
+    assert!(listed.out.contains(id), "{}\n{}", end.err, env.dump(&listed));
+}
+
 /// The workspace is still to be created, and nothing selects it yet.
 fn the_command_that_is_named_finds_the_lock_of_a_workspace_that_has_no_state(lock: Lock) {
     let env = TestEnv::new(lock, "true");
