@@ -467,20 +467,22 @@ impl Tree {
     /// pid afterwards.
     fn end_unseen(&self, waiter: &mut Waiter<'_>, policy: EndPolicy<'_>) -> Termination {
         let begun = Instant::now();
-        let mut grace_ended_at = policy.at_once.then_some(Duration::ZERO);
+        let mut schedule = EndSchedule::new(policy.at_once);
         let mut told = false;
         loop {
             if wait::reap_all() == Children::None && self.lifeline_is_closed() {
                 return Termination::Dead(0);
             }
             let elapsed = begun.elapsed();
-            grace_ended_at = grace_ended_at.or_else(|| policy.fence.has_stopped().then_some(elapsed));
-            let kill_from = kill_from(grace_ended_at, false);
-            if elapsed > kill_from + KILL_TIMEOUT {
+            if policy.fence.has_stopped() {
+                schedule.end_grace(elapsed);
+            }
+            let step = schedule.step(elapsed, false);
+            if step == EndStep::GiveUp {
                 return Termination::Unseen;
             }
             if let Some(group) = self.group().filter(|group| wait::has_child_in(*group)) {
-                match next_signal(elapsed, kill_from, !told) {
+                match next_signal(step, !told) {
                     NextSignal::Kill => drop(killpg(group, Signal::SIGKILL)),
                     NextSignal::Terminate => {
                         told = true;
@@ -496,12 +498,12 @@ impl Tree {
 
     fn end_seen(&self, waiter: &mut Waiter<'_>, policy: EndPolicy<'_>, record: &SurvivorRecord<'_>) -> Termination {
         let begun = Instant::now();
-        let mut grace_ended_at = policy.at_once.then_some(Duration::ZERO);
+        let mut schedule = EndSchedule::new(policy.at_once);
         let mut ended: Vec<Pid> = Vec::new();
         let mut clean = false;
         loop {
             if waiter.interrupts() > 0 && !ended.is_empty() {
-                grace_ended_at = grace_ended_at.or_else(|| Some(begun.elapsed()));
+                schedule.end_grace(begun.elapsed());
             }
             self.reap_orphans(&[]);
             let (members, unknown) = self.look();
@@ -518,9 +520,11 @@ impl Tree {
             }
             clean = false;
             let elapsed = begun.elapsed();
-            grace_ended_at = grace_ended_at.or_else(|| policy.fence.has_stopped().then_some(elapsed));
-            let kill_from = kill_from(grace_ended_at, has_nested(&members, &self.run));
-            if elapsed > kill_from + KILL_TIMEOUT {
+            if policy.fence.has_stopped() {
+                schedule.end_grace(elapsed);
+            }
+            let step = schedule.step(elapsed, has_nested(&members, &self.run));
+            if step == EndStep::GiveUp {
                 let mut left = members;
                 left.extend(unknown);
                 return if left.is_empty() { Termination::LifelineHeld } else { Termination::Alive(left) };
@@ -528,7 +532,7 @@ impl Tree {
             let mut group_to_continue = None;
             for process in &members {
                 let first = !ended.contains(&process.pid);
-                match next_signal(elapsed, kill_from, first) {
+                match next_signal(step, first) {
                     NextSignal::Kill => send(process.pid, Signal::SIGKILL),
                     // The terraform of a nested run gets its one interrupt from its own `tf`, which gets a SIGTERM
                     // here. For the terraform of the nested run, a SIGTERM would be a second interrupt.
@@ -587,12 +591,51 @@ impl Tree {
     }
 }
 
-/// Returns the time from which the processes of a tree get SIGKILL, counted from the start of the termination.
-/// `grace_ended_at` is the time at which the grace period was ended early, or `None` if it was not. `has_nested` is
-/// whether a process of a nested run is running.
-fn kill_from(grace_ended_at: Option<Duration>, has_nested: bool) -> Duration {
-    let grace = if has_nested { NESTED_TERM_GRACE } else { TERM_GRACE };
-    grace_ended_at.unwrap_or(grace).min(grace)
+/// What to do about the processes of a tree now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EndStep {
+    /// They get SIGTERM, and then time to exit.
+    Terminate,
+    /// They get SIGKILL.
+    Kill,
+    /// They have got SIGKILL for [`KILL_TIMEOUT`], and have not exited.
+    GiveUp,
+}
+
+/// When the processes of a tree get which signal. All times are counted from the start of the termination.
+#[derive(Debug)]
+struct EndSchedule {
+    /// When the grace period was ended early. `None` if it was not.
+    grace_ended_at: Option<Duration>,
+    /// When SIGKILL was first due. `None` if it was not due yet.
+    kills_since: Option<Duration>,
+}
+
+impl EndSchedule {
+    /// `at_once`: there is no grace period.
+    fn new(at_once: bool) -> Self {
+        Self { grace_ended_at: at_once.then_some(Duration::ZERO), kills_since: None }
+    }
+
+    /// Ends the grace period early, at `elapsed`.
+    fn end_grace(&mut self, elapsed: Duration) {
+        self.grace_ended_at.get_or_insert(elapsed);
+    }
+
+    /// Returns what to do at `elapsed`. `has_nested` is whether a process of a nested run is running. The grace period
+    /// is longer then. When that run has ended, the period may be over since long: the others get SIGKILL first, and
+    /// have [`KILL_TIMEOUT`] from then on.
+    fn step(&mut self, elapsed: Duration, has_nested: bool) -> EndStep {
+        let grace = if has_nested { NESTED_TERM_GRACE } else { TERM_GRACE };
+        if self.kills_since.is_none() && elapsed >= self.grace_ended_at.unwrap_or(grace).min(grace) {
+            self.kills_since = Some(elapsed);
+        }
+        match self.kills_since {
+            None => EndStep::Terminate,
+            Some(since) if elapsed <= since + KILL_TIMEOUT => EndStep::Kill,
+            Some(_) => EndStep::GiveUp,
+        }
+    }
 }
 
 /// The next signal for a process that must exit.
@@ -606,15 +649,12 @@ enum NextSignal {
     None,
 }
 
-/// Returns the next signal for a process. `elapsed` is the time since the termination began, and `kill_from` the time
-/// from which processes get SIGKILL. `is_first` is whether the process has got no signal yet.
-fn next_signal(elapsed: Duration, kill_from: Duration, is_first: bool) -> NextSignal {
-    if elapsed >= kill_from {
-        NextSignal::Kill
-    } else if is_first {
-        NextSignal::Terminate
-    } else {
-        NextSignal::None
+/// Returns the next signal for a process. `is_first` is whether the process has got no signal yet.
+fn next_signal(step: EndStep, is_first: bool) -> NextSignal {
+    match step {
+        EndStep::Kill => NextSignal::Kill,
+        EndStep::Terminate if is_first => NextSignal::Terminate,
+        EndStep::Terminate | EndStep::GiveUp => NextSignal::None,
     }
 }
 
@@ -732,37 +772,66 @@ mod tests {
 
     #[test]
     fn a_process_gets_one_term_and_after_the_grace_period_kills() {
-        let seconds = Duration::from_secs;
-        for (elapsed, kill_from, is_first, expected) in [
-            (0, 5, true, NextSignal::Terminate),
-            (0, 5, false, NextSignal::None),
-            // A child that starts during the grace period gets its own SIGTERM.
-            (4, 5, true, NextSignal::Terminate),
-            (4, 5, false, NextSignal::None),
-            (5, 5, true, NextSignal::Kill),
-            (5, 5, false, NextSignal::Kill),
-            (0, 0, true, NextSignal::Kill),
-            (0, 0, false, NextSignal::Kill),
+        for (step, is_first, expected) in [
+            (EndStep::Terminate, true, NextSignal::Terminate),
+            (EndStep::Terminate, false, NextSignal::None),
+            (EndStep::Kill, true, NextSignal::Kill),
+            (EndStep::Kill, false, NextSignal::Kill),
+            (EndStep::GiveUp, true, NextSignal::None),
+            (EndStep::GiveUp, false, NextSignal::None),
         ] {
-            let next = next_signal(seconds(elapsed), seconds(kill_from), is_first);
-            assert_eq!(next, expected, "{elapsed} {kill_from} {is_first}");
+            assert_eq!(next_signal(step, is_first), expected, "{step:?} {is_first}");
         }
+    }
+
+    /// Runs a termination in rounds of 1 s. `nested_until` is the last second in which a nested run is running.
+    /// Returns the second in which SIGKILL is first sent, and the one in which the termination is given up.
+    fn ended(at_once: bool, grace_ended_at: Option<u64>, nested_until: Option<u64>) -> (u64, u64) {
+        let mut schedule = EndSchedule::new(at_once);
+        let mut killed = None;
+        for second in 0.. {
+            let elapsed = Duration::from_secs(second);
+            if grace_ended_at.is_some_and(|at| at <= second) {
+                schedule.end_grace(elapsed);
+            }
+            match schedule.step(elapsed, nested_until.is_some_and(|until| second <= until)) {
+                EndStep::Terminate => assert_eq!(killed, None, "a SIGTERM after a SIGKILL"),
+                EndStep::Kill => killed = killed.or(Some(second)),
+                EndStep::GiveUp => return (killed.expect("given up without a SIGKILL"), second),
+            }
+        }
+        unreachable!()
     }
 
     #[test]
     fn the_grace_period_is_longer_for_a_nested_run_and_a_key_ends_it() {
-        let seconds = Duration::from_secs;
-        for (enough, has_nested, expected) in [
-            (None, false, 5),
-            (None, true, 60),
-            (Some(0), false, 0),
-            (Some(0), true, 0),
-            (Some(2), false, 2),
-            (Some(20), true, 20),
-            // The nested run has ended since the key: the period was over before it.
-            (Some(20), false, 5),
+        for (at_once, grace_ended_at, nested_until, expected) in [
+            (false, None, None, 5),
+            (false, None, Some(100), 60),
+            (true, None, None, 0),
+            (true, None, Some(100), 0),
+            (false, Some(2), None, 2),
+            (false, Some(20), Some(100), 20),
+            // The nested run ends before and after the time that the others would have had without it.
+            (false, None, Some(3), 5),
+            (false, None, Some(12), 13),
+            (false, Some(48), Some(48), 48),
         ] {
-            assert_eq!(kill_from(enough.map(seconds), has_nested), seconds(expected), "{enough:?} {has_nested}");
+            let (killed, given_up) = ended(at_once, grace_ended_at, nested_until);
+            assert_eq!(killed, expected, "{at_once} {grace_ended_at:?} {nested_until:?}");
+            assert_eq!(given_up, killed + KILL_TIMEOUT.as_secs() + 1, "{at_once} {grace_ended_at:?} {nested_until:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_termination_gives_up_has_had_sigkill_for_the_whole_timeout() {
+        for at_once in [false, true] {
+            for grace_ended_at in [None, Some(0), Some(4), Some(5), Some(6), Some(30), Some(59), Some(60), Some(61)] {
+                for nested_until in [None, Some(0), Some(4), Some(5), Some(11), Some(59), Some(60), Some(80)] {
+                    let (killed, given_up) = ended(at_once, grace_ended_at, nested_until);
+                    assert!(given_up > killed + KILL_TIMEOUT.as_secs(), "{grace_ended_at:?} {nested_until:?}");
+                }
+            }
         }
     }
 
