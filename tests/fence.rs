@@ -185,7 +185,7 @@ impl HolderProcess {
             ("spare", _) => fence.fork_spare(Parent::Us).unwrap().unwrap().to_string(),
             ("give", _) => told(fence.give_kill_pipe()),
             ("end", _) => {
-                fence.end(Some(group)).wait();
+                fence.end(Some(group), || {}).wait();
                 // The guardian may have been killed.
                 let _ = (&self.guardian).write_all(b"o");
                 (&self.leash.0).write_all(b"o").unwrap();
@@ -234,7 +234,7 @@ fn guard(fence: &mut Fence, link: &UnixStream, leash: &UnixStream) {
         return;
     }
     poll::wait(&[(process.as_fd(), PollFlags::POLLIN)], None);
-    fence.end(None).wait();
+    fence.end(None, || {}).wait();
     let mut leash = leash;
     let _ = leash.write_all(b"o");
 }

@@ -486,7 +486,9 @@ impl Supervision<'_> {
     /// Continues terraform's group. With a lease, the group stays stopped if the kernel has stopped it for the lease.
     fn continue_group(&self) {
         match &self.lease {
-            Some(lease) => lease.continue_group(),
+            Some(lease) => {
+                lease.continue_group();
+            }
             None => {
                 let _ = killpg(self.terraform, Signal::SIGCONT);
             }

@@ -339,13 +339,14 @@ impl Fence {
     }
 
     /// Takes the fence down: disarms both pipes, tells the fuse that the run is over, and continues `group` if the
-    /// fence had stopped it. Call this when terraform has ended, before it is reaped, or when it must go on without a
-    /// lease. Does not wait for the fuses. Returns those that are children of this process, which must reap them.
+    /// fence had stopped it, after a call of `before_continuing`. Call this when terraform has ended, before it is
+    /// reaped, or when it must go on without a lease. Does not wait for the fuses. Returns those that are children of
+    /// this process, which must reap them.
     ///
     /// The pipes are disarmed before the fuse may exit. A daemon that terraform left on purpose in its group has
     /// inherited the read ends, and would otherwise be stopped for ever. If the fuse has stopped the group, such a
     /// daemon goes on.
-    pub(crate) fn end(&mut self, group: Option<Pid>) -> EndingFuses {
+    pub(crate) fn end(&mut self, group: Option<Pid>, before_continuing: impl FnOnce()) -> EndingFuses {
         let was_armed = self.stop.is_armed();
         let _ = self.stop.disarm();
         crash_point::reached("fence: disarmed the stop pipe");
@@ -356,6 +357,7 @@ impl Fence {
         let _ = fuse::send_over(&self.keeper_end);
         crash_point::reached("fence: told the fuse");
         if let Some(group) = group.filter(|_| has_stopped) {
+            before_continuing();
             let _ = killpg(group, Signal::SIGCONT);
             self.is_stopped.set(false);
         }

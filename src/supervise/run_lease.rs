@@ -1085,13 +1085,15 @@ impl RunLease {
         match &self.fence {
             Some(fence) if stopped.is_rearmed => {
                 crash_point::reached("lease: may continue");
-                if fence.give_kill_pipe().is_err() {
-                    // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
+                // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
+                let is_given = fence.give_kill_pipe().is_ok();
+                crash_point::reached("lease: sent the kill pipe");
+                // If the fuse has died meanwhile, its socket keeps the kill pipe until the next fuse is armed. No spare
+                // fuse is forked until then: its copy of the socket would keep the pipe after the death of `tf`.
+                if !is_given || !self.continue_group() {
                     self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, is_cut: false, ..stopped });
                     return false;
                 }
-                crash_point::reached("lease: sent the kill pipe");
-                self.continue_group();
             }
             _ => {
                 // The group is continued first. If `tf` died between the two, a group that is stopped would stay so.
@@ -1134,21 +1136,24 @@ impl RunLease {
 
     /// Takes the fence down: from now on nothing stops terraform.
     fn take_down(&mut self) {
+        // The end of the fence continues terraform, which must be able to open files again by then.
+        self.lift_bar();
         self.promise = Promise::None;
         if let Some(orders) = &mut self.orders {
             self.has_new_orders |= orders.fence == Promise::Stop;
             orders.fence = Promise::None;
         }
         if let Some(mut fence) = self.fence.take() {
-            self.ending_fuses = fence.end(self.group);
+            self.ending_fuses = fence.end(self.group, || {});
         }
     }
 
     /// Continues terraform's group, unless the kernel has stopped it and its lock was not looked at since. Every
-    /// SIGCONT of `tf` to that group goes through here, because a SIGCONT discards a pending stop.
-    pub(crate) fn continue_group(&self) {
-        let Some(group) = self.group.filter(|_| self.stopped.is_none()) else { return };
-        fence::continue_group(self.fence.as_ref(), group);
+    /// SIGCONT of `tf` to that group goes through here, because a SIGCONT discards a pending stop. Returns whether it was
+    /// continued.
+    pub(crate) fn continue_group(&self) -> bool {
+        let Some(group) = self.group.filter(|_| self.stopped.is_none()) else { return false };
+        fence::continue_group(self.fence.as_ref(), group)
     }
 
     /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is
@@ -1179,16 +1184,21 @@ impl RunLease {
     /// Ends the lease, because terraform has ended and no process that it has started needs the fence. `ended` is how it
     /// ended, `None` if that is unknown. A second call does nothing.
     ///
-    /// If terraform died while it was stopped for its lease, another run may have its lock by now, and the processes
-    /// that terraform has started must not run again. But the end of the fence continues the group, for a process that
-    /// terraform has started on purpose. So this kills them before that. A terraform that exited by itself was not
-    /// stopped then.
+    /// If terraform died while it was stopped for its lease, or if the fence has stopped its group after its death,
+    /// another run may have its lock by now, and the processes that terraform has started must not run again. But the
+    /// end of the fence continues the group, for a process that terraform has started on purpose. So this kills them
+    /// before that. A terraform that exited by itself was not stopped then.
     fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
-        if !matches!(ended, Some(Ended::Exited(_))) && std::mem::take(&mut self.was_stopped_at_end) {
+        let has_died = !matches!(ended, Some(Ended::Exited(_)));
+        if has_died && std::mem::take(&mut self.was_stopped_at_end) {
             tree.kill_rest();
         }
         crash_point::reached("lease: ends");
-        self.let_go();
+        self.let_go_after(|| {
+            if has_died {
+                tree.kill_rest();
+            }
+        });
         self.keepers.end();
         self.ending_fuses.wait();
         crash_point::reached("lease: ended");
@@ -1197,6 +1207,11 @@ impl RunLease {
     /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper and the fuses,
     /// because the caller has to handle signals. A late renewal fails, because its lock is gone.
     fn let_go(&mut self) {
+        self.let_go_after(|| {});
+    }
+
+    /// As [`Self::let_go`]. Calls `before_continuing` before a group that the fence has stopped is continued.
+    fn let_go_after(&mut self, before_continuing: impl FnOnce()) {
         self.keepers.let_go();
         crash_point::reached("lease: told the keeper");
         // The guardian must not renew it either.
@@ -1204,7 +1219,7 @@ impl RunLease {
         (self.stopped, self.is_over) = (None, true);
         self.lift_bar();
         if let Some(mut fence) = self.fence.take() {
-            self.ending_fuses = fence.end(self.group);
+            self.ending_fuses = fence.end(self.group, before_continuing);
         }
     }
 
