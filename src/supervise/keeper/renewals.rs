@@ -580,7 +580,13 @@ impl Renewals {
     /// the lease: so the fuse stays, and its end kills the group in time. Returns true when the group is empty or a
     /// read shows that the lock is gone, and false when the fuse has ended. After a read that shows the lock, this
     /// looks at the group alone.
+    ///
+    /// If no record can have been stored, nothing is promised. The fuse has no deadline yet then, and would stay as
+    /// long as a process of the group.
     pub(super) async fn may_end_fuse(&mut self) -> bool {
+        if !self.history.may_have_a_record && !self.is_announced {
+            return true;
+        }
         let mut is_lock_there = false;
         loop {
             if self.group.is_some_and(is_empty) {

@@ -670,6 +670,34 @@ fn whichever_processes_of_a_lease_die_wherever_its_lock_can_be_taken_after_it_an
     tell(&format!("{} points of a lease, {} deaths", known.len(), cases.len()));
 }
 
+/// A keeper gives the fuse its first deadline. If terraform, `tf` and the guardian die before that, the fuse would stay
+/// as long as a script that terraform has left.
+#[test]
+fn a_keeper_that_has_promised_nothing_ends_with_its_fuse_although_a_script_works_on() {
+    if !IS_LINUX {
+        // This test is listed in tests/left-out.
+        return;
+    }
+    for lock in Lock::ALL {
+        let hosts = Hosts::new(lock);
+        fs::create_dir(hosts.armed()).unwrap();
+        let run = hosts.start(Situation::Whole, "keeper: has its orders");
+        let keeper = hosts.until(&run, "the keeper", || false).expect("a keeper that is stopped at its point");
+        hosts.holder.wait_for_began(&run);
+        for name in ["tf-guardian", "tf", "terraform"] {
+            hosts.kill_named(name);
+        }
+        kill(keeper, Signal::SIGCONT).unwrap();
+        let is_over = || hosts.is_over().then_some(());
+        wait_within(LIMIT, "the end of the keeper and the fuse", is_over, || hosts.seen(&run));
+        assert!(hosts.find("sh").is_some(), "{}", hosts.seen(&run));
+        assert_eq!(record(&hosts.holder), None, "{}", hosts.seen(&run));
+        hosts.unblock();
+        let is_gone = || hosts.left().is_empty().then_some(());
+        wait_within(LIMIT, "the end of the script", is_gone, || hosts.seen(&run));
+    }
+}
+
 /// How a lock with a lapsed lease is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taker {
