@@ -184,11 +184,12 @@ impl Release {
             if self.dry_run {
                 return Ok(self.dry(&lock, step));
             }
-            let host = HostView::look();
-            let is_recorded = host.dead_run(&lock.info.id).is_some() || host.was_had_late(&lock.info.id);
-            let is_recovered = matches!(step, Step::Finish) && is_recorded;
+            // Only the lock of a dead holder can be one that this host has recorded.
+            let host = matches!(step, Step::Finish).then(HostView::look);
+            let recorded =
+                host.filter(|host| host.dead_run(&lock.info.id).is_some() || host.was_had_late(&lock.info.id));
             let released = match step {
-                Step::Finish if is_recorded => self.finish(&reach, &lock, &host).await,
+                Step::Finish if let Some(host) = &recorded => self.finish(&reach, &lock, host).await,
                 Step::Refuse => {
                     self.remember(What::Refused, &lock);
                     Ok(self.refuse(&lock, lock.verdict()))
@@ -224,7 +225,7 @@ impl Release {
                     Ok(Finding::Failed)
                 }
                 // A recovery looks at both parts.
-                (Ok(Finding::Nothing), None) if self.place.bucket.is_some() && !is_recovered => {
+                (Ok(Finding::Nothing), None) if self.place.bucket.is_some() && recorded.is_none() => {
                     console::say(&format!(
                         "tf has looked at the object alone: if the backend names a DynamoDB table too, every run may still \
                          be refused by the item there\nto release that, replace TABLE with its name and type: {} {}",

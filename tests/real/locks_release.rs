@@ -116,14 +116,20 @@ fn a_person_is_asked_and_only_yes_is_one() {
     }
 }
 
+/// Starts a release on a terminal, and waits for its question.
+fn asked(env: &TestEnv) -> Terminal {
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["locks", "release"]);
+    let terminal = Terminal::start(command);
+    terminal.wait_for("Release it?");
+    terminal
+}
+
 #[test]
 fn an_interrupt_at_the_question_ends_tf_and_releases_nothing() {
     let env = TestEnv::new(Lock::Both, "true");
     old_lock(&env);
-    let mut command = env.command(env.bin().join("tf"));
-    command.args(["locks", "release"]);
-    let mut terminal = Terminal::start(command);
-    terminal.wait_for("Release it?");
+    let mut terminal = asked(&env);
     terminal.type_in("\u{3}");
     assert_eq!(terminal.wait().signal(), Some(Signal::SIGINT as i32), "{}", terminal.whole_screen());
     env.assert_locked();
@@ -133,10 +139,7 @@ fn an_interrupt_at_the_question_ends_tf_and_releases_nothing() {
 fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     let env = TestEnv::new(Lock::Both, "true");
     old_lock(&env);
-    let mut command = env.command(env.bin().join("tf"));
-    command.args(["locks", "release"]);
-    let mut terminal = Terminal::start(command);
-    terminal.wait_for("Release it?");
+    let mut terminal = asked(&env);
     let other = env.lock_of_another();
     terminal.type_in("yes\r");
     let (status, shown) = (terminal.wait(), terminal.whole_screen());
