@@ -228,9 +228,19 @@ fn a_plan_is_locked_where_it_was_made_for_whatever_the_directory_says_by_then() 
 
 #[test]
 fn a_working_directory_that_is_removed_during_the_run_hides_no_lock() {
-    let env = TestEnv::new(Lock::Both, WAITS);
-    let run = env.start_apply(Subject::Tf);
-    fs::remove_dir_all(&env.directory).unwrap();
+    let env = TestEnv::empty(Lock::Both);
+    // The provisioner's files and the trace are in the parent directory, because they are written during the run.
+    env.write_main("", &format!("cd {}; {WAITS}", env.directory.display()));
+    let sub = env.directory.join("sub");
+    fs::create_dir(&sub).unwrap();
+    fs::rename(env.directory.join("main.tf"), sub.join("main.tf")).unwrap();
+    let end = env.run(Subject::Bare, &["-chdir=sub", "init", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["apply", "-auto-approve", "-no-color"]).current_dir(&sub);
+    let run = Run::start(command);
+    env.wait_for_began(&run);
+    fs::remove_dir_all(&sub).unwrap();
     env.assert_locked();
     run.kill_terraform();
     let end = run.wait();
