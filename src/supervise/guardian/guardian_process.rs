@@ -1,41 +1,8 @@
-//! The guardian: if `tf` is killed, it interrupts terraform and releases terraform's lock.
-//!
-//! `tf` forks the guardian before terraform starts. The guardian reads from a socket that it shares with `tf`. If `tf`
-//! reports that the run is over, the guardian exits. If the socket is closed without that report, `tf` was killed, and
-//! the guardian does the rest of its work with the same code. It uses the data that were in memory at the fork, and the
-//! data that `tf` has sent since.
-//!
-//! The guardian is not an ancestor of terraform. The alternative would be two processes above terraform: a thin `tf`,
-//! which the caller started, and a supervisor below it. The supervisor would be a subreaper, and could still prove that
-//! the tree is dead after the thin `tf` was killed. But the shell stops and continues the thin `tf`. So every stop,
-//! every change of the foreground group and every signal would pass through two processes, either of which can die
-//! alone. And the supervisor would be no safer against a kill of a session, a control group or all descendants.
-//!
-//! - The guardian is the leader of a new session. Its descriptors 0, 1 and 2 are /dev/null, and every other descriptor
-//!   that it does not need is closed ([`crate::sys::detached`]). So it does not keep the caller's pipe or an outer
-//!   run's lifeline open.
-//! - At the end of a job, CI runners kill the processes that have a certain variable in their environment. The guardian
-//!   removes these variables from its environment. Jenkins also kills the descendants of these processes, so on Jenkins
-//!   the guardian is a child of init. It is also a child of init if there is no process list ([`Guardian::fork`]). In
-//!   all other cases, the guardian is a child of `tf`, and `tf` reaps it. As a child of init, each guardian would
-//!   remain as a zombie in a container whose first process reaps no orphans.
-//! - It signals terraform through a pidfd, which never refers to another process with the same pid. The child of `tf`
-//!   sends its own pid to the guardian before it executes terraform.
-//! - Its [`Stop`] gets the same events as the [`Stop`] of `tf`, so both have the same state. So terraform gets only one
-//!   interrupt, whether `tf` or the guardian sends it.
-//! - After the death of `tf`, it reads terraform's pipes and discards the output: terraform must not die of SIGPIPE
-//!   with its state unsaved.
+//! The process of the guardian. [`super`] describes what it does.
 
-use crate::cleanup::after_run::AfterRun;
-use crate::cleanup::clean_up::SilentReporter;
-use crate::cleanup::clean_up::{LogState, Permission};
-use crate::cleanup::process_tree::identities;
-use crate::cleanup::run_context::RunContext;
-use crate::journal::state_directory::Durability;
-use crate::lease::fence::{CleanupPoint, EndReason};
 use std::cell::RefCell;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -43,69 +10,35 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cleanup::process_tree::Tree;
+use super::message::{
+    CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, NEWS, OUTSIDE_GROUP, OVER, Received, STARTED, STILL, STOPS_NO_MORE,
+    UNIT_IS_STOPPED,
+};
+use crate::cleanup::after_run::AfterRun;
+use crate::cleanup::clean_up::{LogState, Permission, SilentReporter};
+use crate::cleanup::process_tree::{Tree, identities};
+use crate::cleanup::run_context::RunContext;
 use crate::cleanup::waiter::Waiter;
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::journal::recorder::Recorder;
-use crate::journal::run_mark::{is_jenkins_cookie, marks_us};
+use crate::journal::run_mark::marks_us;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
+use crate::journal::state_directory::Durability;
+use crate::lease::fence::{CleanupPoint, EndReason};
 use crate::lock::reached::Reached;
 use crate::supervise::keeper::Orders;
 use crate::supervise::pipes::Pipes;
 use crate::supervise::run_lease::{self, LockPhase, RunLease, STOP_AGAIN_INTERVAL, TfState};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
+use crate::sys::environment;
 use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessHandle, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
-use crate::sys::wait::{self, Ended};
-use crate::sys::{detached, environment};
-use crate::terraform::log::{JSON_LIMIT, Log, UnnamedLock};
-use crate::trace::{self, trace};
-
-/// This constant and the following ones, up to [`LEASE`], are the kinds of messages from `tf`. A message
-/// consists of its kind in 1 byte, the length of its payload in 4 bytes (little-endian), and the payload.
-///
-/// A [`STARTED`] message reports that terraform was started. The payload is terraform's pid in 4 bytes, in native byte
-/// order.
-const STARTED: u8 = 1;
-/// The message contains an event for the guardian's [`Stop`]. The payload is a [`StopEvent`] as JSON.
-const EVENT: u8 = 2;
-/// The message contains the parsed log. The payload is the offset up to which the log was read, and the parsed log, as
-/// JSON.
-const NEWS: u8 = 3;
-/// The message reports that `tf` is about to stop itself, or was continued. The payload is 1 byte: 1 if `tf` is about
-/// to stop itself, and 0 if `tf` was continued.
-const STILL: u8 = 4;
-/// The message reports that the run is over. It has no payload.
-const OVER: u8 = 5;
-/// The message contains the processes below terraform that have left its process group. The payload is the pid and the
-/// start time of each process, as JSON.
-const OUTSIDE_GROUP: u8 = 6;
-/// The message contains what a keeper of the run's lease needs to know. The payload is [`Orders`] as JSON.
-const LEASE: u8 = 7;
-
-/// This constant and the three following ones are the messages from the guardian. Each message is 1 byte, and [`Heard`]
-/// describes what it means.
-const CANNOT_WRITE: u8 = 1;
-const UNIT_IS_STOPPED: u8 = 2;
-const STOPS_NO_MORE: u8 = 3;
-const LOCK_IS_LOST: u8 = 4;
-
-/// The header of a [`STARTED`] message with a payload of 4 bytes. The child of `tf` that executes terraform writes this
-/// header before its pid.
-pub(crate) const STARTED_PREFIX: [u8; 5] = [STARTED, 4, 0, 0, 0];
-
-/// The maximum length of a payload, in bytes. The longest payload is that of a [`NEWS`] message: the parsed log, and
-/// the offset up to which the log was read.
-const MAX_MESSAGE_BYTES: usize = JSON_LIMIT + 64;
-
-/// How long the guardian may take to exit after `tf` has reported that the run is over.
-const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long the guardian may take to exit after it has closed its socket or was killed.
-const GUARDIAN_KILL_TIMEOUT: Duration = Duration::from_secs(1);
+use crate::sys::wait::Ended;
+use crate::terraform::log::{Log, UnnamedLock};
+use crate::trace::trace;
 
 /// How often the guardian checks a terraform that it has interrupted, or a `tf` that is about to stop itself.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -116,35 +49,6 @@ const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
 /// How long to wait for the exit status of a terraform that has exited, while init may be reaping it. If the status is
 /// not available after that time, the status counts as unknown.
 const INIT_REAP_TIMEOUT: Duration = Duration::from_millis(200);
-
-/// The guardian, as seen by `tf`.
-#[derive(Debug)]
-pub(crate) struct Guardian {
-    /// The guardian's pid. `None` if the guardian is not a child of this process.
-    pid: Option<Pid>,
-    socket: UnixStream,
-    /// The bytes that could not be written to the socket yet, because it was full.
-    unsent: Vec<u8>,
-}
-
-/// A report of the guardian.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
-    /// The guardian has reported nothing new.
-    Nothing,
-    /// The journal cannot be written, for example because the disk is full.
-    CannotWrite,
-    /// A service manager has sent SIGTERM to every process of the unit, including terraform.
-    UnitIsStopped,
-    /// The guardian has read that `tf` was continued ([`Guardian::stands_still`]), so it does not stop terraform's
-    /// group for the lease any more.
-    StopsNoMore,
-    /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once
-    /// while `tf` is suspended.
-    LockIsLost,
-    /// The guardian has exited, or was killed.
-    Gone,
-}
 
 /// The data that the guardian gets from `tf` when it is forked.
 pub(crate) struct GuardianContext<'a> {
@@ -161,256 +65,8 @@ pub(crate) struct GuardianContext<'a> {
     pub(crate) lease: Option<&'a mut RunLease>,
 }
 
-impl Guardian {
-    /// Forks the guardian. This process must have only one thread, and terraform must not have been started.
-    ///
-    /// # Errors
-    /// Fails if the socket cannot be created, or fork(2) fails. The run then continues without a guardian.
-    pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
-        let (socket, its_end) = UnixStream::pair()?;
-        socket.set_nonblocking(true)?;
-        let mut keep: Vec<RawFd> = [its_end.as_fd(), context.tree.lifeline(), context.recorder.descriptor()]
-            .iter()
-            .chain(&context.pipes.sources().collect::<Vec<_>>())
-            .map(AsRawFd::as_raw_fd)
-            .collect();
-        keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
-        keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
-        keep.extend(trace::descriptor());
-        keep.extend(context.lease.iter().flat_map(|lease| lease.guardian_descriptors()));
-        let pid = detached::run(c"tf-guardian", parent(), &keep, || Watch::begin(its_end, context))?;
-        Ok(Self { pid, socket, unsent: Vec::new() })
-    }
-
-    /// Returns the pid of the guardian. `None` if the guardian is not a child of this process.
-    pub(crate) fn pid(&self) -> Option<Pid> {
-        self.pid
-    }
-
-    /// Returns the socket that is shared with the guardian. The child that executes terraform writes its pid into the
-    /// socket. The socket is readable when the guardian has reported something, or is gone.
-    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-
-    /// Returns the guardian's next report, without waiting.
-    pub(crate) fn hear(&self) -> Heard {
-        let mut said = [0];
-        match (&self.socket).read(&mut said) {
-            Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
-            Ok(1) if said == [STOPS_NO_MORE] => Heard::StopsNoMore,
-            Ok(1) if said == [LOCK_IS_LOST] => Heard::LockIsLost,
-            Ok(1) if said == [CANNOT_WRITE] => Heard::CannotWrite,
-            Ok(1) => Heard::Nothing,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Heard::Nothing,
-            _ => Heard::Gone,
-        }
-    }
-
-    /// Sends an event to the guardian's [`Stop`].
-    ///
-    /// # Errors
-    /// Fails if the guardian is gone.
-    pub(crate) fn note(&mut self, event: StopEvent) -> io::Result<()> {
-        self.send(EVENT, &serde_json::to_vec(&event)?)
-    }
-
-    /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false). The guardian
-    /// answers the latter with [`Heard::StopsNoMore`].
-    ///
-    /// # Errors
-    /// Fails if the guardian is gone.
-    pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
-        self.send(STILL, &[u8::from(still)])
-    }
-
-    /// Sends the parsed log of terraform. The log was read up to `offset`, in bytes. Returns true if the message was
-    /// sent, or if the rest of it will be sent later. Returns false if the message was not sent, because an earlier
-    /// message still fills the socket, or because this message would be too long.
-    ///
-    /// # Errors
-    /// Fails if the guardian is gone.
-    pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
-        self.flush()?;
-        if !self.unsent.is_empty() {
-            return Ok(false);
-        }
-        let news = serde_json::to_vec(&(offset, log))?;
-        if news.len() > MAX_MESSAGE_BYTES {
-            // The guardian would skip the message. After the death of `tf`, the guardian reads the log itself. It can
-            // do so because it alone frees a part of the log, after it has written the facts in that part.
-            return Ok(false);
-        }
-        self.send(NEWS, &news)?;
-        Ok(true)
-    }
-
-    /// Sends the processes below terraform that have left its process group: the pid of each, and its start time in
-    /// clock ticks since boot.
-    ///
-    /// # Errors
-    /// Fails if the guardian is gone.
-    pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
-        self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
-    }
-
-    /// Sends what a keeper of the run's lease needs to know, for a keeper that the guardian starts if `tf` dies or is
-    /// suspended. `None` if there is no lease any more.
-    ///
-    /// # Errors
-    /// Fails if the guardian is gone.
-    pub(crate) fn tell_lease(&mut self, orders: Option<&Orders>) -> io::Result<()> {
-        self.send(LEASE, &serde_json::to_vec(&orders)?)
-    }
-
-    /// Reports that the run is over. The guardian then exits without further work. [`Guardian::wait`] waits for its
-    /// exit.
-    pub(crate) fn over(&mut self) {
-        let _ = self.send(OVER, &[]);
-    }
-
-    /// Waits until the guardian has exited. If it is a child of this process, it is killed after
-    /// [`GUARDIAN_EXIT_TIMEOUT`].
-    pub(crate) fn wait(self) {
-        let begun = Instant::now();
-        let mut guardian = self;
-        while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
-            let _ = guardian.flush();
-            let rest = GUARDIAN_EXIT_TIMEOUT.saturating_sub(begun.elapsed());
-            poll::wait(&[(guardian.socket.as_fd(), PollFlags::POLLIN)], Some(rest));
-            if guardian.has_closed_its_socket() {
-                break;
-            }
-        }
-        if let Some(pid) = guardian.pid {
-            if begun.elapsed() >= GUARDIAN_EXIT_TIMEOUT {
-                trace!("the guardian does not end");
-                let _ = kill(pid, Signal::SIGKILL);
-            }
-            // A guardian that is frozen, or hangs in the kernel, does not exit even if it is killed. So the wait is
-            // limited. Init reaps that guardian after `tf` has exited.
-            let until = Instant::now() + GUARDIAN_KILL_TIMEOUT;
-            // A handle reports the guardian's exit at once, so `tf` does not wait longer than needed.
-            if let Ok(end) = ProcessHandle::open(pid) {
-                poll::wait(&[(end.as_fd(), PollFlags::POLLIN)], Some(GUARDIAN_KILL_TIMEOUT));
-            }
-            while !wait::reap(pid) && wait::is_child(pid) && Instant::now() < until {
-                poll::wait(&[], Some(Duration::from_millis(1)));
-            }
-        }
-    }
-
-    /// Reads what the guardian has sent, without waiting: its reports do not matter any more. Returns whether their end
-    /// was reached. A read is needed because macOS reports a hang-up only together with something to read
-    /// ([`poll::has_hung_up`]).
-    fn has_closed_its_socket(&self) -> bool {
-        loop {
-            match (&self.socket).read(&mut [0; 64]) {
-                Ok(1..) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-                Ok(0) | Err(_) => return true,
-            }
-        }
-    }
-
-    /// Appends a message to the unsent bytes, and writes as many of them as the socket accepts now.
-    fn send(&mut self, kind: u8, payload: &[u8]) -> io::Result<()> {
-        self.unsent.push(kind);
-        self.unsent.extend(u32::try_from(payload.len()).unwrap_or(0).to_le_bytes());
-        self.unsent.extend(payload);
-        self.flush()
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.unsent.is_empty() {
-            match self.socket.write(&self.unsent) {
-                Ok(length) => drop(self.unsent.drain(..length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Writes the processes that may outlive terraform to the journal, if they have changed. Without a lock, no later `tf`
-/// needs them, so they are not written.
-fn write_survivors(entry: Option<&JournalEntry>, record: Option<&mut JournalRecord>, processes: Vec<(i32, u64)>) {
-    let (Some(entry), Some(record)) = (entry, record) else { return };
-    if record.tree.survivors != processes {
-        record.tree.survivors = processes;
-        let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
-    }
-}
-
-/// Sends SIGINT to the process group `group`, whose leader is `terraform`. On Linux, the signal never reaches a later
-/// group with the same number. Linux before 6.9 and macOS cannot signal a group through a handle. There, this opens
-/// each member, checks that the handle refers to the same process, and signals it. Returns an error if terraform itself
-/// cannot be signalled.
-fn interrupt_group(terraform: &ProcessHandle, group: Pid) -> io::Result<()> {
-    if terraform.signal_group(Signal::SIGINT).is_ok() {
-        return Ok(());
-    }
-    for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
-        let Ok(held) = ProcessHandle::open(member.pid) else { continue };
-        let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
-        // As long as terraform has not exited, no other group can have the number of its group.
-        if is_same && !terraform.has_exited() {
-            let _ = held.signal(Signal::SIGINT);
-        }
-    }
-    terraform.signal(Signal::SIGINT)
-}
-
-/// Returns which process must be the parent of the guardian and of the fuse. Without a process list, the tree counts as
-/// dead when `tf` has no child left. So they must not be children of `tf` then.
-pub(crate) fn parent() -> detached::Parent {
-    let is_listed = process::list() != ProcessList::Unavailable;
-    if runner_kills_descendants() || !is_listed { detached::Parent::Init } else { detached::Parent::Us }
-}
-
-/// Returns whether a runner would kill the descendants of this process, whatever their environment contains (Jenkins,
-/// ProcessTree.java, `killRecursively`). False if this process is the first process of a pid namespace. In this case,
-/// this process is init itself, and when it exits, the kernel kills all processes of the namespace.
-fn runner_kills_descendants() -> bool {
-    std::process::id() != 1 && std::env::vars_os().any(|(name, _)| name.to_str().is_some_and(is_jenkins_cookie))
-}
-
-/// The bytes from the socket that were not processed yet.
-#[derive(Debug, Default)]
-struct Received {
-    bytes: Vec<u8>,
-    /// The number of bytes that must still be discarded before the next message, because they belong to a message that
-    /// is too long.
-    skipped: usize,
-}
-
-impl Received {
-    /// Returns the kind and the payload of the next complete message. `None` if no complete message has arrived yet.
-    fn next(&mut self) -> Option<(u8, Vec<u8>)> {
-        loop {
-            let skipped = self.skipped.min(self.bytes.len());
-            self.bytes.drain(..skipped);
-            self.skipped -= skipped;
-            let head = *self.bytes.first_chunk::<5>()?;
-            let length = u32::from_le_bytes([head[1], head[2], head[3], head[4]]) as usize;
-            if length > MAX_MESSAGE_BYTES {
-                self.skipped = 5 + length;
-                continue;
-            }
-            if self.bytes.len() < 5 + length {
-                return None;
-            }
-            let payload = self.bytes[5..5 + length].to_vec();
-            self.bytes.drain(..5 + length);
-            return Some((head[0], payload));
-        }
-    }
-}
-
 /// The state of the guardian process.
-struct Watch<'a> {
+pub(super) struct GuardianProcess<'a> {
     socket: UnixStream,
     context: GuardianContext<'a>,
     terraform: Option<Terraform>,
@@ -481,8 +137,8 @@ enum ParentExit {
     Killed,
 }
 
-impl<'a> Watch<'a> {
-    fn begin(socket: UnixStream, mut context: GuardianContext<'a>) {
+impl<'a> GuardianProcess<'a> {
+    pub(super) fn begin(socket: UnixStream, mut context: GuardianContext<'a>) {
         environment::forget(marks_us);
         environment::unset_empty("AWS_");
         if let Some(lease) = &mut context.lease {
@@ -952,64 +608,31 @@ impl<'a> Watch<'a> {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn message(kind: u8, length: usize) -> Vec<u8> {
-        let mut message = vec![kind];
-        message.extend(u32::try_from(length).unwrap().to_le_bytes());
-        message.resize(5 + length, kind);
-        message
+/// Writes the processes that may outlive terraform to the journal, if they have changed. Without a lock, no later `tf`
+/// needs them, so they are not written.
+fn write_survivors(entry: Option<&JournalEntry>, record: Option<&mut JournalRecord>, processes: Vec<(i32, u64)>) {
+    let (Some(entry), Some(record)) = (entry, record) else { return };
+    if record.tree.survivors != processes {
+        record.tree.survivors = processes;
+        let _ = if record.log.may_hold() { entry.write(record, Durability::Processes) } else { Ok(()) };
     }
+}
 
-    #[test]
-    fn a_message_that_is_too_long_is_passed_over_and_the_next_is_heard() {
-        let long = message(NEWS, MAX_MESSAGE_BYTES + 1);
-        let whole = [
-            message(EVENT, 1),
-            long.clone(),
-            message(STILL, 1),
-            long,
-            message(NEWS, MAX_MESSAGE_BYTES),
-            message(OVER, 0),
-        ];
-        for size in [1 << 14, 4096 + 1, 1 << 23] {
-            let mut received = Received::default();
-            let mut heard = Vec::new();
-            for piece in whole.concat().chunks(size) {
-                received.bytes.extend(piece);
-                heard.extend(std::iter::from_fn(|| received.next()).map(|(kind, payload)| (kind, payload.len())));
-                assert!(received.bytes.len() <= MAX_MESSAGE_BYTES + 5 + size);
-            }
-            assert_eq!(heard, [(EVENT, 1), (STILL, 1), (NEWS, MAX_MESSAGE_BYTES), (OVER, 0)]);
+/// Sends SIGINT to the process group `group`, whose leader is `terraform`. On Linux, the signal never reaches a later
+/// group with the same number. Linux before 6.9 and macOS cannot signal a group through a handle. There, this opens
+/// each member, checks that the handle refers to the same process, and signals it. Returns an error if terraform itself
+/// cannot be signalled.
+fn interrupt_group(terraform: &ProcessHandle, group: Pid) -> io::Result<()> {
+    if terraform.signal_group(Signal::SIGINT).is_ok() {
+        return Ok(());
+    }
+    for member in Process::all().into_iter().filter(|member| member.group == group && member.pid != group) {
+        let Ok(held) = ProcessHandle::open(member.pid) else { continue };
+        let is_same = Process::look_up(member.pid).is_some_and(|now| (now.start, now.group) == (member.start, group));
+        // As long as terraform has not exited, no other group can have the number of its group.
+        if is_same && !terraform.has_exited() {
+            let _ = held.signal(Signal::SIGINT);
         }
     }
-
-    #[test]
-    fn any_bytes_in_any_pieces_are_the_same_messages_and_take_no_more_room_than_one() {
-        use proptest::prelude::*;
-        let messages = prop::collection::vec((any::<u8>(), 0_usize..40), 0..6);
-        let pieces = prop::collection::vec(any::<prop::sample::Index>(), 0..4);
-        let strategy = (messages, prop::collection::vec(any::<u8>(), 0..12), pieces);
-        crate::generated_input::for_all(file!(), &strategy, |(messages, rest, pieces)| {
-            let mut bytes: Vec<u8> = messages.iter().flat_map(|(kind, length)| message(*kind, *length)).collect();
-            let whole = bytes.len();
-            bytes.extend(rest);
-            let mut cuts: Vec<usize> = pieces.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
-            cuts.extend([0, bytes.len()]);
-            cuts.sort_unstable();
-            let mut received = Received::default();
-            let mut heard = Vec::new();
-            for cut in cuts.windows(2) {
-                received.bytes.extend(&bytes[cut[0]..cut[1]]);
-                while let Some((kind, payload)) = received.next() {
-                    heard.push((kind, payload.len()));
-                }
-                prop_assert!(received.bytes.len() <= MAX_MESSAGE_BYTES + 5);
-            }
-            prop_assert_eq!(&heard[..messages.len()], messages.as_slice(), "{} bytes", whole);
-            Ok(())
-        });
-    }
+    terraform.signal(Signal::SIGINT)
 }
