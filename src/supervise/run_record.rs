@@ -14,7 +14,7 @@ use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::journal::state_directory::Durability;
-use crate::supervise::guardian::{Guardian, Heard};
+use crate::supervise::guardian::{Guardian, Heard, MAX_UNANSWERED};
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
 use crate::sys::boot_clock;
@@ -71,6 +71,8 @@ pub(crate) struct LateStop {
     asked_at: Duration,
     /// Whether the guardian has answered, and the group was not continued since.
     must_continue: bool,
+    /// Whether the last suspension was sent to the guardian.
+    is_suspension_sent: bool,
 }
 
 impl LateStop {
@@ -79,6 +81,15 @@ impl LateStop {
         self.unanswered += 1;
         self.stays_stopped = false;
         self.asked_at = now;
+    }
+
+    /// Whether a suspension (`still` is true) or its end is sent to the guardian. [`MAX_UNANSWERED`] of them may wait for
+    /// an answer. The end of a suspension is sent if the suspension was.
+    fn has_room(&mut self, still: bool) -> bool {
+        if still {
+            self.is_suspension_sent = self.unanswered < MAX_UNANSWERED;
+        }
+        self.is_suspension_sent
     }
 
     /// Notes that the group is to stay stopped, although `tf` was just continued: somebody else has stopped it. An
@@ -205,6 +216,9 @@ impl RunRecord {
     /// false).
     pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
         let Some(guardian) = &mut self.guardian else { return };
+        if !self.late_stop.has_room(still) {
+            return;
+        }
         if !still {
             self.late_stop.asked(boot_clock::now());
         }
@@ -337,6 +351,26 @@ mod tests {
                 assert_eq!(late_stop.must_continue(), is_continued);
             }
         }
+    }
+
+    /// The socket of the events must keep room for a request to stop.
+    #[test]
+    fn a_guardian_that_does_not_answer_is_not_told_of_suspensions_without_end() {
+        let mut late_stop = LateStop::default();
+        let mut sent = 0;
+        for _ in 0..100 {
+            for still in [true, false] {
+                if late_stop.has_room(still) {
+                    sent += 1;
+                    if !still {
+                        late_stop.asked(Duration::ZERO);
+                    }
+                }
+            }
+        }
+        assert_eq!(sent, 2 * MAX_UNANSWERED);
+        late_stop.answered();
+        assert!(late_stop.has_room(true) && late_stop.has_room(false));
     }
 
     #[test]

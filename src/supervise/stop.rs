@@ -326,6 +326,17 @@ mod tests {
         }
     }
 
+    /// So the guardian must know of one event only (`guardian/message.rs`).
+    #[test]
+    fn after_any_event_the_death_of_tf_interrupts_nobody() {
+        for event in ALL.into_iter().filter(|event| *event != StopEvent::Time) {
+            let mut stop = Stop::new(false, None);
+            stop.decide(event, ms(1));
+            let effects = stop.decide(StopEvent::ParentGone, ms(2));
+            assert!(stop.killed().is_some() || effects.is_empty(), "{event:?}: {effects:?}");
+        }
+    }
+
     #[test]
     fn no_sequence_without_three_keys_gives_a_second_interrupt_or_a_kill() {
         for apart in [ms(20), ms(7500)] {

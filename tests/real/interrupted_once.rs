@@ -9,10 +9,31 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::support::cloud::cloud;
 use crate::support::process::{Run, SystemCall, state, waits_in};
+use crate::support::processes::{KillOnDrop, guardian_of, home, wait_until_ours_are_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::IS_LINUX;
 use crate::support::test_env::WAITS;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
+
+/// Records each signal, and writes more and more locks to terraform's log when the test creates `lock`.
+const LOCKS: &str = r#"
+import os, signal, time
+def seen(number, frame):
+    with open("seen", "a") as file:
+        file.write(signal.Signals(number).name + "\n")
+signal.signal(signal.SIGINT, seen)
+line = "2026-11-23T01:46:07.565Z [INFO]  backend-s3: Attempting to lock remote state (DynamoDB only)...: "
+line += "tf_backend.lock.id={:08x}-1111-2222-3333-444444444444 tf_backend.lock.operation=init "
+line += "tf_backend.lock.path=bkt/" + "k" * 600 + " tf_backend.req_id=r tf_backend.s3.bucket=bkt tf_backend.s3.path=k\n"
+open("began", "w").close()
+number = 0
+while not os.path.exists("go"):
+    time.sleep(0.01)
+    if number < 250 and os.path.exists("lock"):
+        with open(os.environ["TF_TEMP_LOG_PATH"], "a") as log:
+            log.write(line.format(number))
+        number += 1
+"#;
 
 /// Returns a [`TestEnv`] in which an interrupted terraform is busy stopping until the proxy delivers its write of the
 /// state.
@@ -467,4 +488,30 @@ fn what_was_meant_to_outlive_its_parent_does_so_in_ci_too() {
         wait_for("tf to end", || env.trace().contains("terraform ended").then_some(()), || env.trace());
         assert!(!env.read("out").contains("Interrupt received"));
     }
+}
+
+/// A guardian hangs in the kernel while it waits for a disk. It then reads nothing of what `tf` sends.
+#[test]
+fn a_guardian_that_hung_when_terraform_was_interrupted_does_not_interrupt_it_again() {
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    let python = crate::support::cloud::tool("python3");
+    env.stand_in("locks", &format!("#!{}{LOCKS}", python.display()));
+    let _kill_on_drop = KillOnDrop(home(&env));
+    let run = env.start(Subject::Tf, &["apply"]);
+    env.wait_for_began(&run);
+    let guardian = guardian_of(&env, run.pid());
+    kill(guardian, Signal::SIGSTOP).unwrap();
+    wait_for("a stopped guardian", || (state(guardian) == Some('T')).then_some(()), || env.trace());
+    env.write("lock", "");
+    env.wait_for_trace("the guardian has not read what was sent to it");
+    run.send(Signal::SIGTERM);
+    wait_for("an interrupt", || (!env.received_signals().is_empty()).then_some(()), || env.trace());
+    run.send(Signal::SIGKILL);
+    assert_eq!(run.wait().signal(), Some(9));
+    kill(guardian, Signal::SIGCONT).unwrap();
+    env.wait_for_trace("guardian: after the death of tf: ");
+    assert!(env.trace().contains("guardian: after the death of tf: []"), "{}", env.trace());
+    env.unblock();
+    wait_until_ours_are_gone(&env);
+    assert_eq!(env.received_signals(), ["SIGINT"], "{}", env.trace());
 }

@@ -1,9 +1,8 @@
 //! The process of the guardian. [`super`] describes what it does.
 
 use std::cell::RefCell;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -11,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::message::{
-    CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, NEWS, OUTSIDE_GROUP, OVER, Received, STARTED, STILL, STOPS_NO_MORE,
+    CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MessageReader, NEWS, OUTSIDE_GROUP, OVER, STARTED, STILL, STOPS_NO_MORE,
     UNIT_IS_STOPPED,
 };
 use crate::cleanup::after_run::AfterRun;
@@ -67,10 +66,12 @@ pub(crate) struct GuardianContext<'a> {
 
 /// The state of the guardian process.
 pub(super) struct GuardianProcess<'a> {
-    socket: UnixStream,
+    /// All messages but those in `events`. The guardian reports through the same socket.
+    messages: MessageReader,
+    /// The [`EVENT`] and [`STILL`] messages.
+    events: MessageReader,
     context: GuardianContext<'a>,
     terraform: Option<Terraform>,
-    received: Received,
     /// Whether `tf` is stopped or about to stop itself.
     still: bool,
     /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
@@ -138,7 +139,7 @@ enum ParentExit {
 }
 
 impl<'a> GuardianProcess<'a> {
-    pub(super) fn begin(socket: UnixStream, mut context: GuardianContext<'a>) {
+    pub(super) fn begin(messages: MessageReader, events: MessageReader, mut context: GuardianContext<'a>) {
         environment::forget(marks_us);
         environment::unset_empty("AWS_");
         if let Some(lease) = &mut context.lease {
@@ -156,10 +157,10 @@ impl<'a> GuardianProcess<'a> {
         // The signal descriptor of `tf` cannot be used, because it is closed in this process.
         let signals = Signals::listen().ok();
         let mut watch = Self {
-            socket,
+            messages,
+            events,
             context,
             terraform: None,
-            received: Received::default(),
             still: false,
             news: None,
             orders: None,
@@ -178,7 +179,6 @@ impl<'a> GuardianProcess<'a> {
     /// Handles the messages of `tf` until `tf` reports that the run is over, or is killed. Returns which of the two
     /// happened.
     fn wait_for_end(&mut self) -> ParentExit {
-        let mut bytes = [0; 1 << 14];
         loop {
             // The stop timeout also runs here, because the guardian must act on it if `tf` is killed. As long as `tf`
             // is running, only `tf` acts on it.
@@ -187,11 +187,12 @@ impl<'a> GuardianProcess<'a> {
                 trace!("guardian: left to tf: {effects:?}");
             }
             let deadline = self.context.stop.deadline().map(|at| at.saturating_sub(self.context.run.begun.elapsed()));
-            let mut awaited = vec![(self.socket.as_fd(), PollFlags::POLLIN)];
+            let mut awaited =
+                [&self.messages, &self.events].map(|reader| (reader.socket().as_fd(), PollFlags::POLLIN)).to_vec();
             // `tf` itself notices the exit of terraform, except while it is stopped.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
             let ended = terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN));
-            let end_at = ended.is_some().then_some(1);
+            let end_at = ended.is_some().then_some(2);
             awaited.extend(ended);
             awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
             // While `tf` is stopped, only the guardian can stop a terraform again that somebody else continues although
@@ -210,34 +211,31 @@ impl<'a> GuardianProcess<'a> {
                 self.continue_tf();
                 // `tf` reports a stop before it stops itself, so it may not be stopped yet. The wait makes the loop
                 // check again soon.
-                poll::wait(&[(self.socket.as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
+                poll::wait(&[(self.events.socket().as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
             }
-            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
-                self.forget_early_stop();
-                continue;
+            // The order is explained in [`super::message`].
+            let (mut events, _) = self.events.read();
+            let (mut messages, is_tf_gone) = self.messages.read();
+            if is_tf_gone {
+                events.extend(self.events.read().0);
             }
-            let length = match self.socket.read(&mut bytes) {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => 0,
-            };
-            self.received.bytes.extend(&bytes[..length]);
-            let messages: Vec<(u8, Vec<u8>)> = std::iter::from_fn(|| self.received.next()).collect();
             // When the run is over, earlier messages do not matter any more. A run may be over before its guardian has
             // read the first message, and `tf` waits for the guardian's exit.
             if messages.iter().any(|(kind, _)| *kind == OVER) {
                 self.hand_lease_back();
                 return ParentExit::Clean;
             }
+            messages.extend(events);
             for (kind, payload) in messages {
                 self.heard(kind, &payload);
             }
             self.hear_signals();
-            self.forget_early_stop();
-            if length == 0 {
+            if is_tf_gone {
+                self.forget_early_stop();
                 return ParentExit::Killed;
             }
-            if !poll::ready_now(self.socket.as_fd(), PollFlags::POLLIN) {
+            if !self.messages.is_ready() {
+                self.forget_early_stop();
                 self.write_news();
             }
         }
@@ -264,7 +262,7 @@ impl<'a> GuardianProcess<'a> {
             && !std::mem::replace(&mut self.has_told_loss, true)
         {
             trace!("guardian: tf must know that the lock is lost");
-            let _ = self.socket.write(&[LOCK_IS_LOST]);
+            self.report(LOCK_IS_LOST);
         }
     }
 
@@ -302,8 +300,13 @@ impl<'a> GuardianProcess<'a> {
         if process::is_in_own_control_group(terraform.pid) {
             trace!("guardian: our unit is stopped");
             let _ = self.context.stop.decide(StopEvent::RequestToAll, self.context.run.begun.elapsed());
-            let _ = self.socket.write(&[UNIT_IS_STOPPED]);
+            self.report(UNIT_IS_STOPPED);
         }
+    }
+
+    /// Reports something to `tf`, which may be gone.
+    fn report(&self, report: u8) {
+        let _ = self.messages.socket().write(&[report]);
     }
 
     /// Forgets a stop of the unit that arrived before terraform was started. That signal has not reached terraform.
@@ -322,7 +325,7 @@ impl<'a> GuardianProcess<'a> {
                 let pid = Pid::from_raw(number);
                 let process = ProcessHandle::open(pid).ok();
                 // As long as `tf` is running, it does not reap terraform, so the pid cannot be reused.
-                let certain = !poll::has_hung_up(self.socket.as_fd());
+                let certain = !poll::has_hung_up(self.messages.socket().as_fd());
                 self.terraform = Some(Terraform { pid, process, certain });
                 let identity = self.context.tree.started(pid);
                 if let Some(lease) = &mut self.context.lease {
@@ -344,7 +347,7 @@ impl<'a> GuardianProcess<'a> {
                 self.still = payload == [1];
                 trace!("guardian: tf is suspended: {}", self.still);
                 if !self.still {
-                    let _ = self.socket.write(&[STOPS_NO_MORE]);
+                    self.report(STOPS_NO_MORE);
                 }
             }
             OUTSIDE_GROUP => {
@@ -383,7 +386,7 @@ impl<'a> GuardianProcess<'a> {
             trace!("guardian: journal written: {}", written.is_ok());
             is_written = written.is_ok();
             if !is_written {
-                let _ = self.socket.write(&[CANNOT_WRITE]);
+                self.report(CANNOT_WRITE);
             }
             crash_point::reached("guardian: has written");
         }
@@ -425,6 +428,7 @@ impl<'a> GuardianProcess<'a> {
     fn stop_terraform(&mut self) -> Option<Ended> {
         let terraform = self.terraform.take()?;
         let mut effects = self.first_effects();
+        trace!("guardian: after the death of tf: {effects:?}");
         self.take_over_lease();
         let mut interrupt = false;
         let mut looked: Option<Instant> = None;

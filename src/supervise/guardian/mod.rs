@@ -29,9 +29,8 @@
 mod guardian_process;
 mod message;
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -40,8 +39,8 @@ use nix::unistd::Pid;
 
 use self::guardian_process::GuardianProcess;
 use self::message::{
-    CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MAX_MESSAGE_BYTES, NEWS, OUTSIDE_GROUP, OVER, STILL, STOPS_NO_MORE,
-    UNIT_IS_STOPPED,
+    CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MAX_MESSAGE_BYTES, MessageReader, MessageWriter, NEWS, OUTSIDE_GROUP,
+    OVER, STILL, STOPS_NO_MORE, UNIT_IS_STOPPED,
 };
 use crate::journal::run_mark::is_jenkins_cookie;
 use crate::supervise::keeper::Orders;
@@ -54,7 +53,7 @@ use crate::terraform::log::Log;
 use crate::trace::{self, trace};
 
 pub(crate) use self::guardian_process::GuardianContext;
-pub(crate) use self::message::STARTED_PREFIX;
+pub(crate) use self::message::{MAX_UNANSWERED, STARTED_PREFIX};
 
 /// How long the guardian may take to exit after `tf` has reported that the run is over.
 const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -67,9 +66,10 @@ const GUARDIAN_KILL_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Guardian {
     /// The guardian's pid. `None` if the guardian is not a child of this process.
     pid: Option<Pid>,
-    socket: UnixStream,
-    /// The bytes that could not be written to the socket yet, because it was full.
-    unsent: Vec<u8>,
+    /// All messages but those in `events`. The guardian's reports come through the same socket.
+    messages: MessageWriter,
+    /// The [`EVENT`] and [`STILL`] messages.
+    events: MessageWriter,
 }
 
 /// A report of the guardian.
@@ -97,19 +97,22 @@ impl Guardian {
     /// # Errors
     /// Fails if the socket cannot be created, or fork(2) fails. The run then continues without a guardian.
     pub(crate) fn fork(context: GuardianContext<'_>) -> io::Result<Self> {
-        let (socket, its_end) = UnixStream::pair()?;
-        socket.set_nonblocking(true)?;
-        let mut keep: Vec<RawFd> = [its_end.as_fd(), context.tree.lifeline(), context.recorder.descriptor()]
-            .iter()
-            .chain(&context.pipes.sources().collect::<Vec<_>>())
-            .map(AsRawFd::as_raw_fd)
-            .collect();
+        let (messages, messages_end) = MessageWriter::new()?;
+        let (events, events_end) = MessageWriter::new()?;
+        let mut keep: Vec<RawFd> =
+            [messages_end.as_fd(), events_end.as_fd(), context.tree.lifeline(), context.recorder.descriptor()]
+                .iter()
+                .chain(&context.pipes.sources().collect::<Vec<_>>())
+                .map(AsRawFd::as_raw_fd)
+                .collect();
         keep.extend(context.entry.map(|entry| entry.lock_file().as_raw_fd()));
         keep.extend(context.run.planned_backends.descriptor().map(|plan| plan.as_raw_fd()));
         keep.extend(trace::descriptor());
         keep.extend(context.lease.iter().flat_map(|lease| lease.guardian_descriptors()));
-        let pid = detached::run(c"tf-guardian", parent(), &keep, || GuardianProcess::begin(its_end, context))?;
-        Ok(Self { pid, socket, unsent: Vec::new() })
+        let pid = detached::run(c"tf-guardian", parent(), &keep, || {
+            GuardianProcess::begin(MessageReader::new(messages_end), MessageReader::new(events_end), context);
+        })?;
+        Ok(Self { pid, messages, events })
     }
 
     /// Returns the pid of the guardian. `None` if the guardian is not a child of this process.
@@ -120,13 +123,13 @@ impl Guardian {
     /// Returns the socket that is shared with the guardian. The child that executes terraform writes its pid into the
     /// socket. The socket is readable when the guardian has reported something, or is gone.
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.messages.socket().as_fd()
     }
 
     /// Returns the guardian's next report, without waiting.
     pub(crate) fn hear(&self) -> Heard {
         let mut said = [0];
-        match (&self.socket).read(&mut said) {
+        match self.messages.socket().read(&mut said) {
             Ok(1) if said == [UNIT_IS_STOPPED] => Heard::UnitIsStopped,
             Ok(1) if said == [STOPS_NO_MORE] => Heard::StopsNoMore,
             Ok(1) if said == [LOCK_IS_LOST] => Heard::LockIsLost,
@@ -142,7 +145,7 @@ impl Guardian {
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn note(&mut self, event: StopEvent) -> io::Result<()> {
-        self.send(EVENT, &serde_json::to_vec(&event)?)
+        self.events.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
     /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false). The guardian
@@ -151,7 +154,7 @@ impl Guardian {
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
-        self.send(STILL, &[u8::from(still)])
+        self.events.send(STILL, &[u8::from(still)])
     }
 
     /// Sends the parsed log of terraform. The log was read up to `offset`, in bytes. Returns true if the message was
@@ -161,8 +164,8 @@ impl Guardian {
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
-        self.flush()?;
-        if !self.unsent.is_empty() {
+        self.messages.flush()?;
+        if self.messages.is_full() {
             return Ok(false);
         }
         let news = serde_json::to_vec(&(offset, log))?;
@@ -171,7 +174,7 @@ impl Guardian {
             // do so because it alone frees a part of the log, after it has written the facts in that part.
             return Ok(false);
         }
-        self.send(NEWS, &news)?;
+        self.messages.send(NEWS, &news)?;
         Ok(true)
     }
 
@@ -181,7 +184,7 @@ impl Guardian {
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn tell_outside_group(&mut self, processes: &[(i32, u64)]) -> io::Result<()> {
-        self.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
+        self.messages.send(OUTSIDE_GROUP, &serde_json::to_vec(processes)?)
     }
 
     /// Sends what a keeper of the run's lease needs to know, for a keeper that the guardian starts if `tf` dies or is
@@ -190,13 +193,13 @@ impl Guardian {
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn tell_lease(&mut self, orders: Option<&Orders>) -> io::Result<()> {
-        self.send(LEASE, &serde_json::to_vec(&orders)?)
+        self.messages.send(LEASE, &serde_json::to_vec(&orders)?)
     }
 
     /// Reports that the run is over. The guardian then exits without further work. [`Guardian::wait`] waits for its
     /// exit.
     pub(crate) fn over(&mut self) {
-        let _ = self.send(OVER, &[]);
+        let _ = self.messages.send(OVER, &[]);
     }
 
     /// Waits until the guardian has exited. If it is a child of this process, it is killed after
@@ -205,9 +208,9 @@ impl Guardian {
         let begun = Instant::now();
         let mut guardian = self;
         while begun.elapsed() < GUARDIAN_EXIT_TIMEOUT {
-            let _ = guardian.flush();
+            let _ = guardian.messages.flush();
             let rest = GUARDIAN_EXIT_TIMEOUT.saturating_sub(begun.elapsed());
-            poll::wait(&[(guardian.socket.as_fd(), PollFlags::POLLIN)], Some(rest));
+            poll::wait(&[(guardian.socket(), PollFlags::POLLIN)], Some(rest));
             if guardian.has_closed_its_socket() {
                 break;
             }
@@ -235,32 +238,13 @@ impl Guardian {
     /// ([`poll::has_hung_up`]).
     fn has_closed_its_socket(&self) -> bool {
         loop {
-            match (&self.socket).read(&mut [0; 64]) {
+            match self.messages.socket().read(&mut [0; 64]) {
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Ok(0) | Err(_) => return true,
             }
         }
-    }
-
-    /// Appends a message to the unsent bytes, and writes as many of them as the socket accepts now.
-    fn send(&mut self, kind: u8, payload: &[u8]) -> io::Result<()> {
-        self.unsent.push(kind);
-        self.unsent.extend(u32::try_from(payload.len()).unwrap_or(0).to_le_bytes());
-        self.unsent.extend(payload);
-        self.flush()
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.unsent.is_empty() {
-            match self.socket.write(&self.unsent) {
-                Ok(length) => drop(self.unsent.drain(..length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }
 
