@@ -432,6 +432,17 @@ impl Tree {
         self.look().0.into_iter().filter(|process| !process.is_dead() && logs(process)).collect()
     }
 
+    /// Returns the terraforms of [`Tree::logging`] that none of the others has started. A provisioner or a data source may
+    /// run a terraform without `tf`, which logs into the same recorder.
+    pub(crate) fn outermost_logging(&self) -> Vec<Process> {
+        let logging = self.logging();
+        if logging.len() < 2 {
+            return logging;
+        }
+        let below: Vec<Pid> = logging.iter().flat_map(|above| Process::below(above.pid)).map(|it| it.pid).collect();
+        logging.into_iter().filter(|process| !below.contains(&process.pid)).collect()
+    }
+
     /// Returns the running terraforms that a shim has started. If the shim has exited, they are orphans, which continue
     /// to work. Empty if terraform was started directly.
     pub(crate) fn orphaned_terraforms(&self) -> Vec<Process> {

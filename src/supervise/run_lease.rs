@@ -445,9 +445,12 @@ impl RunLease {
         }
         // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
         // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
-        // found, for example because it is just starting or ending, the next call looks again. If several terraforms
-        // log, it is not known which of them holds the lock. One that has ended meanwhile has no user any more.
-        let logging = tree.logging();
+        // found, for example because it is just starting or ending, the next call looks again. One that has ended
+        // meanwhile has no user any more.
+        //
+        // A script may run several terraforms at the same time. Then it is not known which of them holds the lock, so
+        // the exit of the one that is watched does not show that nobody is releasing it.
+        let logging = tree.outermost_logging();
         let is_reached = |process: &&Process| process.group == group && process.has_our_user();
         let has_ended = |process: &Process| {
             Process::look_up(process.pid).is_none_or(|now| now.start != process.start || now.is_dead())
@@ -456,8 +459,8 @@ impl RunLease {
         let holder = logging.first().ok_or(LeaseObstacle::NoHolder)?;
         let (pid, start) = (holder.pid, holder.start);
         self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
-        if !is_reached {
-            trace!("the group does not contain the terraform that logs, so the lease promises nothing");
+        if !is_reached || logging.len() > 1 {
+            trace!("the lease promises nothing: terraforms {}, all in the group: {is_reached}", logging.len());
             self.take_down();
         }
         if let Err(error) = self.arm(group, tree) {

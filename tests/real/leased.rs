@@ -911,15 +911,16 @@ fn no_renewal_brings_a_lock_back_that_terraform_has_released(lock: Lock) {
 }
 for_each_lock!(no_renewal_brings_a_lock_back_that_terraform_has_released);
 
-/// The kernel's signal to the group would not reach it.
+/// The kernel's signal to the group would not reach it, or it is not known which terraform holds the lock.
 #[test]
-fn a_terraform_in_a_group_of_its_own_has_a_lease_that_promises_nothing() {
+fn a_terraform_in_a_group_of_its_own_or_one_of_several_has_a_lease_that_promises_nothing() {
     let program = terraform();
     let other_logs = "(exec 9>>\"$TFW_RECORDER\"; exec sleep 1000) &";
     let scripts = [
         format!("exec setsid --wait {} \"$@\"", program.display()),
         // Another process in the group of `tf` logs too, and is the first one that is found.
         format!("{other_logs}\nsetsid --wait {} \"$@\"\ncode=$?; kill $!; exit $code", program.display()),
+        format!("{other_logs}\n{} \"$@\"\ncode=$?; kill $!; exit $code", program.display()),
     ];
     for (lock, text) in [Lock::DynamoDb, Lock::File, Lock::Both]
         .into_iter()
@@ -931,6 +932,23 @@ fn a_terraform_in_a_group_of_its_own_has_a_lease_that_promises_nothing() {
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
         env.set("TFW_TERRAFORM", &script);
         promises_nothing(&env, env.start_apply(Subject::Tf));
+    }
+}
+
+/// A data source or a provisioner may run a terraform that logs into the same file.
+#[test]
+fn a_terraform_that_another_one_has_started_takes_no_promise_away() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = leased(lock, "2s");
+        let script = env.bin().join("above");
+        let text = format!("#!/bin/sh\nexec 9>>\"$TFW_RECORDER\"\n{} \"$@\"\nexit $?\n", terraform().display());
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        env.set("TFW_TERRAFORM", &script);
+        let run = env.start_apply(Subject::Tf);
+        let record = wait_for_renewal_after(&env, &Value::Null);
+        assert_eq!(record["fence"], "stop", "{record}\n{}", env.trace());
+        ends_well(&env, run);
     }
 }
 
