@@ -218,8 +218,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     if let Some((word, descriptors)) = words.split_first()
         && word == keeper::WORD
     {
-        let is_done = keeper::keeper_process::keep(descriptors);
-        return if is_done { Finding::Nothing } else { Finding::Failed }.code();
+        return keeper::keeper_process::keep(descriptors);
     }
     environment::unset_empty("AWS_");
     if words == [takeover_process::WORD] {

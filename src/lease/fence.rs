@@ -266,21 +266,32 @@ pub(crate) enum CleanupPoint {
     /// The processes of a terraform that has died were ended as far as they may be. `may_release`: none of them works
     /// any more, so its locks may be released.
     TreeEnded { may_release: bool },
-    /// The locks were released or are kept. `is_withdrawn`: no lock that is kept on purpose promises a fence.
-    CleanedUp { is_withdrawn: bool },
+    /// The locks were released or are kept.
+    CleanedUp(Withdrawal),
+}
+
+/// What has become of the promise of the run's lease, after the cleanup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Withdrawal {
+    /// Nothing was promised, or the record of the lock that stays on purpose promises no fence any more.
+    Done,
+    /// No lock of the lease stays on purpose: it is another run's, or gone, or its lease may lapse.
+    NoLock,
+    /// The lock stays on purpose, and its record may still promise a fence.
+    Failed,
 }
 
 /// Returns whether the fence ends at this point.
 ///
 /// If terraform has died, a script of its provisioner may still work. So the fence stays until no process of the run
-/// works any more, or until the promise of a lock that is kept was withdrawn. If neither can be done, the fence stays
-/// after the end of `tf`: at the deadline, the kernel kills the group. If terraform has exited by itself, the fence must
+/// works any more, or until the promise of a lock that is kept was withdrawn. In all other cases, the fence stays after
+/// the end of `tf`: another run may have the lock by the deadline, at which the kernel kills the group. If terraform has exited by itself, the fence must
 /// not stop a daemon that a provisioner has started on purpose.
 pub(crate) fn ends_at(point: CleanupPoint) -> bool {
     match point {
         CleanupPoint::Judged { has_died, may_hold } => !(has_died && may_hold),
         CleanupPoint::TreeEnded { may_release } => may_release,
-        CleanupPoint::CleanedUp { is_withdrawn } => is_withdrawn,
+        CleanupPoint::CleanedUp(withdrawal) => withdrawal == Withdrawal::Done,
     }
 }
 
@@ -453,7 +464,9 @@ mod tests {
         }
         for fact in [false, true] {
             assert_eq!(ends_at(CleanupPoint::TreeEnded { may_release: fact }), fact);
-            assert_eq!(ends_at(CleanupPoint::CleanedUp { is_withdrawn: fact }), fact);
+        }
+        for withdrawal in [Withdrawal::Done, Withdrawal::NoLock, Withdrawal::Failed] {
+            assert_eq!(ends_at(CleanupPoint::CleanedUp(withdrawal)), withdrawal == Withdrawal::Done);
         }
     }
 }

@@ -56,7 +56,7 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalRecord, Unfinished};
 use crate::journal::state_directory::StateDirectory;
-use crate::lease::fence::{CleanupPoint, LateWrite};
+use crate::lease::fence::{CleanupPoint, LateWrite, Withdrawal};
 use crate::lease::grade::{self, Cloud};
 use crate::lock::reached::Reached;
 use crate::settings::Settings;
@@ -434,9 +434,9 @@ impl<'a> Prepared<'a> {
             let left = after.clean_up(ending, &candidates, (By::Tf, permission), &mut reporter, waiter);
             // Nobody may take a lock that is kept on purpose without being asked.
             if let Some(lease) = &mut self.lease {
-                let is_withdrawn = lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter);
-                lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, Some(ended), &self.tree);
-                if !is_withdrawn {
+                let withdrawal = lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter);
+                lease.end_at(CleanupPoint::CleanedUp(withdrawal), Some(ended), &self.tree);
+                if withdrawal == Withdrawal::Failed {
                     console::say(messages::LEASE_STANDS);
                 }
             }

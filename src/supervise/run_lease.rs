@@ -27,8 +27,8 @@ use crate::journal::run_mark::marks_us;
 use crate::journal::runs::Journal;
 use crate::lease::fence::{
     CleanupPoint, EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause,
-    StoppedRun, Trouble, UnlockStep, are_requests_aborted, ends_at, is_lost_before, is_reason_due, late_write,
-    next_step, stop_cause, unlock_step,
+    StoppedRun, Trouble, UnlockStep, Withdrawal, are_requests_aborted, ends_at, is_lost_before, is_reason_due,
+    late_write, next_step, stop_cause, unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::obstacle::LeaseObstacle;
@@ -1228,45 +1228,49 @@ impl RunLease {
 
     /// Withdraws the promise if the lock of the lease is one of `kept`, the locks that the cleanup keeps on purpose
     /// ([`Self::withdraw`]). If that fails, `journal` remembers these locks, because a later run on this host knows
-    /// better than the lease. Returns false then.
+    /// better than the lease.
     pub(crate) fn withdraw_or_remember(
         &mut self,
         kept: &[String],
         journal: Option<&Journal>,
         waiter: &mut Waiter<'_>,
-    ) -> bool {
-        let is_withdrawn = self.withdraw(|id| kept.iter().any(|kept| kept == id), waiter);
-        if !is_withdrawn && let Some(journal) = journal {
+    ) -> Withdrawal {
+        let withdrawal = self.withdraw(|id| kept.iter().any(|kept| kept == id), waiter);
+        if withdrawal == Withdrawal::Failed
+            && let Some(journal) = journal
+        {
             for id in kept {
                 journal.kept_locks().add(id);
             }
         }
-        is_withdrawn
+        withdrawal
     }
 
     /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
     /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not
     /// be released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID
-    /// was kept on purpose. Returns false if the promise could not be withdrawn, or if it is not known whether the
-    /// promise is still stored. A SIGINT ends the wait for it.
-    pub(crate) fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> bool {
+    /// was kept on purpose. A SIGINT ends the wait for it.
+    fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> Withdrawal {
         // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
         let is_promised = |orders: &Orders| orders.may_promise || orders.fence == Promise::Stop;
-        let promised = self.orders.take().filter(is_promised);
-        let promised = promised.filter(|orders| stays(&orders.lock));
-        let (Some(mut orders), Some(terraform)) = (promised, &self.terraform) else { return true };
+        let handle = self.ensure_handle();
+        let Some(mut orders) = self.orders.take().filter(is_promised) else { return Withdrawal::Done };
+        if !stays(&orders.lock) {
+            return Withdrawal::NoLock;
+        }
+        let (Ok(()), Some(terraform)) = (handle, &self.terraform) else { return Withdrawal::Failed };
         (orders.fence, orders.withdraws) = (Promise::None, true);
         match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
             Ok(keeper) => {
                 trace!("the promise of the lease is being withdrawn");
                 crash_point::reached("lease: withdraws");
-                let is_withdrawn = keeper.withdrawn(waiter);
+                let withdrawal = keeper.withdrawal(waiter);
                 crash_point::reached("lease: withdrawn");
-                is_withdrawn
+                withdrawal
             }
             Err(error) => {
                 trace!("no keeper: {error}");
-                false
+                Withdrawal::Failed
             }
         }
     }

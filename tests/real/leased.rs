@@ -1819,6 +1819,21 @@ fn the_lock_that_a_run_leaves_on_purpose_promises_nothing() {
     }
 }
 
+/// Another run may have the lock by the deadline, and nothing but the fence ends what terraform has left.
+#[test]
+fn what_a_dead_terraform_leaves_ends_at_the_deadline_if_its_lock_is_lost_and_nothing_may_be_released() {
+    for lock in [Lock::DynamoDb, Lock::File, Lock::Both] {
+        let mut env = TestEnv::new(lock, BUSY);
+        env.set("TFW_LEASE", "4s").set("TFW_CLOCK", "steady").set("TFW_RELEASE", "never");
+        let run = start(&env);
+        env.delete_lock();
+        run.kill_terraform();
+        let end = run.wait();
+        assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
+        wait_until_all_is_gone(&env);
+    }
+}
+
 /// A keeper that withdraws a promise may have to ask a person for credentials.
 #[test]
 fn after_a_release_nothing_more_is_asked_about_the_lease() {

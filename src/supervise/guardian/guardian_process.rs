@@ -585,8 +585,8 @@ impl<'a> GuardianProcess<'a> {
             // them.
             let kept: Vec<String> = log.unreleased().map(|lock| lock.id.clone()).collect();
             if let Some(lease) = lease {
-                let is_withdrawn = lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended);
-                lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, ended, tree);
+                let withdrawal = lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended);
+                lease.end_at(CleanupPoint::CleanedUp(withdrawal), ended, tree);
             }
             return Unfinished {
                 locks: log.unreleased().cloned().collect(),
@@ -605,8 +605,8 @@ impl<'a> GuardianProcess<'a> {
         let left = after.clean_up(ending, &candidates, (By::Guardian, permission), &mut SilentReporter, waiter);
         if let Some(lease) = lease {
             // If the promise stays, nobody reads what the guardian says about it.
-            let is_withdrawn = lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter);
-            lease.end_at(CleanupPoint::CleanedUp { is_withdrawn }, ended, tree);
+            let withdrawal = lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter);
+            lease.end_at(CleanupPoint::CleanedUp(withdrawal), ended, tree);
         }
         left.unfinished
     }

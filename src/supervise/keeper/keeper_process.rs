@@ -16,9 +16,10 @@ use tokio::sync::oneshot;
 
 use super::keeper_fence::KeeperFence;
 use super::renewals::Renewals;
-use super::{END, INTERRUPTED, LAST_RENEWAL_TIMEOUT, Orders, PING, Report};
+use super::{END, INTERRUPTED, LAST_RENEWAL_TIMEOUT, Orders, PING, Report, exit_code};
 use crate::cleanup::working_directory;
 use crate::crash_point;
+use crate::lease::fence::Withdrawal;
 use crate::lease::keeper::{BeforeRenewal, KeeperSight, before_renewal};
 use crate::lease::notice::Notice;
 use crate::lease::terms::Terms;
@@ -38,22 +39,28 @@ const MAX_UNSENT_BYTES: usize = 1 << 16;
 const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a keeper. `descriptors` are the arguments with the numbers of its descriptors, in the order of
-/// [`super::Keeper::start`]. Returns whether it has done what it was told.
-pub(crate) fn keep(descriptors: &[OsString]) -> bool {
+/// [`super::Keeper::start`]. Returns its exit code: 0 if it has done what it was told.
+pub(crate) fn keep(descriptors: &[OsString]) -> u8 {
+    exit_code(run(descriptors))
+}
+
+fn run(descriptors: &[OsString]) -> Withdrawal {
     let numbers: Option<Vec<RawFd>> = descriptors.iter().map(|number| number.to_str()?.parse().ok()).collect();
-    let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else { return false };
+    let Some(descriptors) = numbers.and_then(|numbers| descriptor::inherited(&numbers)) else {
+        return Withdrawal::Failed;
+    };
     session::become_helper(c"tf-keeper");
     crash_point::reached("keeper: begun");
     environment::unset_empty("AWS_");
     let mut orders = Vec::new();
     let _ = io::stdin().lock().take(MAX_ORDERS_BYTES).read_to_end(&mut orders);
-    let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return false };
+    let Ok(orders) = serde_json::from_slice::<Orders>(&orders) else { return Withdrawal::Failed };
     working_directory::go(&orders.directory);
     crash_point::reached("keeper: has its orders");
     let ended = panics::caught(|| runtime::block_on(KeeperProcess::run(orders, descriptors)));
     let ended = ended.map(Result::flatten);
     trace!("keeper: {ended:?}");
-    matches!(ended, Some(Ok(true)))
+    ended.and_then(Result::ok).unwrap_or(Withdrawal::Failed)
 }
 
 /// Opens terraform, where a keeper cannot inherit its handle. `None` if terraform has exited.
@@ -215,12 +222,13 @@ struct KeeperProcess {
 }
 
 impl KeeperProcess {
-    /// Renews the lease until the keeper has to end. Returns whether it has done what it was told.
-    async fn run(orders: Orders, descriptors: Vec<OwnedFd>) -> io::Result<bool> {
+    /// Renews the lease until the keeper has to end, or withdraws its promise. [`Withdrawal::Done`] if it has done what
+    /// it was told.
+    async fn run(orders: Orders, descriptors: Vec<OwnedFd>) -> io::Result<Withdrawal> {
         let mut descriptors = descriptors.into_iter();
         let socket = descriptors.next();
         let terraform = if process::HANDLE_IS_INHERITED { descriptors.next() } else { opened(&orders) };
-        let (Some(socket), Some(terraform)) = (socket, terraform) else { return Ok(false) };
+        let (Some(socket), Some(terraform)) = (socket, terraform) else { return Ok(Withdrawal::Failed) };
         let fence = KeeperFence::of(descriptors)?;
         let socket = UnixStream::from(socket);
         socket.set_nonblocking(true)?;
@@ -233,14 +241,14 @@ impl KeeperProcess {
             notice: None,
             interrupted: Rc::new(Cell::new(orders.interrupted)),
         };
-        let Some(terms) = Terms::new(orders.length) else { return Ok(false) };
+        let Some(terms) = Terms::new(orders.length) else { return Ok(Withdrawal::Failed) };
         let renewals = Renewals::new(orders, terms, fence, Rc::clone(&link.interrupted));
         let mut process = Self { link, renewals };
         if process.renewals.orders.withdraws {
             // If this process were killed instead, a command that gives it credentials would leave processes behind.
             let withdrawn = tokio::time::timeout(LAST_RENEWAL_TIMEOUT, process.renewals.withdraw()).await;
             crash_point::reached("keeper: has withdrawn");
-            return Ok(withdrawn.unwrap_or(false));
+            return Ok(withdrawn.unwrap_or(Withdrawal::Failed));
         }
         // If nobody supervises terraform, the keeper ends the fuse when terraform has ended. But a stopped terraform
         // that nobody will continue must not keep its lock for ever: its fuse goes on, and ends it.
@@ -250,7 +258,7 @@ impl KeeperProcess {
             process.renewals.end_fuse();
             crash_point::reached("keeper: ended the fuse");
         }
-        Ok(true)
+        Ok(Withdrawal::Done)
     }
 
     /// Renews the lease until the keeper has to end.

@@ -40,7 +40,7 @@ use crate::another_tf;
 use crate::aws::identity::AccountIdentity;
 use crate::cleanup::waiter::Waiter;
 use crate::journal::run_mark::marks_us;
-use crate::lease::fence::{Look, Loss};
+use crate::lease::fence::{Look, Loss, Withdrawal};
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Holder, Promise};
 use crate::lock::location::LockLocation;
@@ -281,9 +281,9 @@ impl Keeper {
         self.wait(Duration::ZERO);
     }
 
-    /// Waits for the end of a keeper that withdraws a promise. Returns whether it has done so, or found the lock gone.
-    /// The first SIGINT ends the wait.
-    pub(crate) fn withdrawn(mut self, waiter: &mut Waiter<'_>) -> bool {
+    /// Waits for the end of a keeper that withdraws a promise, and returns what has become of it. The first SIGINT ends
+    /// the wait.
+    pub(crate) fn withdrawal(mut self, waiter: &mut Waiter<'_>) -> Withdrawal {
         let until = Instant::now() + LAST_RENEWAL_TIMEOUT + END_TIMEOUT;
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
             if waiter.interrupts() > 0 {
@@ -292,7 +292,11 @@ impl Keeper {
             }
             waiter.wait(WITHDRAWAL_POLL_INTERVAL);
         }
-        self.wait(Duration::ZERO).is_some_and(|status| status.success())
+        let code = self.wait(Duration::ZERO).and_then(|status| status.code());
+        [Withdrawal::Done, Withdrawal::NoLock]
+            .into_iter()
+            .find(|withdrawal| code == Some(i32::from(exit_code(*withdrawal))))
+            .unwrap_or(Withdrawal::Failed)
     }
 
     /// Waits for the end of the keeper, and kills it after `limit`. Returns how it ended. `None` if it did not end.
@@ -327,6 +331,15 @@ const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How often to check whether a keeper that withdraws a promise has ended.
 const WITHDRAWAL_POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Returns the exit code of a keeper that was to withdraw a promise.
+fn exit_code(withdrawal: Withdrawal) -> u8 {
+    match withdrawal {
+        Withdrawal::Done => 0,
+        Withdrawal::Failed => 1,
+        Withdrawal::NoLock => 3,
+    }
+}
 
 /// The messages to a keeper. Each has 1 byte.
 const HURRY: u8 = b'h';

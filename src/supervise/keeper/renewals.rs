@@ -18,7 +18,7 @@ use crate::aws::identity::AccountIdentity;
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages::ANOTHER_ACCOUNT;
 use crate::crash_point;
-use crate::lease::fence::{Look, Loss};
+use crate::lease::fence::{Look, Loss, Withdrawal};
 use crate::lease::keeper::{
     self, Answer, BeforeRenewal, History, KeeperStep, NextRenewal, Response, Setback, after_answer, next_renewal,
 };
@@ -142,13 +142,14 @@ impl Renewals {
         }
     }
 
-    /// Writes a record that promises no fence. Returns whether that was confirmed, or the lock is gone.
-    pub(super) async fn withdraw(&mut self) -> bool {
+    /// Writes a record that promises no fence.
+    pub(super) async fn withdraw(&mut self) -> Withdrawal {
         loop {
             let step = self.step(BeforeRenewal::Renew).await;
             match step.report {
-                Some(Report::Renewed { .. } | Report::Lost(_)) => return true,
-                Some(Report::NoLease(_)) => return false,
+                Some(Report::Renewed { .. }) => return Withdrawal::Done,
+                Some(Report::Lost(_)) => return Withdrawal::NoLock,
+                Some(Report::NoLease(_)) => return Withdrawal::Failed,
                 _ => tokio::time::sleep(step.pause).await,
             }
         }
