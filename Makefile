@@ -117,9 +117,16 @@ macos: ## compile, link and lint everything for macOS, also on Linux: 10 min the
 # The tests that cargo test leaves out if it is not told.
 MORE_TESTS := --test elsewhere --test fence --test lease_store --test model
 
+# How imports are grouped and merged is not stable in rustfmt, so its stable release needs RUSTC_BOOTSTRAP for it.
+FORMAT = RUSTC_BOOTSTRAP=1 cargo fmt -- --config group_imports=StdExternalCrate,imports_granularity=Module
+
+.PHONY: format
+format: ## format the code
+	$(FORMAT)
+
 .PHONY: check
 check: ## formatting, lints, documentation
-	cargo fmt --check
+	$(FORMAT) --check
 	cargo clippy --all-targets $(MORE_TESTS) -- -D warnings
 	cargo clippy --all-targets --features crash-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --document-private-items

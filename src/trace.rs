@@ -75,8 +75,9 @@ pub(crate) use trace;
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
+
+    use super::*;
 
     #[test]
     fn a_fifo_is_written_only_as_far_as_somebody_reads_it_and_by_its_opener_alone() {

@@ -36,12 +36,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use fence::Fence;
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::poll::PollFlags;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
-
-use fence::Fence;
 use sys::detached::{self, Parent};
 use sys::group_signal_watcher::GroupSignalWatcher;
 use sys::process::{Process, ProcessHandle};

@@ -34,11 +34,10 @@ mod protocol;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Failed, Trial};
-use stateright::{Checker, HasDiscoveries, Model};
-
 use interrupts::Interrupts;
+use libtest_mimic::{Arguments, Failed, Trial};
 use protocol::{Broken, ChildKind, Fault, Parts, Protocol, Setup, State};
+use stateright::{Checker, HasDiscoveries, Model};
 
 /// The name of the only property of each model.
 const HOLDS: &str = "every invariant holds";

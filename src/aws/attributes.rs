@@ -403,8 +403,9 @@ pub(crate) fn document() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::collections::BTreeSet;
+
+    use super::*;
 
     #[test]
     fn each_name_stands_once_and_has_its_reason() {

@@ -4,9 +4,6 @@
 //! support, `tf` does not release the lock. Such an attribute may change the identity or the endpoint. With another
 //! identity or another endpoint, `tf` could wrongly conclude that the lock does not exist.
 
-use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
-use crate::aws::credentials::Question;
-use crate::aws::settings::Unreachable;
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,14 +18,15 @@ use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_runtime::env_config::section::EnvConfigSections;
 use aws_types::os_shim_internal::{Env, Fs};
 
-use crate::aws::attributes;
+use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
 use crate::aws::attributes::Treatment;
 use crate::aws::causes::causes;
-use crate::aws::credentials;
-use crate::aws::credentials::Purpose;
+use crate::aws::credentials::{Purpose, Question};
 use crate::aws::failure::Failure;
 use crate::aws::network::{Network, usable};
 use crate::aws::proxies::Proxies;
+use crate::aws::settings::Unreachable;
+use crate::aws::{attributes, credentials};
 use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 

@@ -1,8 +1,9 @@
 //! Selects the proxy for a request as Go's HTTP client does (golang.org/x/net/http/httpproxy), because terraform uses
 //! that client. The SDK's own client uses no proxy, and other clients interpret the proxy variables differently.
 
-use ipnet::IpNet;
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 /// The proxies from a backend and the environment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

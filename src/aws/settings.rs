@@ -1,11 +1,12 @@
 //! The settings for connecting to AWS, from the backend block, the environment and the shared files, read as terraform
 //! reads them.
 
-use crate::sys::plain_file;
-use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
+
+use crate::sys::plain_file;
 use crate::terraform::backend::CachedBackend;
 
 /// Why `tf` cannot connect to AWS as terraform did.

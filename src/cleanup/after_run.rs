@@ -1,25 +1,20 @@
 //! The work after terraform has exited: determines whether terraform has left a lock and whether its tree is dead, and
 //! releases the lock.
 
-use crate::cleanup::clean_up::LogState;
-use crate::cleanup::clean_up::NonS3Cleanup;
-use crate::cleanup::clean_up::Permission;
-use crate::cleanup::clean_up::Reporter;
-use crate::cleanup::clean_up::{CleanUpResult, EndedRun, clean_up};
-use crate::cleanup::run_context::RunContext;
 use std::ops::Deref;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::clean_up::{CleanUpResult, EndedRun, LogState, NonS3Cleanup, Permission, Reporter, clean_up};
 use crate::cleanup::end_of_run::EndOfRun;
-use crate::cleanup::messages;
-use crate::cleanup::other_backend;
 use crate::cleanup::other_backend::NonS3Release;
 use crate::cleanup::process_tree::{EndPolicy, GroupFence, SurvivorRecord, Termination, Tree};
+use crate::cleanup::run_context::RunContext;
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
+use crate::cleanup::{messages, other_backend};
 use crate::crash_point;
 use crate::journal::history::By;
 use crate::lock::location::LockLocation;
@@ -321,8 +316,9 @@ fn is_terraform(process: &Process) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use nix::sys::signal::Signal;
+
+    use super::*;
 
     fn end(ended: Option<Ended>, forced: bool) -> EndOfRun {
         EndOfRun { ended, killed: None, forced, interrupted: false, out_of_memory: false }

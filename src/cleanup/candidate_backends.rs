@@ -170,8 +170,9 @@ fn workspaces(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::ffi::OsString;
+
+    use super::*;
 
     fn command_line(line: &str) -> CommandLine {
         CommandLine::parse(&line.split(' ').map(OsString::from).collect::<Vec<_>>())

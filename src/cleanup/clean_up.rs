@@ -6,16 +6,15 @@
 //!
 //! The three callers differ in their information about the run ([`EndedRun`]) and in how they report ([`Reporter`]).
 
-use crate::cleanup::messages::Wording;
-use crate::cleanup::release_all::ReleaseRequest;
 use jiff::Timestamp;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
+use crate::cleanup::messages::Wording;
 use crate::cleanup::other_backend::{NonS3Release, NonS3Result};
 use crate::cleanup::release_all::{
-    CandidateLocks, ReleaseResult, abandoned_requests, only_name, record_in_history, release_locks, remember_abandoned,
-    remember_pending, replaced,
+    CandidateLocks, ReleaseRequest, ReleaseResult, abandoned_requests, only_name, record_in_history, release_locks,
+    remember_abandoned, remember_pending, replaced,
 };
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
@@ -402,7 +401,8 @@ impl Cleaned {
 mod tests {
     use super::*;
     use crate::lock::outcome::Released;
-    use crate::terraform::log::{LockIdentity, LoggedLock, UnnamedLock, tests::ID, tests::lock_line};
+    use crate::terraform::log::tests::{ID, lock_line};
+    use crate::terraform::log::{LockIdentity, LoggedLock, UnnamedLock};
     use crate::terraform::logged_lock::Progress;
 
     fn unnamed(workspace: &str) -> UnnamedLock {

@@ -11,11 +11,10 @@ use nix::sys::signal::{Signal, kill, raise};
 use nix::unistd::Pid;
 
 use crate::cleanup::messages;
-use crate::console;
 use crate::sys::signals::Signals;
 use crate::sys::terminal::Terminal;
 use crate::sys::{detached, poll, wait};
-use crate::trace;
+use crate::{console, trace};
 
 /// The name of the process that finishes a run.
 pub(super) const RECOVERY: &CStr = c"tf-recovery";

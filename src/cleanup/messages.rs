@@ -5,12 +5,6 @@
 //! the functions of [`crate::console`], which do not fail and do not block for long. `println!` and `eprintln!`, which
 //! panic, are forbidden everywhere (clippy.toml).
 
-use crate::console::length_of_time;
-use crate::console::option;
-use crate::console::visible;
-use crate::console::visible_whole;
-use crate::terraform::data_directory::CommandDirectories;
-use crate::terraform::errored_state::ERRORED_STATE;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -18,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::sys::signal::Signal;
 
 use crate::cleanup::end_of_run::{EndOfRun, Why};
-use crate::console::argument;
+use crate::console::{argument, length_of_time, option, visible, visible_whole};
 use crate::holder::evidence::Judgement;
 use crate::holder::lease_text;
 use crate::holder::next_step::{self, NextStep, ReportKind};
@@ -36,7 +30,8 @@ use crate::lock::release_step::QUIET_WINDOW;
 use crate::lock::takeover::{Lapsed, Progress, Reason};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
-use crate::terraform::errored_state::push_errored_state;
+use crate::terraform::data_directory::CommandDirectories;
+use crate::terraform::errored_state::{ERRORED_STATE, push_errored_state};
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::RecordedLock;
 use crate::terraform::other_backends::OtherBackend;

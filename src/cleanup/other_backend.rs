@@ -8,7 +8,6 @@
 //! of the lock then shows whether it belongs to the dead run, as for an OpenTofu that does not log the lock's ID
 //! ([`crate::lock::proof::judge_unnamed`]).
 
-use crate::console;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -20,6 +19,7 @@ use std::time::{Duration, Instant};
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages::{self, Wording};
 use crate::cleanup::waiter::Waiter;
+use crate::console;
 use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
 use crate::lock::outcome::Because;

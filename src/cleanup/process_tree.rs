@@ -22,9 +22,6 @@
 //! A zombie counts as dead. A process that this process has no permission to signal counts as possibly alive. As long
 //! as the tree may be alive, the lock is not released.
 
-use crate::journal::run_mark::Living;
-use crate::journal::run_mark::RUN;
-use crate::journal::run_mark::mark_of;
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -36,11 +33,11 @@ use nix::unistd::{Pid, getpid};
 
 use crate::cleanup::waiter::Waiter;
 use crate::journal::membership::{ProcessMark, TreeIdentity};
-use crate::sys::descriptor;
+use crate::journal::run_mark::{Living, RUN, mark_of};
 use crate::sys::file_id::FileId;
-use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessList, Variable};
 use crate::sys::wait::{self, Children};
+use crate::sys::{descriptor, poll};
 use crate::trace::trace;
 
 /// How long the remaining processes of a tree may take to exit after SIGTERM, before they get SIGKILL.

@@ -9,29 +9,6 @@
 //! but the process that starts terraform must never have more than one thread. And a person who does not want to wait
 //! can kill the forked process.
 
-use crate::cleanup::clean_up::CleanUpResult;
-use crate::cleanup::clean_up::EndedRun;
-use crate::cleanup::clean_up::LogState;
-use crate::cleanup::clean_up::NonS3Cleanup;
-use crate::cleanup::clean_up::Permission;
-use crate::cleanup::clean_up::Reporter;
-use crate::cleanup::clean_up::clean_up;
-use crate::cleanup::forked_recovery::{Finished, Left, RECOVERY, RecoveryProcess, in_a_process};
-use crate::cleanup::other_backend::NonS3Result;
-use crate::cleanup::recovery_plan;
-use crate::cleanup::recovery_plan::DeadRun;
-use crate::cleanup::recovery_plan::Facts;
-use crate::cleanup::recovery_plan::Mode;
-use crate::cleanup::recovery_plan::Sight;
-use crate::cleanup::recovery_plan::Treatment;
-use crate::cleanup::recovery_plan::Turn;
-use crate::cleanup::recovery_plan::treatment;
-use crate::console;
-use crate::journal::runs::Replaced;
-use crate::journal::state_directory::Durability;
-use crate::lock::release::Effort;
-use crate::terraform::binary::Binary;
-use crate::terraform::log::RecordedLock;
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::io;
@@ -46,32 +23,36 @@ use nix::unistd::Pid;
 
 use crate::aws::redacted_backend::RedactedBackend;
 use crate::cleanup::candidate_backends::{CandidateBackends, is_for_any_workspace};
-use crate::cleanup::messages;
-use crate::cleanup::other_backend::NonS3Release;
+use crate::cleanup::clean_up::{CleanUpResult, EndedRun, LogState, NonS3Cleanup, Permission, Reporter, clean_up};
+use crate::cleanup::forked_recovery::{Finished, Left, RECOVERY, RecoveryProcess, in_a_process};
+use crate::cleanup::other_backend::{NonS3Release, NonS3Result};
 use crate::cleanup::planned_backends::PlannedBackends;
+use crate::cleanup::recovery_plan::{DeadRun, Facts, Mode, Sight, Treatment, Turn, treatment};
 use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending, may_land};
 use crate::cleanup::waiter::Waiter;
-use crate::cleanup::working_directory;
-use crate::crash_point;
+use crate::cleanup::{messages, recovery_plan, working_directory};
 use crate::journal::history::By;
 use crate::journal::host::Standpoint;
 use crate::journal::kept_locks::KeptLocks;
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::recorder::Recorder;
-use crate::journal::runs::{FoundRun, Journal, JournalEntry, JournalRecord, LOCK_NOT_OPENED, READ_ONLY, Unfinished};
-use crate::journal::state_directory::StateDirectory;
+use crate::journal::runs::{
+    FoundRun, Journal, JournalEntry, JournalRecord, LOCK_NOT_OPENED, READ_ONLY, Replaced, Unfinished,
+};
+use crate::journal::state_directory::{Durability, StateDirectory};
 use crate::lock::outcome::{Because, Outcome};
-use crate::lock::release::{self, EXPLANATION_TIMEOUT, ReleaseContext, SERVICE_TIMEOUT};
-use crate::settings;
-use crate::sys::poll;
+use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, ReleaseContext, SERVICE_TIMEOUT};
 use crate::sys::process::{self, Process};
 use crate::sys::signals::Signals;
-use crate::sys::{detached, environment};
+use crate::sys::{detached, environment, poll};
 use crate::terraform::binary;
+use crate::terraform::binary::Binary;
 use crate::terraform::command_line::logs_its_lock;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::errored_state::errored_state;
+use crate::terraform::log::RecordedLock;
 use crate::trace::{self, trace};
+use crate::{console, crash_point, settings};
 
 /// How long to wait for another process that is finishing a run of the same location. For [`everything`], the limit of
 /// the waits for all runs together.

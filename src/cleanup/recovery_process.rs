@@ -1,10 +1,10 @@
 //! Starts another `tf` process that finishes one dead run, and waits for it.
 
-use crate::cleanup::waiter::Waiter;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::another_tf;
+use crate::cleanup::waiter::Waiter;
 use crate::sys::session;
 
 /// The exit code of `tf locks recover --say` if no credentials were available. No other result has it.

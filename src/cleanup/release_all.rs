@@ -2,10 +2,6 @@
 //! the guardian was killed too, the next `tf` does it. All three use this code. They differ in their information about
 //! the run, in whether a person can interrupt them, and in how they report.
 
-use crate::journal::runs::Replaced;
-use crate::lock::release::Effort;
-use crate::sys::wait::Ended;
-
 use jiff::Timestamp;
 
 use crate::aws::credentials::Purpose;
@@ -18,11 +14,13 @@ use crate::crash_point;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::journal::pending_requests::{PENDING_WINDOW, PendingRequest, PendingRequests};
+use crate::journal::runs::Replaced;
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{self, EXPLANATION_TIMEOUT, IdentifiedLock, ReleaseContext, SERVICE_TIMEOUT};
+use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, IdentifiedLock, ReleaseContext, SERVICE_TIMEOUT};
+use crate::sys::wait::Ended;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
 use crate::terraform::version::{LogDetail, Version};

@@ -14,25 +14,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::messages;
 use crate::cleanup::ordered_process::{self, OrderedProcess};
-use crate::cleanup::working_directory;
-use crate::console;
-use crate::crash_point;
+use crate::cleanup::{messages, working_directory};
 use crate::holder::ci_job::CiJob;
 use crate::holder::host::HostView;
 use crate::journal::history::{self, By, LockEvent, What};
 use crate::lease::terms::Terms;
 use crate::lock::location::LockLocation;
 use crate::lock::takeover::{self, End, NotTaken, Progress, RefusedLock, Taker, Until};
-use crate::panics;
-use crate::runtime;
-use crate::sys::poll;
-use crate::sys::session;
 use crate::sys::signals::Signals;
+use crate::sys::{poll, session};
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::lock_info::{LockInfo, who};
 use crate::trace::trace;
+use crate::{console, crash_point, panics, runtime};
 
 /// The word after `tf locks` that makes this program a taker. It is internal, so clap does not know it.
 pub(crate) const WORD: &str = "take-over";

@@ -1,13 +1,11 @@
 //! The messages that `tf` prints on stderr after terraform has exited.
 
-use crate::lock::release::Effort;
 use std::borrow::Cow;
+use std::ops::Deref;
 use std::path::Path;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-
-use std::ops::Deref;
 
 use crate::cleanup::after_run::{AfterRun, Ending};
 use crate::cleanup::candidate_backends::CandidateBackends;
@@ -26,6 +24,7 @@ use crate::lock::leased::{StoredPart, locks_of};
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release;
+use crate::lock::release::Effort;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
@@ -446,7 +445,8 @@ fn was_waited_for(lock: &RecordedLock, at: Timestamp) -> bool {
 mod tests {
     use super::*;
     use crate::lock::outcome::Released;
-    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+    use crate::terraform::log::Log;
+    use crate::terraform::log::tests::{ID, lock_line};
 
     fn lock(requests: usize) -> RecordedLock {
         let mut log = Log::default();

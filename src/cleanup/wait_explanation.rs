@@ -17,16 +17,14 @@ use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages::{self, Refusal};
 use crate::cleanup::ordered_process::{OrderedProcess, Orders};
 use crate::cleanup::working_directory;
-use crate::console;
 use crate::holder::host::HostView;
 use crate::lock::leased::locks_of;
 use crate::lock::location::LockLocation;
 use crate::lock::release::{self, Unread};
-use crate::panics;
-use crate::runtime;
 use crate::sys::session;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
+use crate::{console, panics, runtime};
 
 /// The word after `tf locks` that makes this program explain a wait. It is internal, so clap does not know it.
 pub(crate) const WORD: &str = "explain-wait";
@@ -220,8 +218,9 @@ fn look_interval(waited: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use messages::Occasion;
+
+    use super::*;
 
     #[test]
     fn a_line_is_due_for_each_holder_and_every_five_minutes() {

@@ -1,6 +1,5 @@
 //! Waits that a person may or may not interrupt.
 
-use crate::console;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -8,11 +7,10 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
 use crate::cleanup::messages;
-use crate::panics;
-use crate::runtime;
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 use crate::trace::trace;
+use crate::{console, panics, runtime};
 
 /// How often to check whether a person has interrupted the wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

@@ -1,7 +1,8 @@
 //! Asks the user at the terminal for confirmation.
 
-use crate::console;
 use std::io::BufRead;
+
+use crate::console;
 
 /// Asks `question` and returns whether the user types the whole word `yes`. Any other answer, such as `y`, counts as
 /// no, and so does a read error.

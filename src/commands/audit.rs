@@ -1,14 +1,12 @@
 //! `tf locks audit`: counts locks, for scheduled jobs. The exit code says whether a lock needs attention.
 
-use crate::console;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use jiff::Timestamp;
+use nix::sys::signal::Signal;
 use serde::Serialize;
 use serde_json::Value;
-
-use nix::sys::signal::Signal;
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
@@ -19,9 +17,8 @@ use super::stop_requests::StopRequests;
 use super::targets::{BadLine, Fleet, Speed, Tally, TargetArgs, TargetName, Targets};
 use super::{Finding, inventory};
 use crate::holder::evidence::Verdict;
-use crate::json;
 use crate::lease::observed::ObservedLease;
-use crate::settings;
+use crate::{console, json, settings};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks audit --older-than 2h

@@ -1,7 +1,6 @@
 //! Where a command looks for locks: in the backend of a working directory, in a whole table or in a whole bucket; and
 //! the errors for a target that is unknown or cannot be reached.
 
-use crate::console;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +14,7 @@ use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages;
+use crate::console;
 use crate::console::visible;
 use crate::lock::stores::Stores;
 use crate::terraform::backend::{BackendOrigin, CachedBackend, is_unset};

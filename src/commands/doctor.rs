@@ -1,7 +1,5 @@
 //! `tf locks doctor`: checks everything that a release in this directory needs, before a release is needed.
 
-use crate::console;
-use crate::terraform::errored_state;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +13,7 @@ use crate::aws::connect;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
 use crate::commands::fix_digest::Change;
+use crate::console;
 use crate::console::{length_of_time, quoted, visible, visible_whole};
 use crate::holder::lease_text;
 use crate::journal::known_programs::Program;
@@ -38,7 +37,7 @@ use crate::terraform::command_line::CommandLine;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
 use crate::terraform::other_backends::{OtherBackend, UnlockPolicy};
 use crate::terraform::version::LogDetail;
-use crate::terraform::{binary, configuration};
+use crate::terraform::{binary, configuration, errored_state};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks doctor

@@ -10,11 +10,6 @@
 //! killed, `tf locks recover` or the next `tf` releases the lock. A lock request without an answer may be carried out
 //! after this process has exited. Such a request is stored as a [`PendingRequest`], like a request of a dead terraform.
 
-use crate::console;
-use crate::journal::state_directory::Durability;
-use crate::lock::dynamodb::ItemKey;
-use crate::lock::s3::ObjectKey;
-use crate::terraform::log::LoggedLock;
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -29,16 +24,19 @@ use super::{Finding, agreement};
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
 use crate::aws::redacted_backend;
+use crate::console;
 use crate::console::{length_of_time, option, visible, visible_whole};
 use crate::journal::pending_requests::{PendingRequest, PendingRequests};
 use crate::journal::runs::{Journal, JournalEntry, JournalRecord};
-use crate::journal::state_directory::StateDirectory;
+use crate::journal::state_directory::{Durability, StateDirectory};
 use crate::lock::digest::{self, Comparison};
+use crate::lock::dynamodb::ItemKey;
+use crate::lock::s3::ObjectKey;
 use crate::lock::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, s3};
 use crate::sys::disposition;
 use crate::terraform::lock_info::{self, LockInfo};
-use crate::terraform::log::{LockParts, RecordedLock};
+use crate::terraform::log::{LockParts, LoggedLock, RecordedLock};
 
 /// The `Operation` of the lock.
 const OPERATION: &str = "tf locks doctor --fix-digest";

@@ -1,7 +1,6 @@
 //! `tf locks history`: prints the history of this user on this host: the locks that were released, force-released,
 //! refused or replaced by another run's lock.
 
-use crate::console;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,10 +16,9 @@ use super::history_page::{Page, by};
 use crate::console::{visible, visible_whole};
 use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
-use crate::json;
-use crate::settings;
 use crate::terraform::lock_info;
 use crate::time::saturating_sub;
+use crate::{console, json, settings};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks history

@@ -6,7 +6,6 @@
 //! DynamoDB lock of a workspace that is not selected and has no state yet is not found here; `tf locks list --table`
 //! finds it.
 
-use crate::console;
 use std::cell::Cell;
 use std::collections::BTreeSet;
 
@@ -15,6 +14,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::connection::{Directory, Trouble};
 use super::found::{ListedEntry, Wanted, pair};
 use super::staleness::Staleness;
+use crate::console;
 use crate::holder::host::HostView;
 use crate::lock::s3;
 use crate::lock::stores::{LOCK_FILE, StoreKey, Stores};

@@ -1,6 +1,5 @@
 //! `tf locks` and `tf locks list`: lists locks, with the verdicts on their holders.
 
-use crate::console;
 use clap::Args;
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
@@ -11,6 +10,7 @@ use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
 use super::targets::{Fleet, Speed, Tally, TargetArgs, Targets};
 use super::{Finding, inventory, watch};
+use crate::console;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks                                        the locks of this directory's backend

@@ -29,26 +29,21 @@ mod targets;
 mod version;
 mod watch;
 
-use crate::cleanup::messages;
-use crate::cleanup::recovery_process;
-use crate::cleanup::takeover_process;
-use crate::cleanup::wait_explanation;
-use crate::console;
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::{CommandFactory, Parser, Subcommand};
+use connection::Trouble;
 use nix::sys::signal::Signal;
 
+use crate::cleanup::{messages, recovery_process, takeover_process, wait_explanation};
 use crate::journal::event_command;
-use crate::panics;
-use crate::runtime;
 use crate::settings::{self, LeaseSettings, UnreadableSetting};
 use crate::supervise::{keeper, outcome};
 use crate::sys::environment;
 use crate::sys::wait::Ended;
-use connection::Trouble;
+use crate::{console, panics, runtime};
 
 /// The result of a command, which decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,6 @@
 //! Shows locks as a table that fits the terminal, as plain lines for a pipe, or as JSON. Entries are written one by
 //! one, so that a million locks need no more memory than ten.
 
-use crate::console;
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, BufRead, BufWriter, Read, Seek, Write};
@@ -16,8 +15,8 @@ use super::targets::{BadLine, TargetName};
 use crate::console::{ellipsis, is_plain, length_of_time, visible, visible_in_place};
 use crate::holder::evidence::Verdict;
 use crate::holder::lease_text;
-use crate::json;
 use crate::lock::stores::StoreKey;
+use crate::{console, json};
 
 /// The format in which locks are shown.
 pub(super) enum Output {

@@ -1,16 +1,15 @@
 //! `tf locks recover`: does the recovery that the next `tf` would do, without starting terraform. It is for a step of a
 //! job that always runs (`if: always()`), and for a scheduled job.
 
-use crate::console;
 use clap::Args;
 
 use super::Finding;
 use super::connection::Trouble;
-use crate::another_tf;
 use crate::cleanup::recovery;
 use crate::cleanup::recovery::{Forgotten, Request};
 use crate::console::visible;
 use crate::sys::signals::Signals;
+use crate::{another_tf, console};
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks recover              in an `if: always()` step, or from cron

@@ -4,8 +4,6 @@
 //! evidence again. A lock that was released and acquired again in the meantime is another lock: it is shown and not
 //! deleted.
 
-use crate::aws::failure::Failure;
-use crate::console;
 use std::io::IsTerminal;
 
 use clap::Args;
@@ -18,8 +16,9 @@ use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::staleness::Staleness;
 use super::stop_requests::unless_stopped;
 use super::{Finding, agreement, show};
-use crate::cleanup::messages;
-use crate::cleanup::takeover_process;
+use crate::aws::failure::Failure;
+use crate::cleanup::{messages, takeover_process};
+use crate::console;
 use crate::console::{visible, visible_whole};
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::holder::host::HostView;

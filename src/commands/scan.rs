@@ -8,7 +8,6 @@
 //! Segments are shown one after the other, whichever is read first, so that an unchanged table is always listed in the
 //! same order. The entries of a later segment wait in a temporary file without a name.
 
-use crate::console;
 use std::fs::File;
 use std::io::{self, BufReader, Seek};
 use std::time::Duration;
@@ -27,6 +26,7 @@ use super::stop_requests::StopRequests;
 use super::targets::Speed;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
+use crate::console;
 use crate::console::visible;
 use crate::holder::host::HostView;
 use crate::lock::leased::StoredPart;

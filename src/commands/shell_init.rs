@@ -3,12 +3,11 @@
 //!
 //! The code is only printed, because `tf` never edits a user's start-up files.
 
-use crate::console;
 use clap::{Args, ValueEnum};
 
-use super::Finding;
 use super::connection::Trouble;
-use super::own_path;
+use super::{Finding, own_path};
+use crate::console;
 
 pub(super) const EXAMPLES: &str = "Examples:
   eval \"$(tf locks shell-init bash)\"          in ~/.bashrc

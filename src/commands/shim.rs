@@ -4,7 +4,6 @@
 //! Other files are never overwritten or removed: a link is created only if nothing exists at its path (symlink(2) fails
 //! otherwise), and removed only if it is one that this program would create.
 
-use crate::console;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
@@ -15,6 +14,7 @@ use clap::{Args, ValueEnum};
 use super::Finding;
 use super::connection::Trouble;
 use super::own_path::{self, same_file};
+use crate::console;
 
 pub(super) const EXAMPLES: &str = "Examples:
   tf locks shim ~/.local/share/tf/shim

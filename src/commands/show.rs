@@ -1,18 +1,17 @@
 //! `tf locks show`: shows one lock and all evidence for and against its holder being alive.
 
-use crate::console;
 use clap::Args;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::Finding;
 use super::choose::{Choice, choose};
 use super::connection::{LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
-use super::lease_view;
 use super::output::{End, Output, Widths};
 use super::stop_requests::unless_stopped;
+use super::{Finding, lease_view};
 use crate::cleanup::messages::{self, LockName};
+use crate::console;
 use crate::console::{argument, length_of_time, visible};
 use crate::holder::next_step::{self, ReportKind};
 use crate::terraform::lock_info::LockInfo;

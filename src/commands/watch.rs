@@ -10,15 +10,14 @@ use ::console::Term;
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep};
 
-use super::Finding;
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::ListedEntry;
-use super::inventory;
 use super::output::{self, Widths};
 use super::scan::Scan;
 use super::staleness::Staleness;
 use super::stop_requests::{AroundSuspension, StopRequests};
 use super::targets::Speed;
+use super::{Finding, inventory};
 use crate::console::{self, ellipsis, length_of_time, visible, visible_whole};
 use crate::lock::stores::StoreKey;
 use crate::settings;

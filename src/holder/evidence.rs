@@ -1,11 +1,11 @@
 //! Computes the verdict on a lock's holder. The verdict depends only on the observations ([`Seen`]) and on the lock.
 
-use crate::console;
-use crate::console::length_of_time;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use super::lease_text;
+use crate::console;
+use crate::console::length_of_time;
 use crate::lease::observed::{Freshness, KnownClaim, KnownLease, ObservedLease};
 use crate::lease::record::Promise;
 use crate::terraform::lock_info::LockInfo;

@@ -16,8 +16,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::another_tf;
-use crate::sys::detached;
-use crate::sys::poll;
+use crate::sys::{detached, poll};
 use crate::trace::trace;
 
 /// The variable with the command, which is passed to `/bin/sh -c`.

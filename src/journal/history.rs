@@ -244,8 +244,9 @@ fn older(path: &Path, number: usize) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::fs::MetadataExt;
+
+    use super::*;
 
     #[test]
     fn a_full_history_becomes_an_older_one_and_the_oldest_goes() {

@@ -189,7 +189,7 @@ fn read_one(path: &Path) -> Option<PendingRequest> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::{tests::ID, tests::lock_line};
+    use crate::terraform::log::tests::{ID, lock_line};
 
     fn pending() -> PendingRequest {
         let mut log = Log::default();

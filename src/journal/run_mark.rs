@@ -1,8 +1,9 @@
 //! The mark of a run in the environment of its processes, and the search for the living processes of a run.
 
+use nix::unistd::{Pid, getpid};
+
 use crate::journal::membership::{Membership, ProcessMark, TreeIdentity, classify};
 use crate::sys::process::{self, Process, Variable};
-use nix::unistd::{Pid, getpid};
 
 /// The variable that marks every process of a run. A nested run appends its own ID to the IDs of its outer runs:
 /// `OUTER/INNER`.

@@ -17,7 +17,6 @@
 //! therefore complete, and was locked from the start. A record is replaced with rename(2), so it is always complete as
 //! well.
 
-use crate::terraform::lock_info::LockInfo;
 use std::cell::OnceCell;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -31,7 +30,6 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
-use crate::crash_point;
 use crate::journal::host::{HostIdentity, Standpoint};
 use crate::journal::kept_locks::KeptLocks;
 use crate::journal::membership::TreeIdentity;
@@ -41,14 +39,14 @@ use crate::journal::run_state::{RunState, RunTraces};
 use crate::journal::state_directory::{Durability, StateDirectory, is_older, is_private, open_private, replace};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::random;
 use crate::sys::file_id::FileId;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::{descriptor, lock_file};
 use crate::terraform::data_directory::DataDirectory;
-use crate::terraform::lock_info::is_lock_id;
+use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{JSON_LIMIT, Log, LoggedLock, RecordedLock, UnnamedLock};
 use crate::trace::trace;
+use crate::{crash_point, random};
 
 /// The byte of the lock file that is locked by terraform and by every process that inherits the descriptor.
 const TREE_LOCK: u8 = 0;

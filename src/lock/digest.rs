@@ -3,7 +3,6 @@
 //! digest does not match the state, and every later terraform command fails with a checksum error until a person
 //! corrects the digest.
 
-use crate::lock::dynamodb::ItemKey;
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
@@ -12,6 +11,7 @@ use md5::{Digest as _, Md5};
 use super::stores::Stores;
 use super::{dynamodb, s3};
 use crate::aws::failure::Failure;
+use crate::lock::dynamodb::ItemKey;
 use crate::lock::s3::ObjectKey;
 
 /// The recorded digest of a state, and the digest computed from the state itself.

@@ -150,7 +150,8 @@ fn distinct<'a>(directories: &[&'a DataDirectory]) -> Vec<&'a CachedBackend> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+    use crate::terraform::log::Log;
+    use crate::terraform::log::tests::{ID, lock_line};
 
     fn directory(config: &str) -> DataDirectory {
         let json = format!(r#"{{"version":3,"backend":{{"type":"s3","config":{config}}}}}"#);

@@ -202,7 +202,8 @@ pub(crate) fn judge_unnamed(unnamed: &UnnamedLock, stored: &LockInfo, text: &str
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+    use crate::terraform::log::Log;
+    use crate::terraform::log::tests::{ID, lock_line};
     use crate::terraform::logged_lock::{Phase, Progress};
 
     fn recorded() -> RecordedLock {

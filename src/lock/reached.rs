@@ -10,17 +10,16 @@
 //! - If a table has the digest of the current state in that bucket, and not of an older state, it is the table of that
 //!   state.
 
-use crate::aws::identity::{AccountIdentity, Relation, relation};
-use crate::lock::s3::ObjectKey;
-
 use aws_sdk_s3::presigning::PresigningConfig;
 
 use super::location::LockLocation;
 use super::stores::Stores;
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
+use crate::aws::identity::{AccountIdentity, Relation, relation};
 use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
 use crate::lock::digest;
+use crate::lock::s3::ObjectKey;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::log::LockParts;
 use crate::trace::trace;

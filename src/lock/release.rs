@@ -21,12 +21,6 @@
 //! cannot have sent is an error ([`dynamodb`], [`s3`]). A lock that the run held counts as absent only if two reads in
 //! a row do not find it. A delete counts as successful only if a read after the delete does not find the lock.
 
-use crate::aws::settings::Unreachable;
-use crate::console;
-use crate::console::visible;
-use crate::lock::dynamodb::ItemKey;
-use crate::lock::s3::ObjectKey;
-use crate::terraform::logged_lock::Phase;
 use std::cell::Cell;
 use std::time::Duration;
 
@@ -46,14 +40,19 @@ use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
-use crate::crash_point;
+use crate::aws::settings::Unreachable;
+use crate::console::visible;
 use crate::lease::record::Claim;
+use crate::lock::dynamodb::ItemKey;
+use crate::lock::s3::ObjectKey;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
 use crate::sys::connections::UnconfirmedBytes;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
+use crate::terraform::logged_lock::Phase;
 use crate::trace::trace;
+use crate::{console, crash_point};
 
 /// How long to keep searching for a lock that was requested, but that no read has found.
 const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);

@@ -373,7 +373,8 @@ mod tests {
     /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
     #[test]
     fn a_write_is_waited_for_where_one_can_be_on_its_way() {
-        use crate::terraform::log::{Log, tests::ID, tests::lock_line};
+        use crate::terraform::log::Log;
+        use crate::terraform::log::tests::{ID, lock_line};
         for kind in ["S3 Native only", "DynamoDB only", "S3 Native and DynamoDB"] {
             for locked in [false, true] {
                 for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {

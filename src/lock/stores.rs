@@ -1,17 +1,16 @@
 //! Reads and deletes the parts of a lock in DynamoDB and S3, with the connection settings of one backend.
 
-use crate::aws::settings;
-use crate::lock::dynamodb::ItemKey;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::deleted::Deleted;
-use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::Failure;
+use crate::aws::{connect, settings};
 use crate::json::{self, MemberNames};
 use crate::lease::record::Claim;
+use crate::lock::dynamodb::ItemKey;
 use crate::lock::{dynamodb, s3};
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::lock_info::LockInfo;

@@ -20,7 +20,6 @@ use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
-use crate::crash_point;
 use crate::lease::record::{Claim, NotBelieved, Record};
 use crate::lease::takeover::{
     AfterFailure, AfterGaps, AttemptFailure, Circumstances, Constancy, DeleteResult, DeletedBy, Obstacle, Permission,
@@ -31,10 +30,10 @@ use crate::lease::terms::Terms;
 use crate::lock::dynamodb::ItemKey;
 use crate::lock::probe::IfMatch;
 use crate::lock::{dynamodb, s3};
-use crate::random;
 use crate::settings::release_is_asked_for;
 use crate::terraform::lock_info::LockInfo;
 use crate::trace::trace;
+use crate::{crash_point, random};
 
 /// The longest time between two reads of a lock that may not be taken over yet.
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(5);

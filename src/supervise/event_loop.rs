@@ -5,12 +5,6 @@
 //! decides which effects a request to stop has. [`crate::supervise::foreground`] controls which process group is the
 //! foreground group.
 
-use crate::console;
-use crate::supervise::routing::Circumstances;
-use crate::supervise::routing::Route;
-use crate::supervise::routing::TerraformGroup;
-use crate::supervise::routing::route;
-use crate::sys::terminal::Terminal;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -21,22 +15,24 @@ use nix::unistd::{Pid, getppid};
 use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
 use crate::cleanup::run_context::RunContext;
+use crate::console;
 use crate::journal::recorder::Recorder;
 use crate::lease::notice::{Notice, NoticeSight, NoticeStep, notice_step};
 use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
 use crate::supervise::pipes::{Pipes, Progress};
+use crate::supervise::routing::{Circumstances, Route, TerraformGroup, route};
 use crate::supervise::run_lease::{Followed, LeaseEffect, LockPhase, RunLease};
 use crate::supervise::run_record::{GuardianNews, RunRecord};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent, THIRD_KEY_WINDOW};
 use crate::supervise::waiting::Waiting;
-use crate::sys::boot_clock;
 use crate::sys::group_signal_watcher::GroupSignalWatcher;
-use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::signals::{Arrival, Signals};
+use crate::sys::terminal::Terminal;
 use crate::sys::wait::{self, Ended};
+use crate::sys::{boot_clock, poll};
 use crate::trace::trace;
 
 /// How long terraform may take to stop after a SIGTSTP. After that, `tf` stops even if terraform has not stopped,

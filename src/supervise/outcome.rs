@@ -3,9 +3,8 @@
 use nix::sys::signal::{SigSet, SigmaskHow, kill, sigprocmask};
 use nix::unistd::getpid;
 
-use crate::sys::process;
-use crate::sys::signals;
 use crate::sys::wait::Ended;
+use crate::sys::{process, signals};
 
 /// Returns the exit code with which `main` must exit. `ended` is how terraform ended. If a signal killed terraform,
 /// this function normally does not return.

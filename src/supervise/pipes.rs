@@ -313,8 +313,9 @@ impl Drain {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
+
+    use super::*;
 
     /// Returns a pipe of one drain, and its write end. Nothing here writes to the caller's descriptor.
     fn drain(target: DrainTarget, keeps_copy: bool) -> (Pipes, std::fs::File) {

@@ -1346,10 +1346,11 @@ fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
 
 #[cfg(test)]
 mod tests {
+    use jiff::SignedDuration;
+
     use super::*;
     use crate::terraform::log::other_versions::tofu_life;
     use crate::terraform::log::tests::{ID, lock_line};
-    use jiff::SignedDuration;
 
     /// Returns the lease of a run whose terraform the kernel has stopped, and for which no new fuse can be made.
     fn lease_of_a_stopped_run() -> RunLease {

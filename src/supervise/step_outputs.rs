@@ -4,8 +4,6 @@
 //! `exitcode` into the file that `GITHUB_OUTPUT` names. If terraform exits with 2, `tf` exits with 0, because `plan
 //! -detailed-exitcode` reports changes with exit code 2.
 
-use crate::journal::runs::run_id;
-use crate::supervise::pipes::Copies;
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -15,6 +13,8 @@ use std::time::Duration;
 
 use nix::poll::PollFlags;
 
+use crate::journal::runs::run_id;
+use crate::supervise::pipes::Copies;
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 
@@ -74,8 +74,9 @@ fn exit_code(ended: Ended) -> i32 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use nix::sys::signal::Signal;
+
+    use super::*;
 
     #[test]
     fn a_step_ends_as_under_the_wrapper() {

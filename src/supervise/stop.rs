@@ -7,12 +7,13 @@
 //! interrupt, whatever the source and the number of the requests. `tf` sends a second interrupt only if a person
 //! presses ^C three times.
 
-use crate::cleanup::end_of_run::{EndOfRun, Why};
-use crate::lease::fence::EndReason;
-use crate::sys::wait::Ended;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::cleanup::end_of_run::{EndOfRun, Why};
+use crate::lease::fence::EndReason;
+use crate::sys::wait::Ended;
 
 /// How long after the second ^C a third ^C forces the stop.
 pub(crate) const THIRD_KEY_WINDOW: Duration = Duration::from_secs(3);

@@ -10,8 +10,6 @@
 //! Another `tf` process does each of these, because a process that supervises a terraform sends no request to AWS
 //! before that terraform has exited. This process is the parent of that `tf`, and excludes it from terraform's tree.
 
-use crate::cleanup::recovery_process;
-use crate::console;
 use std::collections::HashMap;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -20,13 +18,13 @@ use jiff::Timestamp;
 use nix::unistd::Pid;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::messages;
 use crate::cleanup::process_tree::Tree;
-use crate::cleanup::recovery;
 use crate::cleanup::recovery::Tried;
 use crate::cleanup::takeover_process::{self, Ended, Refused, TakeoverProcess};
 use crate::cleanup::wait_explanation::{self, EXPLANATION_DELAY, WaitExplanation};
 use crate::cleanup::waiter::Waiter;
+use crate::cleanup::{messages, recovery, recovery_process};
+use crate::console;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::terms::Terms;
 use crate::terraform::log::{Log, RecordedLock};

@@ -264,9 +264,10 @@ fn moved_bytes(result: isize) -> io::Result<Moved> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
+
+    use super::*;
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]

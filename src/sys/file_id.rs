@@ -1,12 +1,11 @@
 //! The identity of a file under any name.
 
-use std::fmt;
 use std::fs::{self, File, Metadata};
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::str::FromStr;
+use std::{fmt, io};
 
 /// The device and the inode number of a file. No two files have the same pair at the same time (POSIX, `<sys/stat.h>`).
 /// The pair of a deleted file may be used again.

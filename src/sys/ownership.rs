@@ -4,10 +4,9 @@
 //! entry, the owner of the directory and root can do so. So a path is safe if no other user can replace an entry in any
 //! directory along the path.
 
-use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use nix::unistd::geteuid;
 

@@ -62,9 +62,10 @@ fn shares_its_offset(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
     use std::os::fd::AsRawFd;
+
+    use super::*;
 
     #[test]
     fn only_what_can_be_read_at_once_and_again_is_read() {

@@ -20,8 +20,7 @@ use tokio::time::sleep;
 
 use super::process::{Process, ProcessHandle};
 use super::terminal::{Modes, Terminal};
-use super::wait;
-use super::{descriptor, session};
+use super::{descriptor, session, wait};
 
 /// The maximum number of bytes of output that are kept: 64 KiB. The rest is discarded.
 pub(crate) const MAX_OUTPUT_BYTES: usize = 1 << 16;

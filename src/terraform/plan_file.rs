@@ -69,8 +69,9 @@ pub(crate) fn read(file: &File) -> Option<DataDirectory> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
+
+    use super::*;
 
     fn plan(entry: &str, message: &[u8]) -> File {
         let file = tempfile::tempfile().unwrap();

@@ -2,12 +2,11 @@
 
 use nix::sys::signal::Signal;
 
+use super::versions::{program, test_env};
 use crate::support::processes::{KillOnDrop, home, is_named, ours, wait_until_all_is_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Run, Subject, TestEnv, cloud, wait_for};
-
-use super::versions::{program, test_env};
 
 /// This version logs that it begins to release its lock, and not that it has released it.
 const LOGS_NO_END: &str = "terraform-1.9.8";

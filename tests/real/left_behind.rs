@@ -1,13 +1,12 @@
 //! What else an abrupt end leaves: a digest that no longer matches the state, a state that could not be written. `tf`
 //! reports both.
 
+use super::given_back::through;
+use super::survived::killed_whole;
 use crate::support::http::Message;
 use crate::support::proxy::ProxyAction;
 use crate::support::test_env::WAITS;
 use crate::support::{Lock, Subject, TestEnv};
-
-use super::given_back::through;
-use super::survived::killed_whole;
 
 pub fn writes_digest(request: &Message) -> bool {
     request.header("x-amz-target").is_some_and(|target| target.ends_with(".PutItem"))

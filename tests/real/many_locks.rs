@@ -3,7 +3,6 @@
 use std::fs;
 
 use nix::sys::signal::{Signal, kill};
-
 use serde_json::Value;
 
 use super::survived::{assert_nothing_left, records};

@@ -11,9 +11,8 @@ use super::locks_release::locks;
 use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::system;
 use crate::support::test_env::{id_of, lock_json, which};
-use crate::support::{Lock, TestEnv, wait_for};
+use crate::support::{Lock, TestEnv, system, wait_for};
 
 /// Each command, and the variable with its URL.
 const EXAMPLES: [(&str, &str); 3] =

@@ -25,14 +25,13 @@ use super::terminal::{INTERACTIVE, shell_of};
 use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
-use crate::support::lease;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_all_is_gone, wait_until_gone};
 use crate::support::proxy::ProxyAction;
 use crate::support::relay::Cable;
 use crate::support::system::is_root_on_linux;
 use crate::support::test_env::{FAKETIME, TEST_HOST, UNSET, WAITS, id_of};
-use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
+use crate::support::{Ended, Lock, Subject, TestEnv, lease, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const PLAN: [&str; 2] = ["plan", "-no-color"];

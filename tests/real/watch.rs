@@ -11,8 +11,7 @@ use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::lock_json;
-use crate::support::wait_for;
-use crate::support::{Lock, Subject, TestEnv};
+use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
 const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";

@@ -52,8 +52,9 @@ pub fn place() -> &'static Path {
 
 /// Returns why a directory cannot be used. `None` if it can.
 fn why_not(path: &Path) -> Option<&'static str> {
-    use nix::sys::statvfs::{FsFlags, statvfs};
     use std::os::unix::fs::MetadataExt;
+
+    use nix::sys::statvfs::{FsFlags, statvfs};
     let path = path.canonicalize().ok()?;
     let flags = statvfs(&path).map_or(FsFlags::empty(), |system| system.flags());
     let is_root = nix::unistd::geteuid().is_root();

@@ -7,12 +7,11 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use nix::unistd::Pid;
-
 #[cfg(target_os = "linux")]
 use linux as system;
 #[cfg(not(target_os = "linux"))]
 use macos as system;
+use nix::unistd::Pid;
 pub use system::{
     arguments, boot_time, environment, is_dying, is_noexec, name, pids, process, program, state, terminal_name,
     waits_in,

@@ -31,11 +31,10 @@ use crate::supervise::pipes::Pipes;
 use crate::supervise::run_lease::{self, LockPhase, RunLease, STOP_AGAIN_INTERVAL, TfState};
 use crate::supervise::shim;
 use crate::supervise::stop::{Effect, Stop, StopEvent};
-use crate::sys::environment;
-use crate::sys::poll;
 use crate::sys::process::{self, Process, ProcessHandle, ProcessList};
 use crate::sys::signals::{Arrival, Signals};
 use crate::sys::wait::Ended;
+use crate::sys::{environment, poll};
 use crate::terraform::log::{Log, UnnamedLock};
 use crate::trace::trace;
 

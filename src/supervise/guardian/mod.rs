@@ -37,23 +37,20 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+pub(crate) use self::guardian_process::GuardianContext;
 use self::guardian_process::GuardianProcess;
 use self::message::{
     CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MAX_MESSAGE_BYTES, MessageReader, MessageWriter, NEWS, OUTSIDE_GROUP,
     OVER, STILL, STOPS_NO_MORE, UNIT_IS_STOPPED,
 };
+pub(crate) use self::message::{MAX_UNANSWERED, STARTED_PREFIX};
 use crate::journal::run_mark::is_jenkins_cookie;
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
-use crate::sys::detached;
-use crate::sys::poll;
 use crate::sys::process::{self, ProcessHandle, ProcessList};
-use crate::sys::wait;
+use crate::sys::{detached, poll, wait};
 use crate::terraform::log::Log;
 use crate::trace::{self, trace};
-
-pub(crate) use self::guardian_process::GuardianContext;
-pub(crate) use self::message::{MAX_UNANSWERED, STARTED_PREFIX};
 
 /// How long the guardian may take to exit after `tf` has reported that the run is over.
 const GUARDIAN_EXIT_TIMEOUT: Duration = Duration::from_secs(2);

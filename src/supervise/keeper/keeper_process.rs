@@ -18,19 +18,17 @@ use super::keeper_fence::KeeperFence;
 use super::renewals::Renewals;
 use super::{END, INTERRUPTED, LAST_RENEWAL_TIMEOUT, Orders, PING, Report, exit_code};
 use crate::cleanup::working_directory;
-use crate::crash_point;
 use crate::lease::fence::Withdrawal;
 use crate::lease::keeper::{BeforeRenewal, KeeperSight, before_renewal};
 use crate::lease::notice::Notice;
 use crate::lease::terms::Terms;
 use crate::notice::requests;
 use crate::notice::service::Service;
-use crate::panics;
-use crate::runtime;
 use crate::sys::process::{self, Process, ProcessHandle};
 use crate::sys::readiness::Readiness;
 use crate::sys::{descriptor, environment, poll, session};
 use crate::trace::trace;
+use crate::{crash_point, panics, runtime};
 
 /// The maximum length of the reports that wait for room in the socket, in bytes.
 const MAX_UNSENT_BYTES: usize = 1 << 16;

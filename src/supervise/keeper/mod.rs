@@ -45,8 +45,7 @@ use crate::lease::notice::{Notice, Provider};
 use crate::lease::record::{Holder, Promise};
 use crate::lock::location::LockLocation;
 use crate::supervise::fence::Fence;
-use crate::sys::process;
-use crate::sys::{descriptor, poll, session};
+use crate::sys::{descriptor, poll, process, session};
 use crate::trace::trace;
 
 /// The word after `tf locks` that makes this program a keeper. It is internal, so clap does not know it.

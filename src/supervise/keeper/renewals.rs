@@ -17,7 +17,6 @@ use crate::aws::failure::{Cause, Failure};
 use crate::aws::identity::AccountIdentity;
 use crate::aws::settings::Unreachable;
 use crate::cleanup::messages::ANOTHER_ACCOUNT;
-use crate::crash_point;
 use crate::lease::fence::{Look, Loss, Withdrawal};
 use crate::lease::keeper::{
     self, Answer, BeforeRenewal, History, KeeperStep, NextRenewal, Response, Setback, after_answer, next_renewal,
@@ -31,11 +30,11 @@ use crate::lock::probe::IfMatch;
 use crate::lock::reached::{self, NothingFound};
 use crate::lock::release::SERVICE_TIMEOUT;
 use crate::lock::stores::{StoreKey, Stores};
-use crate::random;
 use crate::supervise::fuse;
 use crate::sys::boot_clock;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::trace::trace;
+use crate::{crash_point, random};
 
 /// The longest time for one request. A request that takes longer counts as unanswered. It may still arrive.
 const MAX_REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

@@ -20,9 +20,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use source::SignalSource;
 
 use super::disposition;
-use source::SignalSource;
 
 /// The kind of sender of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
