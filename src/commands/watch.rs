@@ -1,9 +1,10 @@
 //! `tf locks list --watch`: lists the locks again and again. On a terminal, the table is redrawn in place, and what has
 //! changed since the last round is marked. In a pipe, each change is one more line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use ::console::Term;
@@ -21,6 +22,7 @@ use super::{Finding, inventory};
 use crate::console::{self, ellipsis, length_of_time, visible, visible_whole};
 use crate::lock::stores::StoreKey;
 use crate::settings;
+use crate::sys::poll;
 
 /// How often to check for signals and for another size of the terminal.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -87,6 +89,10 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
                 return Ok(Finding::Stopped(signal));
             }
             view.redraw_if_needed(shown, note.as_deref(), stop_requests.was_suspended())?;
+            // Without a change nothing is written, so no write fails.
+            if poll::has_hung_up(io::stdout().as_fd()) {
+                return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+            }
             sleep(POLL_INTERVAL.min(until - Instant::now())).await;
         }
     }
@@ -242,6 +248,15 @@ fn key(entry: &ListedEntry) -> (String, String) {
     }
 }
 
+/// Returns where the parts of an entry are.
+fn places(entry: &ListedEntry) -> impl Iterator<Item = &StoreKey> {
+    let (parts, place) = match entry {
+        ListedEntry::Lock(lock) => (&lock.parts[..], None),
+        ListedEntry::UnreadableLock(unreadable) => (&[][..], Some(&unreadable.place)),
+    };
+    parts.iter().map(|(part, _)| part).chain(place)
+}
+
 /// Returns what counts as a change of an entry. The age of a lock or of its lease does not.
 fn state(entry: &ListedEntry) -> (String, Option<String>) {
     match entry {
@@ -251,29 +266,48 @@ fn state(entry: &ListedEntry) -> (String, Option<String>) {
 }
 
 /// Returns `entries` with what has happened to them since the round with the rows `before`, and after them the entries
-/// that are gone. An entry that was not found stays as it was if this round has not `looked` for it. `before` is `None`
-/// in the first round.
+/// that are gone. An entry that was not found stays as it was if this round has not `looked` for it. An entry that could
+/// not be read takes the place of the lock that was there before, and that lock takes its place when it can be read
+/// again. `before` is `None` in the first round.
 fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>, looked: &Looked) -> Vec<Row> {
     let Some(before) = before else {
         return entries.into_iter().map(|entry| Row { mark: Mark::Same, entry }).collect();
     };
     let before: Vec<Row> = before.into_iter().filter(|row| row.mark != Mark::Gone).collect();
-    let known: std::collections::HashMap<_, _> =
-        before.iter().map(|row| (key(&row.entry), state(&row.entry))).collect();
-    let now: std::collections::HashSet<_> = entries.iter().map(key).collect();
+    let known: HashMap<_, _> = before.iter().map(|row| (key(&row.entry), state(&row.entry))).collect();
+    let now: HashSet<_> = entries.iter().map(key).collect();
+    let rest: Vec<Row> = {
+        let [now_read, now_unread] = places_by_unread(&entries.iter().collect::<Vec<_>>());
+        let has_place_in = |entry: &ListedEntry, there: &HashSet<&StoreKey>| places(entry).any(|it| there.contains(it));
+        before
+            .iter()
+            .filter(|row| !now.contains(&key(&row.entry)))
+            .filter(|row| !has_place_in(&row.entry, if row.entry.is_unread() { &now_read } else { &now_unread }))
+            .map(|row| Row {
+                mark: if looked.at(&row.entry) { Mark::Gone } else { Mark::Same },
+                entry: row.entry.clone(),
+            })
+            .collect()
+    };
+    let [was_read, was_unread] = places_by_unread(&before.iter().map(|row| &row.entry).collect::<Vec<_>>());
     let kept = entries.into_iter().map(|entry| {
+        let others = if entry.is_unread() { &was_read } else { &was_unread };
         let mark = match known.get(&key(&entry)) {
+            None if places(&entry).any(|place| others.contains(place)) => Mark::Changed,
             None => Mark::New,
             Some(known) if *known != state(&entry) => Mark::Changed,
             Some(_) => Mark::Same,
         };
         Row { mark, entry }
     });
-    let rest = before.iter().filter(|row| !now.contains(&key(&row.entry))).map(|row| {
-        let mark = if looked.at(&row.entry) { Mark::Gone } else { Mark::Same };
-        Row { mark, entry: row.entry.clone() }
-    });
     kept.chain(rest).collect()
+}
+
+/// Returns the places of the entries that could be read, and of those that could not.
+fn places_by_unread<'a>(entries: &[&'a ListedEntry]) -> [HashSet<&'a StoreKey>; 2] {
+    [false, true].map(|is_unread| {
+        entries.iter().filter(|entry| entry.is_unread() == is_unread).flat_map(|entry| places(entry)).collect()
+    })
 }
 
 /// Returns the first line on a terminal.

@@ -1,6 +1,8 @@
 //! `tf locks --watch` shows what changes, on a terminal and in a pipe.
 
 use std::os::unix::process::ExitStatusExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -155,8 +157,8 @@ for_each_lock!(in_a_pipe_each_change_is_a_line_with_its_time);
 fn a_table_is_read_no_more_often_than_its_capacity_allows() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let id = lock_elsewhere(&env, B);
-    let scans = std::sync::Arc::<std::sync::Mutex<Vec<std::time::Instant>>>::default();
-    let seen = std::sync::Arc::clone(&scans);
+    let scans = Arc::<std::sync::Mutex<Vec<std::time::Instant>>>::default();
+    let seen = Arc::clone(&scans);
     let proxy = Proxy::start(cloud().port, move |request| {
         if request.asks_for("Scan") {
             seen.lock().unwrap().push(std::time::Instant::now());
@@ -182,10 +184,10 @@ fn a_table_is_read_no_more_often_than_its_capacity_allows() {
 fn a_round_that_fails_is_said_and_repeated() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let id = lock_elsewhere(&env, B);
-    let is_away = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let flag = std::sync::Arc::clone(&is_away);
+    let is_away = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&is_away);
     let proxy = Proxy::start(cloud().port, move |request| {
-        if flag.load(std::sync::atomic::Ordering::SeqCst) && request.asks_for("GetItem") {
+        if flag.load(Ordering::SeqCst) && request.asks_for("GetItem") {
             let body = json!({ "__type": "com.amazon.coral.service#AccessDeniedException", "message": "no" });
             return ProxyAction::Answer(crate::support::http::Message::answer("400 Bad Request", &body.to_string()));
         }
@@ -194,9 +196,9 @@ fn a_round_that_fails_is_said_and_repeated() {
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
     let run = Run::start(watched(&env, &["--watch=1s"]));
     run.wait_for_out(id);
-    is_away.store(true, std::sync::atomic::Ordering::SeqCst);
+    is_away.store(true, Ordering::SeqCst);
     run.wait_for_err("tf: not up to date: ");
-    is_away.store(false, std::sync::atomic::Ordering::SeqCst);
+    is_away.store(false, Ordering::SeqCst);
     lock_elsewhere(&env, A);
     run.wait_for_out(A);
     wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
@@ -216,13 +218,13 @@ fn a_lock_that_a_round_may_not_look_for_is_not_reported_as_released() {
         "LockID": {"S": path}, "Info": {"S": lock_json(A, &path)}}});
     cloud().dynamodb("PutItem", &item);
     let id = lock_elsewhere(&env, B);
-    let is_denied = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let flag = std::sync::Arc::clone(&is_denied);
-    let rounds = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let count = std::sync::Arc::clone(&rounds);
+    let is_denied = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&is_denied);
+    let rounds = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&rounds);
     let proxy = Proxy::start(cloud().port, move |request| {
-        if flag.load(std::sync::atomic::Ordering::SeqCst) && request.start.contains("list-type=2") {
-            count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        if flag.load(Ordering::SeqCst) && request.start.contains("list-type=2") {
+            count.fetch_add(1, Ordering::SeqCst);
             return ProxyAction::Answer(request.denied());
         }
         ProxyAction::Pass
@@ -231,9 +233,9 @@ fn a_lock_that_a_round_may_not_look_for_is_not_reported_as_released() {
     let run = Run::start(watched(&env, &["--watch=1s"]));
     run.wait_for_out(A);
     run.wait_for_out(id);
-    is_denied.store(true, std::sync::atomic::Ordering::SeqCst);
+    is_denied.store(true, Ordering::SeqCst);
     run.wait_for_err("permission denied: s3:ListBucket");
-    let three = || (rounds.load(std::sync::atomic::Ordering::SeqCst) >= 3).then_some(());
+    let three = || (rounds.load(Ordering::SeqCst) >= 3).then_some(());
     wait_for("three rounds", three, || run.err());
     env.delete_lock();
     wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
@@ -243,6 +245,47 @@ fn a_lock_that_a_round_may_not_look_for_is_not_reported_as_released() {
     assert_eq!(words, ["held", "held", "released"], "{}", env.dump(&end));
     assert!(end.out.lines().nth(2).unwrap().contains(id), "{}", env.dump(&end));
     assert_eq!(end.err.matches("s3:ListBucket").count(), 1, "{}", env.dump(&end));
+}
+
+#[test]
+fn a_lock_object_that_cannot_be_read_for_a_while_is_not_reported_as_released() {
+    let mut env = TestEnv::new(Lock::File, "true");
+    let id = lock_elsewhere(&env, B);
+    let is_denied = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&is_denied);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        let reads = request.start.starts_with("GET ") && request.start.contains(".tflock");
+        if reads && flag.load(Ordering::SeqCst) { ProxyAction::Answer(request.denied()) } else { ProxyAction::Pass }
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let run = Run::start(watched(&env, &["list", "--watch=1s", "--region", "us-east-1", "--bucket", &env.bucket]));
+    run.wait_for_out(id);
+    is_denied.store(true, Ordering::SeqCst);
+    run.wait_for_out("unreadable");
+    is_denied.store(false, Ordering::SeqCst);
+    let is_back = || (run.out().matches(id).count() == 2).then_some(());
+    wait_for("the lock that can be read again", is_back, || run.out());
+    env.delete_lock();
+    wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    let words: Vec<&str> = end.out.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
+    assert_eq!(words, ["held", "changed", "changed", "released"], "{}", env.dump(&end));
+    assert!(end.out.lines().nth(3).unwrap().contains(id), "{}", env.dump(&end));
+}
+
+/// A table is read for as long as somebody reads what is found.
+#[test]
+fn a_watch_ends_when_its_reader_has_gone() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let mut shell = env.command("sh");
+    let script = format!("(tf locks list --watch=1s --region us-east-1 --table {}; echo end >&2) | head -1", env.table);
+    shell.args(["-c", &script]);
+    let run = Run::start(shell);
+    run.wait_for_err("end");
+    let end = run.wait();
+    assert!(end.out.lines().count() == 1 && end.out.contains(id) && end.err == "end\n", "{}", env.dump(&end));
 }
 
 #[test]
