@@ -39,7 +39,7 @@ pub(super) struct LocationArgs {
     #[arg(long, value_name = "BUCKET", group = "outside", value_parser = NonEmptyStringValueParser::new())]
     pub(super) bucket: Option<String>,
     /// Only look at objects whose key starts with PREFIX
-    #[arg(long, value_name = "PREFIX", requires = "bucket")]
+    #[arg(long, value_name = "PREFIX", requires = "bucket", conflicts_with = "table")]
     pub(super) prefix: Option<String>,
     /// The region of the table or bucket (default: the region that the AWS CLI would use)
     #[arg(long, value_name = "REGION", requires = "outside", value_parser = NonEmptyStringValueParser::new())]

@@ -269,6 +269,8 @@ impl Target {
     pub(super) fn name(&self) -> TargetName {
         let LocationArgs { table, bucket, prefix, region, profile, endpoint_url, .. } = self.place.clone();
         let kind = if table.is_some() { "table" } else { "bucket" };
+        // An empty prefix selects all keys, as no prefix does. In Prometheus, an empty label is a missing one.
+        let prefix = prefix.filter(|prefix| !prefix.is_empty());
         TargetName { kind, name: table.or(bucket).unwrap_or_default(), prefix, region, profile, endpoint_url }
     }
 }
@@ -389,6 +391,7 @@ mod tests {
                 "table t, region r, profile a b, endpoint url http://x",
             ),
             ("--table t --rate 2.5 # quarterly", "table t, region r"),
+            ("--bucket b --prefix ''", "bucket b, region r"),
             ("\u{feff}--table t", "table t, region r"),
         ] {
             assert_eq!(parsed(line.as_bytes(), Some("r")), [Ok(expected.to_owned())], "{line}");
@@ -401,6 +404,7 @@ mod tests {
         for (bad, expected) in [
             (&b"--regoin x --table t"[..], "--region"),
             (b"--table a --bucket b", "cannot be used with"),
+            (b"--table a --prefix p", "cannot be used with"),
             (b"--region eu-west-1", "required"),
             (b"terraform-locks", "unexpected argument 'terraform-locks'"),
             (b"--chdir prod", "neither a table nor a bucket"),
