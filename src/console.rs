@@ -161,6 +161,24 @@ pub(crate) fn visible_whole(text: &str) -> String {
     shown
 }
 
+/// Returns the text that [`visible_whole`] shows as `shown`. `None` if `shown` has no escaped character.
+pub(crate) fn shown_as(shown: &str) -> Option<String> {
+    let mut parts = shown.split("\\u{");
+    let mut text = parts.next()?.to_owned();
+    let mut is_escaped = false;
+    for part in parts {
+        let escaped = part
+            .split_once('}')
+            .and_then(|(digits, rest)| Some((u32::from_str_radix(digits, 16).ok().and_then(char::from_u32)?, rest)));
+        is_escaped |= escaped.is_some();
+        match escaped {
+            Some((character, rest)) => text.extend([&*character.to_string(), rest]),
+            None => text.extend(["\\u{", part]),
+        }
+    }
+    is_escaped.then_some(text)
+}
+
 /// Formats an option of `tf locks` and its value, with a space before them. A value that begins with a dash is joined
 /// with `=`, because as a separate word it would be parsed as an option.
 pub(crate) fn option(name: &str, value: &str) -> String {
@@ -199,6 +217,16 @@ pub(crate) fn length_of_time(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_is_found_by_what_is_shown_of_it() {
+        for text in ["a\nb", "\u{1b}[2J", "caf\u{e9}\u{202e}\\u{", "\u{0}'\"\\"] {
+            assert_eq!(shown_as(&visible_whole(text)).as_deref(), Some(text), "{text:?}");
+        }
+        for text in ["", "bucket/dir/prod.tfstate", "\\u{", "\\u{}", "\\u{zz}", "\\u{d800}", "\\u{110000}"] {
+            assert_eq!(shown_as(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn a_strangers_text_cannot_reach_the_terminal() {

@@ -49,11 +49,12 @@ pub(super) async fn choose(reach: &Connection, which: Option<&str>, no_lock: boo
                  with the same options"
             )));
         }
-        (ScanTarget::Table(table), Some(path)) => read_both(reach, table, path).await?,
-        (ScanTarget::Bucket(bucket, _), Some(path)) => {
-            let key = path.strip_prefix(&format!("{bucket}/")).unwrap_or(path);
-            let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
-            judged(read(reach, &reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"))).await?.into_iter().collect())
+        (ScanTarget::Table(_) | ScanTarget::Bucket(..), Some(path)) => {
+            let entries = read_at(reach, path).await?;
+            match console::shown_as(path).filter(|_| entries.is_empty()) {
+                Some(stored) => read_at(reach, &stored).await?,
+                None => entries,
+            }
         }
         (ScanTarget::Table(_) | ScanTarget::Bucket(..), None) => {
             return Err(Trouble::Said(
@@ -104,6 +105,20 @@ fn nothing_here(directory: &Directory, region: &str, no_lock: bool) -> Trouble {
         format!("\na workspace that has no state yet may have a lock in DynamoDB\n{next}")
     });
     Trouble::Said(format!("no lock is held for {state}{elsewhere}"))
+}
+
+/// Reads the lock with this path in a table or a bucket. The entries of a directory are read elsewhere.
+async fn read_at(reach: &Connection, path: &str) -> Result<Vec<ListedEntry>, Trouble> {
+    match &reach.target {
+        ScanTarget::Directory(_) => Ok(Vec::new()),
+        ScanTarget::Table(table) => read_both(reach, table, path).await,
+        ScanTarget::Bucket(bucket, _) => {
+            let key = path.strip_prefix(&format!("{bucket}/")).unwrap_or(path);
+            let key = key.strip_suffix(LOCK_FILE).unwrap_or(key);
+            let object = reach.stores.object(bucket, &format!("{key}{LOCK_FILE}"));
+            Ok(judged(read(reach, &object).await?.into_iter().collect()))
+        }
+    }
 }
 
 async fn read(reach: &Connection, store_key: &StoreKey) -> Result<Option<StoredPart>, Trouble> {
@@ -218,13 +233,13 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
         }
         (0, Some(word)) if stored > 0 && select => {
             return Err(Trouble::Said(format!(
-                "no lock matches {:?}; these are held:{}",
+                "no lock matches \"{}\"; these are held:{}",
                 visible(word),
                 named(&others)
             )));
         }
         (0, word) => {
-            return Err(Trouble::Said(format!("there is no lock at {:?}", visible(word.unwrap_or_default()))));
+            return Err(Trouble::Said(format!("there is no lock at \"{}\"", visible(word.unwrap_or_default()))));
         }
         _ => {
             return Err(Trouble::Said(format!("several locks match; give the ID of one of them:{}", named(&locks))));

@@ -154,7 +154,7 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
     };
     let state = found.ok_or_else(|| {
         let names: Vec<String> = states.iter().map(|state| visible(&state.workspace)).collect();
-        Trouble::Said(format!("there is no workspace {:?}; the workspaces are {}", visible(wanted), names.join(", ")))
+        Trouble::Said(format!("there is no workspace \"{}\"; the workspaces are {}", visible(wanted), names.join(", ")))
     })?;
     Ok((directory, stores, state))
 }

@@ -225,7 +225,7 @@ fn since(lock: &FoundLock, now: Timestamp) -> String {
     match (lock.info.created(), lock.age(now)) {
         (Some(created), Some(age)) => format!("{} ago, {created:.0}", length_of_time(age)),
         (Some(created), None) => format!("{created:.0}, which is ahead of this host's clock"),
-        (None, _) => format!("{:?}, which is not a time", visible(&lock.info.created)),
+        (None, _) => format!("\"{}\", which is not a time", visible(&lock.info.created)),
     }
 }
 

@@ -148,6 +148,24 @@ fn a_lock_that_changed_while_a_person_thought_stays_and_is_shown() {
     assert_eq!(env.locks(), [other.clone(), other]);
 }
 
+/// The printed commands show such a path with escaped characters.
+#[test]
+fn a_path_with_a_newline_is_found_by_what_is_printed_of_it() {
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let path = format!("{}/new\nline", env.bucket);
+    cloud().put_item(&env.table, &path, &lock_json("33333333-3333-4444-5555-666666666666", &path));
+    let shown = format!("{}/new\\u{{a}}line", env.bucket);
+    let end = locks(&env, &["show", "--table", &env.table, "--region", "us-east-1", &shown]);
+    assert!(end.out.contains(&format!("Path       {shown}\n")), "{}", env.dump(&end));
+    let command = end.out.lines().find_map(|line| line.split_once("tf locks release")).unwrap().1;
+    let mut shell = env.command("sh");
+    shell.args(["-c", &format!("tf locks release{command}")]);
+    let end = Run::start(shell).wait();
+    assert!(end.code() == Some(0) && end.out.contains("released"), "{command}: {}", env.dump(&end));
+    let end = locks(&env, &["show", "--table", &env.table, "--region", "us-east-1", &shown]);
+    assert!(end.err.contains(&format!("there is no lock at \"{shown}\"")), "{}", env.dump(&end));
+}
+
 /// The holder finishes while `tf` deletes its lock.
 #[test]
 fn a_lock_that_another_process_releases_first_is_not_recorded_as_released_by_a_person() {
