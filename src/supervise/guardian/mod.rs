@@ -137,7 +137,7 @@ impl Guardian {
         }
     }
 
-    /// Sends an event to the guardian's [`Stop`].
+    /// Sends an event to the guardian's [`Stop`](crate::supervise::stop::Stop).
     ///
     /// # Errors
     /// Fails if the guardian is gone.

@@ -5,46 +5,43 @@
 //!
 //! - The fuse is alive. The keeper renews the lease, and tells the fuse until when terraform may work.
 //! - The fuse is gone: it has reached its deadline, or was killed. The kernel has stopped terraform. `tf` waits for the
-//!   keeper's look at the lock. [`next_step`] decides what follows from it.
+//!   keeper's look at the lock. [`next_step`](crate::lease::fence::next_step) decides what follows from it.
 //!
 //! The guardian holds the same descriptors, except the write end of the kill pipe. After the death of `tf` it starts a
 //! keeper of its own. It never continues a stopped terraform: if the fuse dies then, the kernel kills terraform.
 
+mod begin;
+mod end;
+mod guardian_view;
+mod stopped;
+
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::process_tree::{GroupFence, NoFence, Tree};
-use crate::cleanup::waiter::Waiter;
-use crate::cleanup::working_directory::Within;
+use crate::cleanup::process_tree::{GroupFence, NoFence};
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
-use crate::journal::runs::Journal;
 use crate::lease::fence::{
-    CleanupPoint, EndReason, FenceStep, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause,
-    StoppedRun, Trouble, UnlockStep, Withdrawal, are_requests_aborted, ends_at, is_lost_before, is_reason_due,
-    late_write, next_step, stop_cause, unlock_step,
+    EndReason, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, Trouble, UnlockStep,
+    is_lost_before, is_reason_due, late_write, unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::obstacle::LeaseObstacle;
 use crate::lease::record::{Holder, Promise};
 use crate::lease::running_time::RunningTime;
 use crate::lease::terms::Terms;
-use crate::lock::location::LockLocation;
-use crate::supervise::fence::{self, EndingFuses, Fence};
-use crate::supervise::keeper::{self, Inherited, Keeper, Orders, Report};
+use crate::supervise::fence::{EndingFuses, Fence};
+use crate::supervise::keeper::{Inherited, Orders, Report};
 use crate::supervise::keepers::{Keepers, News};
 use crate::sys::boot_clock;
-use crate::sys::connections::{self, Barred};
+use crate::sys::connections::Barred;
 use crate::sys::detached::Parent;
 use crate::sys::process::{Process, ProcessHandle};
-use crate::sys::wait::Ended;
-use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
+use crate::terraform::log::Log;
 use crate::terraform::version::LogDetail;
 use crate::time::saturating_add;
 use crate::trace::trace;
@@ -55,6 +52,7 @@ pub(crate) const STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(20);
 /// If every process of the run was stopped, and `tf` is continued, then terraform is continued too, a moment later. So
 /// for this time after a SIGCONT, `tf` checks at [`SHORT_STOP_AGAIN_INTERVAL`].
 const CONTINUE_WINDOW: Duration = Duration::from_millis(250);
+
 const SHORT_STOP_AGAIN_INTERVAL: Duration = Duration::from_millis(1);
 
 /// What the supervisor must do for the lease.
@@ -81,26 +79,6 @@ pub(crate) enum LeaseEffect {
     NewHelper(Pid),
     /// Several keepers in a row have failed. The text says how the last one has.
     KeepersFail(String),
-}
-
-/// What [`RunLease::follow`] has found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Followed {
-    Nothing,
-    /// The lease has begun.
-    Begun,
-    /// Terraform holds a lock, and there is no lease. The text says why. This comes once.
-    NoLease(String),
-}
-
-/// An obstacle to the lease of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Blocked {
-    /// The ID of the lock. `None` if the log does not name it.
-    lock: Option<String>,
-    obstacle: LeaseObstacle,
-    /// Since when, on the clock of [`boot_clock::now`].
-    since: Duration,
 }
 
 /// How far terraform is with the lock of the lease, by its log.
@@ -141,6 +119,26 @@ impl Deadline {
     fn at(at: Duration) -> Self {
         Self { at, wall: wall_time(at) }
     }
+}
+
+/// An obstacle to the lease of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Blocked {
+    /// The ID of the lock. `None` if the log does not name it.
+    lock: Option<String>,
+    obstacle: LeaseObstacle,
+    /// Since when, on the clock of [`boot_clock::now`].
+    since: Duration,
+}
+
+/// What [`RunLease::follow`] has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Followed {
+    Nothing,
+    /// The lease has begun.
+    Begun,
+    /// Terraform holds a lock, and there is no lease. The text says why. This comes once.
+    NoLease(String),
 }
 
 /// Why the guardian has a keeper of its own.
@@ -304,16 +302,6 @@ impl RunLease {
         self.keepers.restart_at().into_iter().chain(stop_again_at).min()
     }
 
-    /// Notes that `tf` got a SIGCONT.
-    pub(crate) fn note_continue(&mut self) {
-        self.continued = Some(boot_clock::now());
-    }
-
-    /// Whether the kernel has stopped terraform, and it was not continued since.
-    pub(crate) fn is_stopped(&self) -> bool {
-        self.stopped.is_some() || self.fence.as_ref().is_some_and(|fence| self.orders.is_some() && fence.is_blown())
-    }
-
     /// Returns how the lock was lost. `None` if it was not.
     pub(crate) fn loss(&self) -> Option<&Loss> {
         self.loss.as_ref()
@@ -330,40 +318,6 @@ impl RunLease {
         std::mem::take(&mut self.has_new_orders)
     }
 
-    /// Stops terraform's group again, in case somebody else has continued a member of it since the kernel has stopped
-    /// it. Returns whether its leader was running. Call this again and again while [`RunLease::is_stopped`].
-    pub(crate) fn stop_again(&mut self) -> bool {
-        let has_run = self.is_stopped() && self.stop_group_again();
-        if has_run && let Some(stopped) = &mut self.stopped {
-            // It may have opened a connection.
-            stopped.is_cut = false;
-        }
-        has_run
-    }
-
-    /// Whether the fuse is gone. The guardian does not know the rest of [`RunLease::is_stopped`].
-    pub(crate) fn is_blown(&self) -> bool {
-        self.fence.as_ref().is_some_and(Fence::is_blown)
-    }
-
-    /// Does the same as [`RunLease::stop_again`], in the guardian, while `tf` is suspended.
-    pub(crate) fn stop_again_as_guardian(&self) {
-        if self.is_blown() && self.stop_group_again() {
-            trace!("guardian: terraform was continued by another process, and is stopped again");
-        }
-    }
-
-    fn stop_group_again(&self) -> bool {
-        let Some(group) = self.group else { return false };
-        let leader = Process::look_up(group);
-        let runs = leader.is_some_and(|leader| !matches!(leader.state, 'T' | 't' | 'Z' | 'X'));
-        // It is sent whatever the state of the processes is: terraform runs until it arrives, and to look at all of
-        // them takes longer than terraform may need for a request. A process that is stopped keeps it, until a SIGCONT
-        // discards it.
-        let _ = killpg(group, Signal::SIGSTOP);
-        runs
-    }
-
     /// Whether terraform may have written its state after its lock was lost. `written` is when it last began to write
     /// it, as its log says. `has_exited`: it was not killed.
     pub(crate) fn late_write(&self, written: Option<Timestamp>, has_exited: bool) -> LateWrite {
@@ -377,241 +331,6 @@ impl RunLease {
     /// Returns what a keeper needs to know. `None` if no lock with a lease is held.
     pub(crate) fn orders(&self) -> Option<&Orders> {
         self.orders.as_ref().filter(|_| !self.is_over)
-    }
-
-    /// Looks for a lock that terraform holds, and starts the lease of the first one. Ends the lease when the log shows
-    /// that this lock is gone. Call this when the log was read.
-    pub(crate) fn follow(
-        &mut self,
-        log: &Log,
-        candidates: impl FnOnce() -> CandidateBackends,
-        tree: &Tree,
-    ) -> Followed {
-        if self.is_over {
-            return Followed::Nothing;
-        }
-        if let Some(orders) = &self.orders {
-            let is_gone = !log.unreleased().any(|lock| lock.id == orders.lock);
-            if is_gone && self.stopped.is_none() {
-                trace!("the lock of the lease is gone");
-                self.let_go();
-            }
-            return Followed::Nothing;
-        }
-        let Some(lock) = log.unreleased().find(|lock| lock.is_in_use()) else {
-            return unnamed_obstacle(log, candidates)
-                .map_or(Followed::Nothing, |obstacle| self.is_blocked(None, obstacle));
-        };
-        match self.begin(lock, &candidates(), tree) {
-            Ok(()) => Followed::Begun,
-            Err(obstacle) => self.is_blocked(Some(&lock.id), obstacle),
-        }
-    }
-
-    /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if
-    /// the log does not name it.
-    fn is_blocked(&mut self, lock: Option<&str>, obstacle: LeaseObstacle) -> Followed {
-        let now = boot_clock::now();
-        let is_same = |blocked: &Blocked| blocked.lock.as_deref() == lock && blocked.obstacle == obstacle;
-        let since = self.blocked.take().filter(is_same).map_or(now, |blocked| blocked.since);
-        if !obstacle.is_given_up(now.saturating_sub(since)) {
-            self.blocked = Some(Blocked { lock: lock.map(ToOwned::to_owned), obstacle, since });
-            return Followed::Nothing;
-        }
-        trace!("no lease: {obstacle:?}");
-        // The run says that it goes on without a lease, so a later lock gets none either.
-        self.is_over = true;
-        Followed::NoLease(obstacle.to_string())
-    }
-
-    /// Returns a lock that terraform holds without a lease, because another lock of the run has the lease or had it.
-    /// `None` if there is none, or if one was returned before.
-    pub(crate) fn lock_without_lease<'a>(&mut self, log: &'a Log) -> Option<&'a RecordedLock> {
-        let leased = self.leased.as_deref().filter(|_| !self.has_reported_lock)?;
-        let lock = lock_besides(log, leased);
-        self.has_reported_lock = lock.is_some();
-        lock
-    }
-
-    /// Begins the lease of `lock`.
-    ///
-    /// # Errors
-    /// What keeps it from beginning.
-    fn begin(&mut self, lock: &RecordedLock, candidates: &CandidateBackends, tree: &Tree) -> Result<(), LeaseObstacle> {
-        let group = self.group.ok_or(LeaseObstacle::NoHolder)?;
-        let locations = candidates.of(lock);
-        if locations.is_empty() {
-            return Err(LeaseObstacle::NoPlace(lock.path.clone()));
-        }
-        // The terraform that holds the lock may be behind a shim, in another group, or of another user (docker, sudo).
-        // Then the kernel's signal to the group would not reach it, and the fence would promise too much. If it is not
-        // found, for example because it is just starting or ending, the next call looks again. One that has ended
-        // meanwhile has no user any more.
-        //
-        // A script may run several terraforms at the same time. Then it is not known which of them holds the lock, so
-        // the exit of the one that is watched does not show that nobody is releasing it.
-        let logging = tree.outermost_logging();
-        let is_reached = |process: &&Process| process.group == group && process.has_our_user();
-        let has_ended = |process: &Process| {
-            Process::look_up(process.pid).is_none_or(|now| now.start != process.start || now.is_dead())
-        };
-        let is_reached = logging.iter().all(|process| is_reached(&process) || has_ended(process));
-        let holder = logging.first().ok_or(LeaseObstacle::NoHolder)?;
-        let (pid, start) = (holder.pid, holder.start);
-        self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
-        if !is_reached || logging.len() > 1 {
-            trace!("the lease promises nothing: terraforms {}, all in the group: {is_reached}", logging.len());
-            self.take_down();
-        }
-        if let Err(error) = self.arm(group, tree) {
-            trace!("the fence cannot be armed: {error}");
-            self.take_down();
-        }
-        crash_point::reached("lease: armed the fence");
-        self.leased = Some(lock.id.clone());
-        let deadline = Deadline::at(boot_clock::now() + self.terms.working_time());
-        (self.renewed, self.deadline) = (Some(Timestamp::now()), Some(deadline));
-        // Relative paths of the shared files are relative to terraform's working directory.
-        let there = Within::enter(&candidates.working_directory);
-        let identities = keeper::identities(&lock.id, &locations);
-        drop(there);
-        self.orders = Some(Orders {
-            lock: lock.id.clone(),
-            places: locations.iter().map(LockLocation::to_json).collect(),
-            identities,
-            length: self.terms.length(),
-            fence: self.promise,
-            may_promise: self.promise == Promise::Stop,
-            holder: self.holder.clone(),
-            asks: self.asks,
-            interrupted: None,
-            terraform: pid.as_raw(),
-            start,
-            may_have_a_record: false,
-            withdraws: false,
-            directory: candidates.working_directory.clone(),
-        });
-        self.start_keeper().into_iter().for_each(|pid| tree.exclude(pid));
-        crash_point::reached("lease: started the keeper");
-        Ok(())
-    }
-
-    /// Arms the fence for terraform's group. If the fuse was killed before the lock was taken, the spare one takes its
-    /// place first.
-    ///
-    /// # Errors
-    /// As [`Fence::arm`] and [`Fence::rearm`]. Nothing is armed then.
-    fn arm(&mut self, group: Pid, tree: &Tree) -> io::Result<()> {
-        let Some(fence) = &mut self.fence else { return Ok(()) };
-        match fence.arm(group) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-            armed => return armed,
-        }
-        trace!("the fuse was killed before it was armed, and another one takes its place");
-        fence.rearm()?.into_iter().for_each(|pid| tree.exclude(pid));
-        fence.give_kill_pipe()?;
-        fence.arm(group)?;
-        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
-        Ok(())
-    }
-
-    /// Starts a keeper with the orders of `tf`, which is dead or suspended. Only the guardian calls this.
-    pub(crate) fn take_over(&mut self, tf: TfState, orders: Option<Orders>, tree: &Tree) {
-        self.tf = tf;
-        // A pid alone could be that of a later process.
-        let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
-        let logs = terraform.filter(|terraform| tree.logging().iter().any(|process| process.pid == *terraform));
-        self.is_shim_watched = logs.is_none();
-        // If it is not found, the keepers watch the leader ([`RunLease::ensure_handle`]).
-        self.terraform = logs.and_then(|terraform| ProcessHandle::open(terraform).ok());
-        self.orders = orders;
-        self.keepers.let_go();
-        if let Some(orders) = &mut self.orders {
-            // A keeper of `tf` may have stored one since `tf` has sent these orders.
-            orders.may_have_a_record = true;
-        }
-        crash_point::reached("lease: the guardian takes over");
-        self.start_keeper();
-        crash_point::reached("lease: the guardian started a keeper");
-    }
-
-    /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
-    pub(crate) fn hand_back(&mut self) {
-        self.keepers.let_go();
-        (self.orders, self.terraform, self.loss, self.reads_in_unlock) = (None, None, None, 0);
-    }
-
-    /// Whether another run is known to hold the lock, or to have claimed it. `phase` as in [`RunLease::step`].
-    pub(crate) fn is_known_to_be_lost(&self, phase: impl FnOnce(&str) -> LockPhase) -> bool {
-        let is_anothers = self.loss.as_ref().is_some_and(|loss| *loss != Loss::Gone);
-        is_anothers && self.orders.as_ref().is_some_and(|orders| phase(&orders.lock) == LockPhase::Held)
-    }
-
-    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`].
-    /// `phase` as in [`RunLease::step`]. Returns whether the lock is lost and terraform must be killed: it writes its
-    /// state even after an interrupt. Until then, it is stopped. A lock that is only gone does not kill it, as under
-    /// [`RunLease::step`]; the fuse ends it at its deadline.
-    pub(crate) fn step_as_guardian(&mut self, mut phase: impl FnMut(&str) -> LockPhase) -> bool {
-        let mut is_lost = false;
-        while let Some(news) = self.keepers.hear() {
-            trace!("guardian: the keeper: {news:?}");
-            match news {
-                // If `tf` is dead, terraform is interrupted anyway. If it is suspended, it interrupts terraform when it
-                // goes on, because of a notice of its own keeper. Until then, the record must not say that.
-                News::Report(Report::Notice(notice)) if self.tf == TfState::Dead => {
-                    self.note_notice(notice);
-                }
-                News::Report(Report::Lost(loss)) => {
-                    match self.orders.as_ref().map(|orders| phase(&orders.lock)) {
-                        Some(LockPhase::Held) if loss != Loss::Gone => {
-                            self.cut_off();
-                            is_lost = true;
-                        }
-                        // What follows terraform in its group, such as a wrapper, needs no lock.
-                        Some(LockPhase::Gone) => self.let_go(),
-                        // While `tf` is suspended, it decides that itself when it goes on.
-                        Some(LockPhase::Unlocking { is_end_logged })
-                            if self.tf == TfState::Dead && self.is_unlock_over(Some(&loss), is_end_logged) =>
-                        {
-                            self.let_go();
-                        }
-                        _ => {}
-                    }
-                    self.loss = Some(loss);
-                }
-                News::Report(Report::NoLease(_)) => {
-                    self.keepers.let_go();
-                    self.orders = None;
-                }
-                News::Report(_) | News::Failing(_) => {}
-            }
-        }
-        if self.keepers.is_restart_due() {
-            crash_point::reached("lease: the guardian replaces its keeper");
-            self.start_keeper();
-            crash_point::reached("lease: the guardian replaced its keeper");
-        }
-        is_lost
-    }
-
-    /// Keeps terraform from sending anything more, until it is killed.
-    fn cut_off(&self) {
-        if let Some(group) = self.group {
-            let _ = killpg(group, Signal::SIGSTOP);
-        }
-        self.abort_requests();
-    }
-
-    /// Returns the descriptors that the guardian must keep.
-    pub(crate) fn guardian_descriptors(&self) -> impl Iterator<Item = RawFd> {
-        self.fence.as_ref().map(Fence::guardian_descriptors).into_iter().flatten()
-    }
-
-    /// Makes this the guardian's view of the lease. Call this first in the guardian's process.
-    pub(crate) fn become_guardians(&mut self) {
-        if let Some(fence) = &mut self.fence {
-            fence.become_guardians();
-        }
     }
 
     /// Returns the descriptors that terraform must inherit. Drop them right after terraform was started.
@@ -737,31 +456,6 @@ impl RunLease {
         effects
     }
 
-    /// Notes that the fuse is gone and the kernel has stopped terraform. `effects` are those of the reports from before
-    /// that.
-    fn note_stop(&mut self, effects: &mut Vec<LeaseEffect>) {
-        trace!("the fuse is gone, and terraform is stopped");
-        crash_point::reached("lease: knows of the stop");
-        // Then terraform does not go on, and what has stopped it does not matter.
-        let is_to_be_killed = effects.iter().any(|effect| matches!(effect, LeaseEffect::Kill(_)));
-        self.stopped = Some(Stopped {
-            time: RunningTime::since(boot_clock::now()),
-            is_rearmed: false,
-            can_rearm: true,
-            is_renewed: false,
-            interrupts: 0,
-            look: if is_to_be_killed { Look::Lost } else { Look::Unknown },
-            is_cut: false,
-        });
-        self.reported = None;
-        let cause = stop_cause(self.has_killed_fuse, boot_clock::now(), self.deadline.map(|deadline| deadline.at));
-        self.is_stopped_in_time = cause == StopCause::Deadline && self.loss.is_none();
-        if !is_to_be_killed {
-            effects.push(LeaseEffect::Stopped(cause));
-        }
-        self.keepers.hurry();
-    }
-
     /// Returns the reason why a stopped terraform cannot go on, if it must be reported now.
     fn reason_to_report(&mut self) -> Option<String> {
         let (_, reason) = (self.stopped.as_ref()?, self.reason.as_ref()?);
@@ -777,25 +471,6 @@ impl RunLease {
     /// Returns why the last request of the keeper has failed. `None` if it has not failed.
     pub(crate) fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
-    }
-
-    /// Ends the lease of a lock that terraform has released. If what runs on is stopped, the caller must continue it.
-    fn released(&mut self) -> Option<LeaseEffect> {
-        if self.stopped.is_some() {
-            return Some(LeaseEffect::ContinueWithoutLock);
-        }
-        self.let_go();
-        None
-    }
-
-    /// Continues what is stopped after [`LeaseEffect::ContinueWithoutLock`]. Returns false if nothing is.
-    pub(crate) fn go_on_without_lock(&mut self) -> bool {
-        let is_stopped = self.stopped.is_some();
-        if is_stopped {
-            self.is_stopped_in_time = false;
-            self.let_go();
-        }
-        is_stopped
     }
 
     /// Whether the terraform with the lock has exited.
@@ -951,74 +626,6 @@ impl RunLease {
         self.renew_without_fence()
     }
 
-    /// Kills the fuse, so that terraform stays stopped until the keeper has looked at the lock, which may be lost. If
-    /// that is not possible (there is no fence, or the fuse is not a child of this process), the keeper renews at once,
-    /// and that shows the loss.
-    pub(crate) fn stop_for_look(&mut self) {
-        if self.orders.is_none() || self.is_over {
-            return;
-        }
-        if self.kill_fuse() {
-            trace!("terraform stays stopped until the lock was looked at");
-        } else {
-            self.keepers.hurry();
-        }
-    }
-
-    /// Kills the fuse, if there is one, and notes that it was this process. Returns false if it cannot be killed.
-    fn kill_fuse(&mut self) -> bool {
-        let was_blown = self.is_blown();
-        let is_killed = self.fence.as_ref().is_some_and(Fence::kill_fuse);
-        self.has_killed_fuse |= is_killed && !was_blown;
-        is_killed
-    }
-
-    /// Breaks off what the stopped terraform had sent, if it must not arrive any more.
-    fn abort_requests_if_due(&mut self) {
-        let Some(stopped) = &mut self.stopped else { return };
-        let stopped_for = stopped.time.advance(boot_clock::now());
-        if !stopped.is_cut && are_requests_aborted(self.terms, stopped.look, self.reason.is_some(), stopped_for) {
-            stopped.is_cut = true;
-            self.bar();
-            self.abort_requests();
-        }
-    }
-
-    /// Keeps terraform from opening a connection to its backend until it goes on. If another process continues it, it
-    /// runs until `tf` has stopped it again. That takes about a millisecond, and terraform may need less for a write of
-    /// its state, if its lock is in another service than its state, or the network is back. The connections that it has
-    /// are broken off.
-    ///
-    /// Only `tf` does this, because the guardian does not know when terraform goes on. If `tf` dies before terraform
-    /// goes on, terraform is killed, so it never runs on like this.
-    fn bar(&mut self) {
-        let Some((orders, terraform)) = self.orders.as_ref().zip(self.terraform.as_ref()) else { return };
-        if self.barred.is_none() && !self.is_shim_watched && !terraform.has_exited() {
-            self.barred = Barred::new(Pid::from_raw(orders.terraform));
-            trace!("terraform can open a connection: {}", self.barred.is_none());
-        }
-    }
-
-    /// Undoes [`RunLease::bar`]. Call this before terraform is continued, and before `tf` gives the kill pipe to a new
-    /// fuse: from then on terraform survives the death of `tf`.
-    fn lift_bar(&mut self) {
-        let Some(barred) = self.barred.take() else { return };
-        // The pid of a process that has exited may be that of another one.
-        if !self.is_shim_watched && self.terraform.as_ref().is_some_and(|terraform| !terraform.has_exited()) {
-            barred.lift();
-        }
-    }
-
-    /// Breaks off what terraform had sent to its backend: the kernel sends it again and again, while terraform is
-    /// stopped and even after it was killed. Terraform's core has no other connections. Those of its providers are left
-    /// alone, because not every provider can repeat a request. Terraform itself repeats its requests, if it goes on.
-    fn abort_requests(&self) {
-        if let (Some(orders), Some(terraform)) = (&self.orders, &self.terraform) {
-            let count = connections::abort(Pid::from_raw(orders.terraform), terraform);
-            trace!("{count} connections of terraform were broken off");
-        }
-    }
-
     /// Notes a notice that a keeper has reported, and tells that keeper that terraform is interrupted because of it.
     /// Returns whether it is the first one. Another keeper may report it as well.
     fn note_notice(&mut self, notice: Notice) -> bool {
@@ -1030,97 +637,6 @@ impl RunLease {
             self.has_new_orders = true;
         }
         is_first
-    }
-
-    fn step_while_stopped(&mut self, has_person: bool) -> Vec<LeaseEffect> {
-        let mut effects = Vec::new();
-        loop {
-            let Some(stopped) = &mut self.stopped else { return effects };
-            let stopped_for = stopped.time.advance(boot_clock::now());
-            let run = StoppedRun {
-                is_rearmed: stopped.is_rearmed,
-                can_rearm: stopped.can_rearm,
-                is_renewed: stopped.is_renewed,
-                has_person,
-                interrupts: stopped.interrupts,
-                stopped_for,
-            };
-            let step = next_step(self.terms, stopped.look, run);
-            let fence = self.fence.as_mut();
-            match (step, fence, &mut self.stopped) {
-                (FenceStep::Rearm, Some(fence), Some(stopped)) => match fence.rearm() {
-                    Ok(fuse) => {
-                        trace!("a new fuse holds the stop pipe");
-                        crash_point::reached("lease: has a new fuse");
-                        (stopped.is_rearmed, stopped.is_renewed) = (true, false);
-                        self.fuse_silences = 0;
-                        effects.extend(fuse.map(LeaseEffect::NewHelper));
-                        self.keepers.hurry();
-                    }
-                    Err(error) => {
-                        trace!("no new fuse: {error}");
-                        stopped.can_rearm = false;
-                    }
-                },
-                // The keeper renews by itself.
-                (FenceStep::Renew | FenceStep::LookAgain | FenceStep::Rearm, ..) => return effects,
-                (FenceStep::RenewWithoutFence, ..) => {
-                    effects.extend(self.renew_without_fence().map(LeaseEffect::NewHelper));
-                    return effects;
-                }
-                (FenceStep::Continue, ..) => {
-                    effects.push(LeaseEffect::Continue);
-                    return effects;
-                }
-                (FenceStep::End(reason), ..) => {
-                    effects.push(LeaseEffect::Kill(reason));
-                    return effects;
-                }
-            }
-        }
-    }
-
-    /// Continues terraform after [`LeaseEffect::Continue`]. Returns false if it stays stopped.
-    pub(crate) fn go_on(&mut self, tree: &Tree) -> bool {
-        let Some(stopped) = self.stopped.take() else { return false };
-        (self.is_stopped_in_time, self.has_killed_fuse) = (false, false);
-        self.lift_bar();
-        match &self.fence {
-            Some(fence) if stopped.is_rearmed => {
-                crash_point::reached("lease: may continue");
-                // Without the kill pipe, nothing would kill terraform after the death of `tf` and the fuse.
-                let is_given = fence.give_kill_pipe().is_ok();
-                crash_point::reached("lease: sent the kill pipe");
-                // If the fuse has died meanwhile, its socket keeps the kill pipe until the next fuse is armed. No spare
-                // fuse is forked until then: its copy of the socket would keep the pipe after the death of `tf`.
-                if !is_given || !self.continue_group() {
-                    self.stopped = Some(Stopped { is_rearmed: false, is_renewed: false, is_cut: false, ..stopped });
-                    return false;
-                }
-            }
-            _ => {
-                // The group is continued first. If `tf` died between the two, a group that is stopped would stay so.
-                if let Some(group) = self.group {
-                    let _ = killpg(group, Signal::SIGCONT);
-                }
-                self.take_down();
-            }
-        }
-        trace!("the lease is renewed, and terraform goes on");
-        crash_point::reached("lease: has continued");
-        self.fork_spare().into_iter().for_each(|pid| tree.exclude(pid));
-        crash_point::reached("lease: has a new spare fuse");
-        true
-    }
-
-    /// Forks the spare of the fuse that is in use now. Terraform goes on meanwhile, so the short time in which the
-    /// forked process holds a write end can only delay a stop, and only if the fuse dies in it.
-    fn fork_spare(&mut self) -> Option<Pid> {
-        if self.stopped.is_some() {
-            return None;
-        }
-        let spare = self.fence.as_mut()?.fork_spare(Parent::Us);
-        spare.inspect_err(|error| trace!("no spare fuse: {error}")).ok().flatten()
     }
 
     /// Replaces the keeper by one whose records promise no fence. Returns the pid of the new one.
@@ -1148,130 +664,6 @@ impl RunLease {
         }
         if let Some(mut fence) = self.fence.take() {
             self.ending_fuses = fence.end(self.group, || {});
-        }
-    }
-
-    /// Continues terraform's group, unless the kernel has stopped it and its lock was not looked at since. Every
-    /// SIGCONT of `tf` to that group goes through here, because a SIGCONT discards a pending stop. Returns whether it was
-    /// continued.
-    pub(crate) fn continue_group(&self) -> bool {
-        let Some(group) = self.group.filter(|_| self.stopped.is_none()) else { return false };
-        fence::continue_group(self.fence.as_ref(), group)
-    }
-
-    /// Notes a ^C. If terraform is stopped, returns how often a person has pressed it since the stop. `None` if it is
-    /// not stopped.
-    pub(crate) fn note_key(&mut self) -> Option<u8> {
-        let stopped = self.stopped.as_mut()?;
-        stopped.interrupts = stopped.interrupts.saturating_add(1);
-        Some(stopped.interrupts)
-    }
-
-    /// Ends the renewals, because terraform has ended. The keeper has ended when this returns, so that no renewal comes
-    /// between a read and a delete of the lock. The fence stays: a process that terraform has started may still work.
-    pub(crate) fn end_renewals(&mut self) {
-        self.was_stopped_at_end = self.has_stopped();
-        self.keepers.let_go();
-        crash_point::reached("lease: told the keeper");
-        self.keepers.end();
-        crash_point::reached("lease: ended the renewals");
-    }
-
-    /// Ends the lease ([`Self::end`]) if its fence ends at this point of the cleanup.
-    pub(crate) fn end_at(&mut self, point: CleanupPoint, ended: Option<Ended>, tree: &Tree) {
-        if ends_at(point) {
-            self.end(ended, tree);
-        }
-    }
-
-    /// Ends the lease, because terraform has ended and no process that it has started needs the fence. `ended` is how it
-    /// ended, `None` if that is unknown. A second call does nothing.
-    ///
-    /// If terraform died while it was stopped for its lease, or if the fence has stopped its group after its death,
-    /// another run may have its lock by now, and the processes that terraform has started must not run again. But the
-    /// end of the fence continues the group, for a process that terraform has started on purpose. So this kills them
-    /// before that. A terraform that exited by itself was not stopped then.
-    fn end(&mut self, ended: Option<Ended>, tree: &Tree) {
-        let has_died = !matches!(ended, Some(Ended::Exited(_)));
-        if has_died && std::mem::take(&mut self.was_stopped_at_end) {
-            tree.kill_rest();
-        }
-        crash_point::reached("lease: ends");
-        self.let_go_after(|| {
-            if has_died {
-                tree.kill_rest();
-            }
-        });
-        self.keepers.end();
-        self.ending_fuses.wait();
-        crash_point::reached("lease: ended");
-    }
-
-    /// Ends the lease, because its lock is gone or never had a lease. Does not wait for the keeper and the fuses,
-    /// because the caller has to handle signals. A late renewal fails, because its lock is gone.
-    fn let_go(&mut self) {
-        self.let_go_after(|| {});
-    }
-
-    /// As [`Self::let_go`]. Calls `before_continuing` before a group that the fence has stopped is continued.
-    fn let_go_after(&mut self, before_continuing: impl FnOnce()) {
-        self.keepers.let_go();
-        crash_point::reached("lease: told the keeper");
-        // The guardian must not renew it either.
-        self.has_new_orders |= self.orders.is_some() && !self.is_over;
-        (self.stopped, self.is_over) = (None, true);
-        self.lift_bar();
-        if let Some(mut fence) = self.fence.take() {
-            self.ending_fuses = fence.end(self.group, before_continuing);
-        }
-    }
-
-    /// Withdraws the promise if the lock of the lease is one of `kept`, the locks that the cleanup keeps on purpose
-    /// ([`Self::withdraw`]). If that fails, `journal` remembers these locks, because a later run on this host knows
-    /// better than the lease.
-    pub(crate) fn withdraw_or_remember(
-        &mut self,
-        kept: &[String],
-        journal: Option<&Journal>,
-        waiter: &mut Waiter<'_>,
-    ) -> Withdrawal {
-        let withdrawal = self.withdraw(|id| kept.iter().any(|kept| kept == id), waiter);
-        if withdrawal == Withdrawal::Failed
-            && let Some(journal) = journal
-        {
-            for id in kept {
-                journal.kept_locks().add(id);
-            }
-        }
-        withdrawal
-    }
-
-    /// Withdraws the promise of the lock of the lease if the run has ended and the lock stays on purpose. Otherwise its
-    /// lease would lapse, and another host would take the lock without asking. The lease of a lock that only could not
-    /// be released may lapse: its run is dead. Call this after the cleanup. `stays` says whether the lock with an ID
-    /// was kept on purpose. A SIGINT ends the wait for it.
-    fn withdraw(&mut self, stays: impl Fn(&str) -> bool, waiter: &mut Waiter<'_>) -> Withdrawal {
-        // Even if no keeper has reported a renewal: the report may not have been read before terraform ended.
-        let is_promised = |orders: &Orders| orders.may_promise || orders.fence == Promise::Stop;
-        let handle = self.ensure_handle();
-        let Some(mut orders) = self.orders.take().filter(is_promised) else { return Withdrawal::Done };
-        if !stays(&orders.lock) {
-            return Withdrawal::NoLock;
-        }
-        let (Ok(()), Some(terraform)) = (handle, &self.terraform) else { return Withdrawal::Failed };
-        (orders.fence, orders.withdraws) = (Promise::None, true);
-        match Keeper::start(&orders, &Inherited { fence: None, terraform: terraform.as_fd(), kill_write_end: None }) {
-            Ok(keeper) => {
-                trace!("the promise of the lease is being withdrawn");
-                crash_point::reached("lease: withdraws");
-                let withdrawal = keeper.withdrawal(waiter);
-                crash_point::reached("lease: withdrawn");
-                withdrawal
-            }
-            Err(error) => {
-                trace!("no keeper: {error}");
-                Withdrawal::Failed
-            }
         }
     }
 }
@@ -1312,48 +704,16 @@ fn wall_time(at: Duration) -> Timestamp {
     saturating_add(Timestamp::now(), signed(at).saturating_sub(signed(boot_clock::now())))
 }
 
-/// Returns the obstacle if the handle of the terraform with the lock cannot be opened. A terraform that has just ended
-/// is looked for again, and a descriptor may be free later.
-fn unwatchable(error: &io::Error) -> LeaseObstacle {
-    match error.raw_os_error() {
-        Some(libc::ESRCH) => LeaseObstacle::NoHolder,
-        Some(libc::EMFILE | libc::ENFILE) => LeaseObstacle::NoDescriptor,
-        _ => LeaseObstacle::Unwatchable(error.to_string()),
-    }
-}
-
-/// Returns the obstacle if terraform holds a lock of the S3 backend that the log does not name. `None` if it holds
-/// none.
-fn unnamed_obstacle(log: &Log, candidates: impl FnOnce() -> CandidateBackends) -> Option<LeaseObstacle> {
-    let is_in_use = |lock: &&UnnamedLock| lock.progress.held.is_some() && lock.progress.is_before_unlock();
-    let lock = log.unreleased_unnamed().find(is_in_use)?;
-    let mut places = candidates().of_unnamed(lock);
-    // The local backend's records are the same for every backend, and also if nothing is locked.
-    places.retain(|place| place.table.is_some() || place.lock_file);
-    let is_of_workspace = lock.is_of_workspace();
-    if is_of_workspace && places.is_empty() {
-        return None;
-    }
-    // With a table, the log names the lock when terraform requests the item, after the object.
-    let is_final = is_of_workspace || places.iter().all(|place| place.table.is_none());
-    Some(LeaseObstacle::Unnamed { program: log.program.as_ref().map(ToString::to_string), is_final })
-}
-
-/// Returns a lock that terraform holds, by its log, other than the lock with the ID `leased`. `None` if there is none.
-fn lock_besides<'a>(log: &'a Log, leased: &str) -> Option<&'a RecordedLock> {
-    log.unreleased().find(|lock| lock.is_in_use() && lock.id != leased)
-}
-
 #[cfg(test)]
 mod tests {
     use jiff::SignedDuration;
+    use nix::sys::signal::Signal;
 
     use super::*;
-    use crate::terraform::log::other_versions::tofu_life;
-    use crate::terraform::log::tests::{ID, lock_line};
+    use crate::terraform::log::tests::ID;
 
     /// Returns the lease of a run whose terraform the kernel has stopped, and for which no new fuse can be made.
-    fn lease_of_a_stopped_run() -> RunLease {
+    pub(super) fn lease_of_a_stopped_run() -> RunLease {
         let terms = Terms::new(Duration::from_mins(1)).unwrap();
         let mut lease = RunLease::new(terms, Holder::default(), Promise::None, None);
         lease.orders = Some(Orders {
@@ -1547,114 +907,6 @@ mod tests {
             assert!(lease.orders().is_some() && !lease.has_new_orders());
             ends(&mut lease);
             assert!(lease.orders().is_none() && lease.has_new_orders() && !lease.has_new_orders());
-        }
-    }
-
-    /// Returns the backends of a run whose S3 backend, at the place of [`tofu_life`], has these settings.
-    fn candidates(settings: &str) -> CandidateBackends {
-        let json = format!(
-            r#"{{"version":3,"backend":{{"type":"s3","config":{{"bucket":"bkt","key":"dir/prod.tfstate"{settings}}}}}}}"#
-        );
-        let backend = crate::terraform::backend::CachedBackend::parse(json.as_bytes());
-        CandidateBackends {
-            directories: vec![crate::terraform::data_directory::DataDirectory {
-                backend,
-                workspace: "default".to_owned(),
-            }],
-            workspaces: vec!["default".to_owned()],
-            any_workspace: false,
-            data_directory: "/x/.terraform".to_owned(),
-            working_directory: "/x".into(),
-        }
-    }
-
-    #[test]
-    fn a_lock_that_the_log_does_not_name_has_no_lease_unless_the_log_may_name_it_later() {
-        let (table, file) = (r#","dynamodb_table":"locks""#, r#","use_lockfile":true"#);
-        let both = format!("{table}{file}");
-        let read = |lines: &[String]| {
-            let mut log = Log::default();
-            log.read(lines.concat().as_bytes());
-            log
-        };
-        let life = tofu_life(true);
-        let program = Some("OpenTofu 1.11.5".to_owned());
-        let unnamed = |is_final| Some(LeaseObstacle::Unnamed { program: program.clone(), is_final });
-        for (steps, settings, expected) in [
-            // The object was requested, and then put.
-            (2, file, None),
-            (3, file, unnamed(true)),
-            (3, &both, unnamed(false)),
-            // The request for the item names both parts.
-            (4, &both, None),
-        ] {
-            let seen = unnamed_obstacle(&read(&life[..steps]), || candidates(settings));
-            assert_eq!(seen, expected, "{steps} {settings}");
-        }
-        let of_workspace: Vec<String> = [
-            "[INFO]  OpenTofu version: 1.6.2",
-            "[TRACE] backend/local: requesting state lock for workspace \"default\"",
-            "[TRACE] backend/local: reading remote state for workspace \"default\"",
-        ]
-        .map(|line| format!("2026-11-23T01:46:07.000Z {line}\n"))
-        .into();
-        let program = Some("OpenTofu 1.6.2".to_owned());
-        let held = Some(LeaseObstacle::Unnamed { program, is_final: true });
-        for (steps, settings, expected) in [(2, table, None), (3, table, held.clone()), (3, file, held), (3, "", None)]
-        {
-            let seen = unnamed_obstacle(&read(&of_workspace[..steps]), || candidates(settings));
-            assert_eq!(seen, expected, "{steps} {settings}");
-        }
-    }
-
-    #[test]
-    fn that_a_run_has_no_lease_is_said_once_and_each_lock_has_its_own_time() {
-        let mut lease = lease_of_a_stopped_run();
-        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
-        let since = |lease: &RunLease| lease.blocked.as_ref().unwrap().since;
-        let first = since(&lease);
-        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
-        assert_eq!(since(&lease), first);
-        while boot_clock::now() == first {}
-        assert_eq!(lease.is_blocked(Some("b"), LeaseObstacle::NoHolder), Followed::Nothing);
-        assert!(since(&lease) > first);
-        lease.blocked.as_mut().unwrap().since = Duration::ZERO;
-        let Followed::NoLease(reason) = lease.is_blocked(Some("b"), LeaseObstacle::NoHolder) else { panic!() };
-        assert_eq!(reason, LeaseObstacle::NoHolder.to_string());
-        assert!(lease.is_over);
-        // The next call of `follow` does nothing, whatever the log shows.
-        let candidates = || unreachable!("nothing is looked for");
-        let tree = Tree::new("run").unwrap().0;
-        assert_eq!(lease.follow(&Log::default(), candidates, &tree), Followed::Nothing);
-    }
-
-    #[test]
-    fn a_terraform_that_has_just_ended_is_looked_for_again() {
-        assert_eq!(unwatchable(&io::Error::from_raw_os_error(libc::ESRCH)), LeaseObstacle::NoHolder);
-        for error in [libc::EMFILE, libc::ENFILE] {
-            assert_eq!(unwatchable(&io::Error::from_raw_os_error(error)), LeaseObstacle::NoDescriptor);
-        }
-        for error in [libc::ENOSYS, libc::EPERM] {
-            let error = io::Error::from_raw_os_error(error);
-            assert_eq!(unwatchable(&error), LeaseObstacle::Unwatchable(error.to_string()));
-        }
-    }
-
-    #[test]
-    fn only_a_lock_that_is_held_beside_the_one_with_the_lease_has_none() {
-        const OTHER: &str = "0f0e0d0c-0000-4000-8000-000000000001";
-        const REQUESTED: &str = "Attempting to lock remote state (DynamoDB only)...";
-        let mut log = Log::default();
-        for (second, message, id, expected) in [
-            (1, REQUESTED, ID, None),
-            (2, "Locked remote state (DynamoDB only)", ID, None),
-            (3, REQUESTED, OTHER, None),
-            (4, "Locked remote state (DynamoDB only)", OTHER, Some(OTHER)),
-            (5, "Attempting to unlock remote state (DynamoDB only)...", OTHER, None),
-            (6, "Unlocked remote state (DynamoDB only)", OTHER, None),
-        ] {
-            log.read(lock_line(second, message, id, id).as_bytes());
-            assert_eq!(lock_besides(&log, ID).map(|lock| lock.id.as_str()), expected, "{second}");
         }
     }
 }
