@@ -453,7 +453,7 @@ pub(crate) async fn identify_unnamed_lock(
     loop {
         let found =
             within(remaining(limit, begun), "AWS", look_for(unnamed, location, &release_context.run, died)).await;
-        if search.is_over(&found, begun.elapsed()) {
+        if search.note_result(&found, begun.elapsed()) {
             return found;
         }
         if let Err(failure) = found {
@@ -485,9 +485,9 @@ impl Search {
         Self { was_held, died, late, limit, is_absent: !was_held }
     }
 
-    /// Whether `found`, the result of the latest search, is the result of all searches. `elapsed` is the time since the
+    /// Notes `found`, the result of the latest search, and returns whether it is the result of all searches. `elapsed` is the time since the
     /// first search began.
-    fn is_over(&mut self, found: &Result<IdentifiedLock, Failure>, elapsed: Duration) -> bool {
+    fn note_result(&mut self, found: &Result<IdentifiedLock, Failure>, elapsed: Duration) -> bool {
         match found {
             Ok(IdentifiedLock::None) => std::mem::replace(&mut self.is_absent, true) && elapsed >= self.late,
             Ok(IdentifiedLock::Ours(_) | IdentifiedLock::Possible(..)) => true,
@@ -1166,9 +1166,9 @@ mod tests {
             (false, true, false, false),
         ] {
             let mut search = search(was_held, [may_land, true]);
-            assert_eq!(search.is_over(&none, seconds(1)), first, "{was_held} {may_land}");
-            assert_eq!(search.is_over(&none, seconds(4)), later, "{was_held} {may_land}");
-            assert!(search.is_over(&none, seconds(5)), "{was_held} {may_land}");
+            assert_eq!(search.note_result(&none, seconds(1)), first, "{was_held} {may_land}");
+            assert_eq!(search.note_result(&none, seconds(4)), later, "{was_held} {may_land}");
+            assert!(search.note_result(&none, seconds(5)), "{was_held} {may_land}");
         }
     }
 
@@ -1178,14 +1178,14 @@ mod tests {
         let (excluding, others, passing) = failures();
         for died in [false, true] {
             for failure in excluding.iter().chain(&others) {
-                assert!(search(true, [false, died]).is_over(&Err(failure.clone()), seconds(0)));
+                assert!(search(true, [false, died]).note_result(&Err(failure.clone()), seconds(0)));
             }
             for failure in &passing {
                 let mut search = search(true, [false, died]);
-                assert!(!search.is_over(&none, seconds(1)));
-                assert_eq!(search.is_over(&Err(failure.clone()), seconds(2)), !died, "{failure}");
-                assert_eq!(search.is_over(&none, seconds(3)), !died, "{failure}: two in a row");
-                assert!(search.is_over(&Err(failure.clone()), seconds(20)), "{failure}");
+                assert!(!search.note_result(&none, seconds(1)));
+                assert_eq!(search.note_result(&Err(failure.clone()), seconds(2)), !died, "{failure}");
+                assert_eq!(search.note_result(&none, seconds(3)), !died, "{failure}: two in a row");
+                assert!(search.note_result(&Err(failure.clone()), seconds(20)), "{failure}");
             }
         }
     }
@@ -1208,7 +1208,7 @@ mod tests {
         let lock = identified(&of_object(Phase::Writing), &info("root@vm", MOMENT), &location);
         assert_eq!((lock.parts, lock.progress.held), (LockParts { s3: false, dynamodb: true }, None));
         for found in [IdentifiedLock::Ours(Box::new(lock)), IdentifiedLock::Possible(Box::new(info("", "")), "x")] {
-            assert!(search(true, [true, true]).is_over(&Ok(found), Duration::ZERO));
+            assert!(search(true, [true, true]).note_result(&Ok(found), Duration::ZERO));
         }
         // The log of a local backend does not show the end of anything.
         for phase in [Phase::Open, Phase::Writing, Phase::Unlocking] {

@@ -149,7 +149,7 @@ impl Supervision<'_> {
             }
             self.handle_group_signals();
             if let Some(ended) = wait::ended(self.terraform)
-                && !self.is_outlived(ended)
+                && !self.keeps_waiting_behind_shim(ended)
             {
                 trace!("terraform ended: {ended:?}");
                 return ended;
@@ -217,7 +217,7 @@ impl Supervision<'_> {
     ///
     /// If a signal killed the shim and the run was not interrupted before, terraform gets the one interrupt of a first
     /// stop.
-    fn is_outlived(&mut self, ended: Ended) -> bool {
+    fn keeps_waiting_behind_shim(&mut self, ended: Ended) -> bool {
         if !self.tree.is_behind_a_shim() {
             return false;
         }
@@ -268,7 +268,7 @@ impl Supervision<'_> {
         if has_guardian_message {
             self.hear_guardian();
         }
-        if self.run_record.late_stop.must_continue() && self.lease.is_some() {
+        if self.run_record.late_stop.take_continue() && self.lease.is_some() {
             self.continue_group();
         }
     }
@@ -447,9 +447,9 @@ impl Supervision<'_> {
     /// happened to the lease meanwhile. Returns true after this process was continued, and false if the kernel
     /// discarded the stop.
     fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
-        self.run_record.stands_still(true, self.recorder);
+        self.run_record.report_suspension(true, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
-        self.run_record.stands_still(false, self.recorder);
+        self.run_record.report_suspension(false, self.recorder);
         // The caller continues terraform. If the lock was lost meanwhile, terraform must stay stopped.
         self.hear_guardian();
         self.step_lease();
@@ -574,7 +574,7 @@ impl Supervision<'_> {
             }
         }
         if let Some(lease) = &mut self.lease
-            && lease.has_new_orders()
+            && lease.take_new_orders()
         {
             self.run_record.tell_lease(lease.orders(), self.recorder);
         }

@@ -83,9 +83,9 @@ impl LateStop {
         self.asked_at = now;
     }
 
-    /// Whether a suspension (`still` is true) or its end is sent to the guardian. [`MAX_UNANSWERED`] of them may wait for
+    /// Notes a suspension (`still` is true) or its end, and returns whether it is sent to the guardian. [`MAX_UNANSWERED`] of them may wait for
     /// an answer. The end of a suspension is sent if the suspension was.
-    fn has_room(&mut self, still: bool) -> bool {
+    fn note_suspension(&mut self, still: bool) -> bool {
         if still {
             self.is_suspension_sent = self.unanswered < MAX_UNANSWERED;
         }
@@ -121,7 +121,7 @@ impl LateStop {
     }
 
     /// Whether the group must be continued now. True once after each answer.
-    pub(crate) fn must_continue(&mut self) -> bool {
+    pub(crate) fn take_continue(&mut self) -> bool {
         std::mem::take(&mut self.must_continue)
     }
 }
@@ -214,15 +214,15 @@ impl RunRecord {
 
     /// Reports to the guardian that `tf` is about to stop itself (`still` is true), or was continued (`still` is
     /// false).
-    pub(crate) fn stands_still(&mut self, still: bool, recorder: &Recorder) {
+    pub(crate) fn report_suspension(&mut self, still: bool, recorder: &Recorder) {
         let Some(guardian) = &mut self.guardian else { return };
-        if !self.late_stop.has_room(still) {
+        if !self.late_stop.note_suspension(still) {
             return;
         }
         if !still {
             self.late_stop.asked(boot_clock::now());
         }
-        if guardian.stands_still(still).is_err() {
+        if guardian.report_suspension(still).is_err() {
             self.guardian_is_gone(recorder);
         }
     }
@@ -315,28 +315,28 @@ mod tests {
         let [asked, late] = [7, 12].map(Duration::from_secs);
         let soon = asked + Duration::from_millis(4999);
         let mut late_stop = LateStop::default();
-        assert!(!late_stop.is_possible(soon) && !late_stop.must_continue());
+        assert!(!late_stop.is_possible(soon) && !late_stop.take_continue());
         // An answer to nothing, as without a lease.
         late_stop.answered();
-        assert!(!late_stop.must_continue());
+        assert!(!late_stop.take_continue());
         for end in [LateStop::answered, LateStop::gone] {
             late_stop.asked(asked);
             late_stop.asked(asked);
             late_stop.answered();
             assert!(late_stop.is_possible(soon) && !late_stop.is_possible(late));
-            assert!(late_stop.must_continue() && !late_stop.must_continue());
+            assert!(late_stop.take_continue() && !late_stop.take_continue());
             end(&mut late_stop);
-            assert!(!late_stop.is_possible(soon) && late_stop.must_continue() && !late_stop.must_continue());
+            assert!(!late_stop.is_possible(soon) && late_stop.take_continue() && !late_stop.take_continue());
         }
         late_stop.asked(asked);
         late_stop.asked(asked);
         late_stop.gone();
-        assert!(!late_stop.is_possible(soon) && late_stop.must_continue());
+        assert!(!late_stop.is_possible(soon) && late_stop.take_continue());
         // Somebody else has stopped the group, which is noted just after the answer.
         late_stop.asked(asked);
         late_stop.answered();
         late_stop.keep_stopped();
-        assert!(!late_stop.must_continue());
+        assert!(!late_stop.take_continue());
         // Somebody else has stopped the group, and it was not continued since.
         for end in [LateStop::answered, LateStop::gone] {
             for is_continued in [false, true] {
@@ -348,7 +348,7 @@ mod tests {
                 }
                 assert_eq!(late_stop.is_possible(soon), is_continued);
                 end(&mut late_stop);
-                assert_eq!(late_stop.must_continue(), is_continued);
+                assert_eq!(late_stop.take_continue(), is_continued);
             }
         }
     }
@@ -360,7 +360,7 @@ mod tests {
         let mut sent = 0;
         for _ in 0..100 {
             for still in [true, false] {
-                if late_stop.has_room(still) {
+                if late_stop.note_suspension(still) {
                     sent += 1;
                     if !still {
                         late_stop.asked(Duration::ZERO);
@@ -370,7 +370,7 @@ mod tests {
         }
         assert_eq!(sent, 2 * MAX_UNANSWERED);
         late_stop.answered();
-        assert!(late_stop.has_room(true) && late_stop.has_room(false));
+        assert!(late_stop.note_suspension(true) && late_stop.note_suspension(false));
     }
 
     #[test]

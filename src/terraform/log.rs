@@ -586,12 +586,12 @@ impl Log {
                     lock.progress_mut().grant(time);
                 }
             }
-            "DeleteObject" => self.is_gone(&about, Part::Object),
-            _ => self.is_gone(&about, Part::Item),
+            "DeleteObject" => self.note_deleted(&about, Part::Object),
+            _ => self.note_deleted(&about, Part::Item),
         }
     }
 
-    fn is_gone(&mut self, path: &str, part: Part) {
+    fn note_deleted(&mut self, path: &str, part: Part) {
         for lock in self.locks.iter_mut().filter(|lock| lock.is_at(path)) {
             match lock {
                 LoggedLock::Named(lock) if lock.progress.is_before_unlock() => {}

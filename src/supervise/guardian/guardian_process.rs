@@ -221,7 +221,7 @@ impl<'a> GuardianProcess<'a> {
             // When the run is over, earlier messages do not matter any more. A run may be over before its guardian has
             // read the first message, and `tf` waits for the guardian's exit.
             if messages.iter().any(|(kind, _)| *kind == OVER) {
-                self.hand_lease_back();
+                self.leave_lease_to_tf();
                 return ParentExit::Clean;
             }
             messages.extend(events);
@@ -244,7 +244,7 @@ impl<'a> GuardianProcess<'a> {
     /// So the guardian has one of its own meanwhile. The service orders the renewals of the two.
     fn step_lease_while_still(&mut self) {
         if !self.still {
-            self.hand_lease_back();
+            self.leave_lease_to_tf();
             return;
         }
         let Some(lease) = &mut self.context.lease else { return };
@@ -252,7 +252,7 @@ impl<'a> GuardianProcess<'a> {
         if let (false, Some(orders), Some(_)) = (self.has_lease, &self.orders, &self.terraform) {
             trace!("guardian: tf is suspended, and the guardian renews the lease, too");
             self.has_lease = true;
-            lease.take_over(TfState::Suspended, Some(orders.clone()), self.context.tree);
+            lease.renew_as_guardian(TfState::Suspended, Some(orders.clone()), self.context.tree);
         }
         // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the
         // loss yet.
@@ -266,11 +266,11 @@ impl<'a> GuardianProcess<'a> {
     }
 
     /// Ends the guardian's own keeper, if it has one.
-    fn hand_lease_back(&mut self) {
+    fn leave_lease_to_tf(&mut self) {
         if let Some(lease) = self.context.lease.as_mut().filter(|_| std::mem::take(&mut self.has_lease)) {
             trace!("guardian: tf goes on, and renews the lease");
             self.has_told_loss = false;
-            lease.hand_back();
+            lease.end_as_guardian();
         }
     }
 
@@ -528,7 +528,7 @@ impl<'a> GuardianProcess<'a> {
     /// lasts.
     fn take_over_lease(&mut self) {
         let Some(lease) = &mut self.context.lease else { return };
-        lease.take_over(TfState::Dead, self.orders.take(), self.context.tree);
+        lease.renew_as_guardian(TfState::Dead, self.orders.take(), self.context.tree);
     }
 
     /// Sends the one interrupt of a first stop to every process to which `tf` would have sent it.

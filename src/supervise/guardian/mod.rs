@@ -78,7 +78,7 @@ pub(crate) enum Heard {
     CannotWrite,
     /// A service manager has sent SIGTERM to every process of the unit, including terraform.
     UnitIsStopped,
-    /// The guardian has read that `tf` was continued ([`Guardian::stands_still`]), so it does not stop terraform's
+    /// The guardian has read that `tf` was continued ([`Guardian::report_suspension`]), so it does not stop terraform's
     /// group for the lease any more.
     StopsNoMore,
     /// The guardian's own keeper has found that another run holds the lock, or has claimed it. It is reported once
@@ -150,7 +150,7 @@ impl Guardian {
     ///
     /// # Errors
     /// Fails if the guardian is gone.
-    pub(crate) fn stands_still(&mut self, still: bool) -> io::Result<()> {
+    pub(crate) fn report_suspension(&mut self, still: bool) -> io::Result<()> {
         self.events.send(STILL, &[u8::from(still)])
     }
 

@@ -41,17 +41,17 @@ impl RunLease {
         }
         let Some(lock) = log.unreleased().find(|lock| lock.is_in_use()) else {
             return unnamed_obstacle(log, candidates)
-                .map_or(Followed::Nothing, |obstacle| self.is_blocked(None, obstacle));
+                .map_or(Followed::Nothing, |obstacle| self.note_obstacle(None, obstacle));
         };
         match self.begin(lock, &candidates(), tree) {
             Ok(()) => Followed::Begun,
-            Err(obstacle) => self.is_blocked(Some(&lock.id), obstacle),
+            Err(obstacle) => self.note_obstacle(Some(&lock.id), obstacle),
         }
     }
 
     /// Notes that a lock has no lease because of `obstacle`, and gives up in the end. `lock` is its ID, or `None` if
     /// the log does not name it.
-    pub(super) fn is_blocked(&mut self, lock: Option<&str>, obstacle: LeaseObstacle) -> Followed {
+    pub(super) fn note_obstacle(&mut self, lock: Option<&str>, obstacle: LeaseObstacle) -> Followed {
         let now = boot_clock::now();
         let is_same = |blocked: &Blocked| blocked.lock.as_deref() == lock && blocked.obstacle == obstacle;
         let since = self.blocked.take().filter(is_same).map_or(now, |blocked| blocked.since);
@@ -264,16 +264,16 @@ mod tests {
     #[test]
     fn that_a_run_has_no_lease_is_said_once_and_each_lock_has_its_own_time() {
         let mut lease = lease_of_a_stopped_run();
-        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.note_obstacle(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
         let since = |lease: &RunLease| lease.blocked.as_ref().unwrap().since;
         let first = since(&lease);
-        assert_eq!(lease.is_blocked(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.note_obstacle(Some("a"), LeaseObstacle::NoHolder), Followed::Nothing);
         assert_eq!(since(&lease), first);
         while boot_clock::now() == first {}
-        assert_eq!(lease.is_blocked(Some("b"), LeaseObstacle::NoHolder), Followed::Nothing);
+        assert_eq!(lease.note_obstacle(Some("b"), LeaseObstacle::NoHolder), Followed::Nothing);
         assert!(since(&lease) > first);
         lease.blocked.as_mut().unwrap().since = Duration::ZERO;
-        let Followed::NoLease(reason) = lease.is_blocked(Some("b"), LeaseObstacle::NoHolder) else { panic!() };
+        let Followed::NoLease(reason) = lease.note_obstacle(Some("b"), LeaseObstacle::NoHolder) else { panic!() };
         assert_eq!(reason, LeaseObstacle::NoHolder.to_string());
         assert!(lease.is_over);
         // The next call of `follow` does nothing, whatever the log shows.

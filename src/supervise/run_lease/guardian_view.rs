@@ -28,7 +28,7 @@ impl RunLease {
     }
 
     /// Starts a keeper with the orders of `tf`, which is dead or suspended. Only the guardian calls this.
-    pub(crate) fn take_over(&mut self, tf: TfState, orders: Option<Orders>, tree: &Tree) {
+    pub(crate) fn renew_as_guardian(&mut self, tf: TfState, orders: Option<Orders>, tree: &Tree) {
         self.tf = tf;
         // A pid alone could be that of a later process.
         let terraform = orders.as_ref().map(|orders| Pid::from_raw(orders.terraform));
@@ -47,8 +47,8 @@ impl RunLease {
         crash_point::reached("lease: the guardian started a keeper");
     }
 
-    /// Lets go of the keeper of [`RunLease::take_over`], because `tf` has gone on. Only the guardian calls this.
-    pub(crate) fn hand_back(&mut self) {
+    /// Lets go of the keeper of [`RunLease::renew_as_guardian`], because `tf` has gone on. Only the guardian calls this.
+    pub(crate) fn end_as_guardian(&mut self) {
         self.keepers.let_go();
         (self.orders, self.terraform, self.loss, self.reads_in_unlock) = (None, None, None, 0);
     }
@@ -59,7 +59,7 @@ impl RunLease {
         is_anothers && self.orders.as_ref().is_some_and(|orders| phase(&orders.lock) == LockPhase::Held)
     }
 
-    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::take_over`].
+    /// Replaces a keeper that has died or does not answer. Only the guardian calls this, after [`RunLease::renew_as_guardian`].
     /// `phase` as in [`RunLease::step`]. Returns whether the lock is lost and terraform must be killed: it writes its
     /// state even after an interrupt. Until then, it is stopped. A lock that is only gone does not kill it, as under
     /// [`RunLease::step`]; the fuse ends it at its deadline.
@@ -83,7 +83,7 @@ impl RunLease {
                         Some(LockPhase::Gone) => self.let_go(),
                         // While `tf` is suspended, it decides that itself when it goes on.
                         Some(LockPhase::Unlocking { is_end_logged })
-                            if self.tf == TfState::Dead && self.is_unlock_over(Some(&loss), is_end_logged) =>
+                            if self.tf == TfState::Dead && self.count_read_in_unlock(Some(&loss), is_end_logged) =>
                         {
                             self.let_go();
                         }

@@ -313,8 +313,8 @@ impl RunLease {
         self.is_lost_in_unlock
     }
 
-    /// Whether [`RunLease::orders`] have changed since the last call.
-    pub(crate) fn has_new_orders(&mut self) -> bool {
+    /// Returns whether [`RunLease::orders`] have changed since the last call.
+    pub(crate) fn take_new_orders(&mut self) -> bool {
         std::mem::take(&mut self.has_new_orders)
     }
 
@@ -480,7 +480,7 @@ impl RunLease {
 
     /// Counts a read that shows the `loss` of a lock that terraform has begun to release, and returns whether the
     /// unlock is over. If one more read decides that, it comes at once: in an outage, the fuse might stop what runs on.
-    fn is_unlock_over(&mut self, loss: Option<&Loss>, is_end_logged: bool) -> bool {
+    fn count_read_in_unlock(&mut self, loss: Option<&Loss>, is_end_logged: bool) -> bool {
         // A claimed lock is still there, so the request that deletes it may be on its way.
         if matches!(loss, Some(Loss::Claimed(_))) {
             self.reads_in_unlock = 0;
@@ -514,7 +514,7 @@ impl RunLease {
             // the log shows that by now. Then the lock of another run may be there as well.
             match phase(&orders.lock) {
                 LockPhase::Gone => return self.released(),
-                LockPhase::Unlocking { is_end_logged } if self.is_unlock_over(report.loss(), is_end_logged) => {
+                LockPhase::Unlocking { is_end_logged } if self.count_read_in_unlock(report.loss(), is_end_logged) => {
                     trace!("the unlock is over, although the log does not show its end");
                     return self.released();
                 }
@@ -904,9 +904,9 @@ mod tests {
         ];
         for ends in reports {
             let mut lease = lease_of_a_stopped_run();
-            assert!(lease.orders().is_some() && !lease.has_new_orders());
+            assert!(lease.orders().is_some() && !lease.take_new_orders());
             ends(&mut lease);
-            assert!(lease.orders().is_none() && lease.has_new_orders() && !lease.has_new_orders());
+            assert!(lease.orders().is_none() && lease.take_new_orders() && !lease.take_new_orders());
         }
     }
 }
