@@ -132,6 +132,74 @@ pub(crate) fn unlock_step(seen: LostInUnlock) -> UnlockStep {
     }
 }
 
+/// How far terraform is with a lock that was found lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PhaseAtLoss {
+    /// Terraform has not begun to release it.
+    Held,
+    /// Terraform has begun to release it, and the request may still be on its way ([`unlock_step`]).
+    Unlocking,
+    /// Terraform has released it.
+    Released,
+}
+
+/// What is known when a keeper of `tf` has found that the lock is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FoundLoss {
+    pub(crate) phase: PhaseAtLoss,
+    /// Whether nothing is stored where the lock was. If not, another run holds or claims it.
+    pub(crate) is_gone: bool,
+    /// Whether terraform is stopped for its lease.
+    pub(crate) is_stopped: bool,
+    /// Whether the terraform with the lock has exited. What follows it needs no lock.
+    pub(crate) has_exited: bool,
+    /// Whether this is a look at the lock of a stopped terraform. [`next_step`] decides what follows from it.
+    pub(crate) is_look: bool,
+}
+
+/// What follows from a [`FoundLoss`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LossStep {
+    /// Terraform itself has released its lock. The lease is over.
+    Release,
+    /// Nothing. Terraform is releasing its lock.
+    Wait,
+    /// The loss is remembered.
+    Remember,
+    /// Terraform is asked to stop, and saves its state.
+    Interrupt,
+    /// Terraform is killed.
+    Kill,
+}
+
+/// Decides what follows when a keeper of `tf` has found that the lock is lost.
+///
+/// Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock, the log shows
+/// that by now. Then the lock of another run may be there as well.
+///
+/// A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that another run has
+/// taken meanwhile. So it goes on only if it is not stopped, or has exited and the lock is only read again.
+pub(crate) fn loss_step(found: FoundLoss) -> LossStep {
+    match found.phase {
+        PhaseAtLoss::Released => LossStep::Release,
+        PhaseAtLoss::Unlocking if !found.is_stopped || found.has_exited => LossStep::Wait,
+        PhaseAtLoss::Held | PhaseAtLoss::Unlocking if found.is_look => LossStep::Remember,
+        PhaseAtLoss::Held | PhaseAtLoss::Unlocking if found.is_gone && !found.is_stopped => LossStep::Interrupt,
+        PhaseAtLoss::Held | PhaseAtLoss::Unlocking => LossStep::Kill,
+    }
+}
+
+/// Decides what follows when a keeper of the guardian has found that the lock is lost. `tf` is dead or suspended, so
+/// terraform is interrupted or does nothing. A lock that is only gone does not kill it: nobody else has the lock.
+pub(crate) fn guardians_loss_step(phase: PhaseAtLoss, is_gone: bool) -> LossStep {
+    match phase {
+        PhaseAtLoss::Held if !is_gone => LossStep::Kill,
+        // What follows terraform in its group, such as a wrapper, needs no lock.
+        PhaseAtLoss::Released => LossStep::Release,
+        PhaseAtLoss::Held | PhaseAtLoss::Unlocking => LossStep::Remember,
+    }
+}
+
 /// Why the kernel has stopped terraform for its lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StopCause {
@@ -450,6 +518,30 @@ mod tests {
                         assert_eq!(step, expected, "{look:?} {run:?}");
                     }
                 }
+            }
+        }
+    }
+
+    /// Whatever else is known: a terraform that has released its lock is left alone, one that works without its lock is
+    /// not, and only a lock that nobody else has lets it save its state.
+    #[test]
+    fn a_lost_lock_ends_the_terraform_that_has_not_released_it() {
+        let facts = [false, true];
+        for phase in [PhaseAtLoss::Held, PhaseAtLoss::Unlocking, PhaseAtLoss::Released] {
+            for (is_gone, is_stopped) in facts.into_iter().flat_map(|one| facts.map(|other| (one, other))) {
+                for (has_exited, is_look) in facts.into_iter().flat_map(|one| facts.map(|other| (one, other))) {
+                    let found = FoundLoss { phase, is_gone, is_stopped, has_exited, is_look };
+                    let may_release_anothers = phase == PhaseAtLoss::Unlocking && is_stopped && !has_exited;
+                    let works = phase == PhaseAtLoss::Held || may_release_anothers;
+                    let step = loss_step(found);
+                    assert_eq!(step == LossStep::Release, phase == PhaseAtLoss::Released, "{found:?}");
+                    assert_eq!(matches!(step, LossStep::Kill | LossStep::Interrupt), works && !is_look, "{found:?}");
+                    assert_eq!(step == LossStep::Interrupt, works && !is_look && is_gone && !is_stopped, "{found:?}");
+                    assert_eq!(step == LossStep::Remember, works && is_look, "{found:?}");
+                }
+                let step = guardians_loss_step(phase, is_gone);
+                assert_eq!(step == LossStep::Kill, phase == PhaseAtLoss::Held && !is_gone, "{phase:?} {is_gone}");
+                assert_eq!(step == LossStep::Release, phase == PhaseAtLoss::Released, "{phase:?} {is_gone}");
             }
         }
     }

@@ -133,17 +133,6 @@ pub(crate) enum Report {
     Alive,
 }
 
-impl Report {
-    /// Returns how the lock was lost. `None` if the report is not about a loss, or does not say how.
-    pub(crate) fn loss(&self) -> Option<&Loss> {
-        match self {
-            Self::Lost(loss) => Some(loss),
-            Self::Looked { loss, .. } => loss.as_ref(),
-            _ => None,
-        }
-    }
-}
-
 /// The descriptors that a keeper inherits.
 #[derive(Debug)]
 pub(crate) struct Inherited<'a> {

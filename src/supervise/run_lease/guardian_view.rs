@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use super::{LockPhase, RunLease, TfState};
 use crate::cleanup::process_tree::Tree;
 use crate::crash_point;
-use crate::lease::fence::Loss;
+use crate::lease::fence::{Loss, LossStep, PhaseAtLoss, guardians_loss_step};
 use crate::supervise::fence::Fence;
 use crate::supervise::keeper::{Orders, Report};
 use crate::supervise::keepers::News;
@@ -74,19 +74,18 @@ impl RunLease {
                     self.note_notice(notice);
                 }
                 News::Report(Report::Lost(loss)) => {
-                    match self.orders.as_ref().map(|orders| phase(&orders.lock)) {
-                        Some(LockPhase::Held) if loss != Loss::Gone => {
+                    let phase = self.orders.as_ref().map(|orders| phase(&orders.lock));
+                    let phase = phase.map(|phase| match phase {
+                        // While `tf` is suspended, it decides itself when it goes on whether the unlock is over.
+                        LockPhase::Unlocking { .. } if self.tf == TfState::Suspended => PhaseAtLoss::Unlocking,
+                        phase => self.phase_at_loss(phase, Some(&loss)),
+                    });
+                    match phase.map(|phase| guardians_loss_step(phase, loss == Loss::Gone)) {
+                        Some(LossStep::Kill) => {
                             self.cut_off();
                             is_lost = true;
                         }
-                        // What follows terraform in its group, such as a wrapper, needs no lock.
-                        Some(LockPhase::Gone) => self.let_go(),
-                        // While `tf` is suspended, it decides that itself when it goes on.
-                        Some(LockPhase::Unlocking { is_end_logged })
-                            if self.tf == TfState::Dead && self.count_read_in_unlock(Some(&loss), is_end_logged) =>
-                        {
-                            self.let_go();
-                        }
+                        Some(LossStep::Release) => self.let_go(),
                         _ => {}
                     }
                     self.loss = Some(loss);

@@ -26,8 +26,8 @@ use crate::cleanup::process_tree::{GroupFence, NoFence};
 use crate::crash_point;
 use crate::journal::run_mark::marks_us;
 use crate::lease::fence::{
-    EndReason, LateWrite, Look, Loss, Lost, LostInUnlock, SILENCES_TO_REPLACE_FUSE, StopCause, Trouble, UnlockStep,
-    is_lost_before, is_reason_due, late_write, unlock_step,
+    EndReason, FoundLoss, LateWrite, Look, Loss, LossStep, Lost, LostInUnlock, PhaseAtLoss, SILENCES_TO_REPLACE_FUSE,
+    StopCause, Trouble, UnlockStep, is_lost_before, is_reason_due, late_write, loss_step, unlock_step,
 };
 use crate::lease::notice::{Notice, Provider};
 use crate::lease::obstacle::LeaseObstacle;
@@ -507,28 +507,6 @@ impl RunLease {
     /// Notes what the keeper reports.
     fn heard(&mut self, report: Report, phase: &mut impl FnMut(&str) -> LockPhase) -> Option<LeaseEffect> {
         trace!("the keeper: {report:?}");
-        if matches!(report, Report::Lost(_) | Report::Looked { look: Look::Lost, .. })
-            && let Some(orders) = &self.orders
-        {
-            // Terraform writes to its log before it sends the delete of its own lock. So if it has deleted the lock,
-            // the log shows that by now. Then the lock of another run may be there as well.
-            match phase(&orders.lock) {
-                LockPhase::Gone => return self.released(),
-                LockPhase::Unlocking { is_end_logged } if self.count_read_in_unlock(report.loss(), is_end_logged) => {
-                    trace!("the unlock is over, although the log does not show its end");
-                    return self.released();
-                }
-                // A terraform that is stopped in its unlock may be about to delete, without a condition, the lock that
-                // another run has taken meanwhile. So it goes on only if it is not stopped, or has exited and the lock
-                // is only read again.
-                LockPhase::Unlocking { .. } if self.stopped.is_none() || self.has_holder_exited() => return None,
-                LockPhase::Unlocking { .. } => {
-                    let is_gone = |loss: &Loss| *loss == Loss::Gone;
-                    self.is_lost_in_unlock = report.loss().is_some_and(is_gone);
-                }
-                LockPhase::Held => {}
-            }
-        }
         match report {
             Report::Renewed { fence, sent, fuse } => {
                 (self.reason, self.reads_in_unlock) = (None, 0);
@@ -558,6 +536,8 @@ impl RunLease {
                 }
                 None
             }
+            Report::Lost(loss) => self.found_loss(Some(loss), false, phase),
+            Report::Looked { look: Look::Lost, loss, .. } => self.found_loss(loss, true, phase),
             Report::Looked { look, loss, reason } => {
                 crash_point::reached("lease: knows the look");
                 self.reason = (look == Look::Unknown).then_some(reason);
@@ -569,15 +549,6 @@ impl RunLease {
                 }
                 self.loss = loss;
                 None
-            }
-            Report::Lost(Loss::Gone) if self.stopped.is_none() => {
-                let is_new = self.loss.replace(Loss::Gone).is_none();
-                is_new.then_some(LeaseEffect::Interrupt(Trouble::Gone))
-            }
-            Report::Lost(loss) => {
-                self.loss = Some(loss);
-                self.cut_off();
-                Some(LeaseEffect::Kill(EndReason::LockLost))
             }
             Report::Alive => None,
             Report::FuseSilent => self.note_silent_fuse().map(LeaseEffect::NewHelper),
@@ -602,6 +573,60 @@ impl RunLease {
                 (self.orders, self.leased) = (None, None);
                 Some(LeaseEffect::NoLease(reason))
             }
+        }
+    }
+
+    /// Does what follows when the keeper has found that the lock is lost. `loss` is how, or `None` if that is unknown.
+    /// `is_look`: it is a look at the lock of a stopped terraform.
+    fn found_loss(
+        &mut self,
+        loss: Option<Loss>,
+        is_look: bool,
+        phase: &mut impl FnMut(&str) -> LockPhase,
+    ) -> Option<LeaseEffect> {
+        let phase = self.orders.as_ref().map_or(LockPhase::Held, |orders| phase(&orders.lock));
+        let phase = self.phase_at_loss(phase, loss.as_ref());
+        let is_gone = loss == Some(Loss::Gone);
+        let (is_stopped, has_exited) = (self.stopped.is_some(), self.has_holder_exited());
+        let step = loss_step(FoundLoss { phase, is_gone, is_stopped, has_exited, is_look });
+        if phase == PhaseAtLoss::Unlocking && step != LossStep::Wait {
+            self.is_lost_in_unlock = is_gone;
+        }
+        match step {
+            LossStep::Release => self.released(),
+            LossStep::Wait => None,
+            LossStep::Remember => {
+                crash_point::reached("lease: knows the look");
+                self.reason = None;
+                if let Some(stopped) = &mut self.stopped {
+                    stopped.look = Look::Lost;
+                }
+                self.loss = loss;
+                None
+            }
+            LossStep::Interrupt => {
+                let is_new = std::mem::replace(&mut self.loss, loss).is_none();
+                is_new.then_some(LeaseEffect::Interrupt(Trouble::Gone))
+            }
+            LossStep::Kill => {
+                self.loss = loss;
+                self.cut_off();
+                Some(LeaseEffect::Kill(EndReason::LockLost))
+            }
+        }
+    }
+
+    /// Returns how far terraform is with a lock that was found lost. `phase` is what the log shows. A read of a lock that
+    /// is being released counts ([`RunLease::count_read_in_unlock`]).
+    fn phase_at_loss(&mut self, phase: LockPhase, loss: Option<&Loss>) -> PhaseAtLoss {
+        match phase {
+            LockPhase::Held => PhaseAtLoss::Held,
+            LockPhase::Gone => PhaseAtLoss::Released,
+            LockPhase::Unlocking { is_end_logged } if self.count_read_in_unlock(loss, is_end_logged) => {
+                trace!("the unlock is over, although the log does not show its end");
+                PhaseAtLoss::Released
+            }
+            LockPhase::Unlocking { .. } => PhaseAtLoss::Unlocking,
         }
     }
 
