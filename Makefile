@@ -140,10 +140,11 @@ browser: $(if $(TF),,build) ## load the page of tf locks history in a headless C
 	@tests/browser/check $(or $(TF),target/debug/tf)
 
 .PHONY: supply
-supply: ## check licences and sources of the dependencies, the rules of a release, install.sh; ADVISORIES=1: advisories too (from GitHub)
+supply: ## check licences and sources of the dependencies, the rules of a release, install.sh, the GitHub action; ADVISORIES=1: advisories too (from GitHub)
 	tests/supply
 	tests/release
 	tests/install
+	tests/action
 
 .PHONY: package
 package: tools ## build and test all files of a release: static programs, archives, .deb, SBOM
