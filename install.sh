@@ -259,7 +259,8 @@ unpack() {
   done <"$work/members"
   [ "$programs" -eq 1 ] || fail "$archive has $programs files named $top/tf"
   mkdir "$work/unpacked"
-  tar -xzof "$work/$archive" -C "$work/unpacked" "$top/tf" || fail "could not unpack $archive"
+  # Not by tar -C: GNU tar reads a backslash in that directory as the beginning of an escape sequence.
+  (cd "$work/unpacked" && tar -xzof "$work/$archive" "$top/tf") || fail "could not unpack $archive"
   new=$work/unpacked/$top/tf
   { [ -f "$new" ] && [ ! -h "$new" ]; } || fail "$archive has an unexpected member: $top/tf is not a file"
   chmod 755 "$new"
@@ -283,39 +284,91 @@ check_place() {
   fi
 }
 
+# Sets `first` to the first tf on PATH. `command -v` of ksh93 prints some paths in quotes.
+find_first() {
+  first=
+  rest=$PATH:
+  while [ -n "$rest" ] && [ -z "$first" ]; do
+    directory=${rest%%:*}
+    rest=${rest#*:}
+    if [ -f "${directory:-.}/tf" ] && [ -x "${directory:-.}/tf" ]; then first=${directory:-.}/tf; fi
+  done
+}
+
+# escape CHARACTER REPLACEMENT: replaces each CHARACTER in `quoted`.
+escape() {
+  rest=$quoted
+  quoted=
+  while :; do
+    case $rest in
+    *"$1"*)
+      quoted=$quoted${rest%%"$1"*}$2
+      rest=${rest#*"$1"}
+      ;;
+    *) break ;;
+    esac
+  done
+  quoted=$quoted$rest
+}
+
+# Sets `quoted` to $1 as one word for the shell of this user.
+quote() {
+  quoted=$1
+  if [ "$shell" = fish ]; then
+    # shellcheck disable=SC1003 # These are backslashes.
+    escape '\' '\\'
+    escape "'" "\\'"
+  else
+    escape "'" "'\\''"
+  fi
+  quoted="'$quoted'"
+}
+
 # Says what to type next, in the shell of this user.
 say_next() {
-  printf 'tf %s is installed: %s/tf\n\nType next:\n\n' "$version" "$to"
+  printf 'tf %s is installed: %s/tf\n\n' "$version" "$to"
   shell=${SHELL:-}
   shell=${shell##*/}
-  case $shell in
-  zsh | fish) ;;
-  *) shell=bash ;;
+  case $to in
+  *:*)
+    quote "$to/tf"
+    printf 'A directory with a colon in its name cannot be in PATH. To run tf by its name, install it into another\n'
+    printf 'directory, with --to DIR. It runs by its full path too:\n\n  %s locks version\n' "$quoted"
+    return
+    ;;
   esac
+  quote "$to"
+  path_line=
   case :${PATH:-}: in
   *":$to:"*)
-    first=$(command -v tf) || first=
+    find_first
     if [ "$first" != "$to/tf" ]; then
-      printf '  # Another program named tf is first on PATH: %s\n' "$first"
+      printf 'Another program named tf is first on PATH: %s\n\n' "$first"
     fi
     ;;
   *)
     if [ "$shell" = fish ]; then
-      printf "  fish_add_path '%s'\n" "$to"
+      path_line="fish_add_path $quoted"
     else
-      # shellcheck disable=SC2016 # The user's shell expands it.
-      printf '  export PATH="%s:$PATH"\n' "$to"
+      path_line="export PATH=$quoted:\"\$PATH\""
     fi
     ;;
   esac
-  printf '  tf locks version\n'
-  if [ "$shell" = fish ]; then
-    printf '  tf locks shell-init fish | source\n'
+  # shellcheck disable=SC2016 # The user's shell expands it.
+  case $shell in
+  fish) alias_line='tf locks shell-init fish | source' ;;
+  bash | zsh) alias_line='eval "$(tf locks shell-init '"$shell"')"' ;;
+  # The output of shell-init is for the three above.
+  *) alias_line='alias terraform=tf' ;;
+  esac
+  if [ -n "$path_line" ]; then
+    printf 'Type these lines, and add them to the start-up file of your shell:\n\n  %s\n' "$path_line"
+    which='The last line'
   else
-    # shellcheck disable=SC2016 # The user's shell expands it.
-    printf '  eval "$(tf locks shell-init %s)"\n' "$shell"
+    printf 'Type this line, and add it to the start-up file of your shell:\n\n'
+    which=It
   fi
-  printf '\nThe last line makes terraform an alias of tf. Add these lines to the start-up file of your shell.\n'
+  printf '  %s\n\n%s makes terraform an alias of tf. Then type:\n\n  tf locks version\n' "$alias_line" "$which"
 }
 
 main() {
