@@ -203,9 +203,35 @@ find_redirect() {
   done <"$work/errors"
 }
 
+# fail_to_get LINE...: like fail, and names each file with settings for the downloader as a possible cause. The downloader
+# obeys these files, because a proxy may be set there.
+fail_to_get() {
+  named=
+  case $downloader in
+  curl)
+    # An older curl reads .curlrc in XDG_CONFIG_HOME, a newer one curlrc.
+    for file in "${CURL_HOME:-}/.curlrc" "${XDG_CONFIG_HOME:-}/.curlrc" "${XDG_CONFIG_HOME:-}/curlrc" "${HOME:-}/.curlrc" \
+      "${HOME:-}/.config/curlrc"; do
+      case $file in
+      /.curlrc | /curlrc | /.config/curlrc | "$named") continue ;;
+      esac
+      if [ -e "$file" ]; then
+        set -- "$@" "a setting in $file may be the cause: rename that file, and try again"
+        named=$file
+      fi
+    done
+    ;;
+  wget)
+    file=${WGETRC:-${HOME:-}/.wgetrc}
+    if [ -e "$file" ]; then set -- "$@" "a setting in $file may be the cause: rename that file, and try again"; fi
+    ;;
+  esac
+  fail "$@"
+}
+
 could_not_download() {
   cat "$work/errors" >&2
-  fail "could not download $url/$name"
+  fail_to_get "could not download $url/$name"
 }
 
 refuse_redirect() {
@@ -226,11 +252,11 @@ find_archive() {
       ;;
     esac
   done <"$work/SHA256SUMS"
-  [ -n "$archive" ] || fail "this release has no archive for $kind: $url/SHA256SUMS"
+  [ -n "$archive" ] || fail_to_get "this release has no archive for $kind: $url/SHA256SUMS"
   case $checksum in
-  *[!0-9a-f]*) fail "SHA256SUMS has no valid checksum of $archive" ;;
+  *[!0-9a-f]*) fail_to_get "SHA256SUMS has no valid checksum of $archive" ;;
   esac
-  [ ${#checksum} -eq 64 ] || fail "SHA256SUMS has no valid checksum of $archive"
+  [ ${#checksum} -eq 64 ] || fail_to_get "SHA256SUMS has no valid checksum of $archive"
   version=${archive#tf-}
   version=${version%"-$kind.tar.gz"}
 }
@@ -240,7 +266,7 @@ check_checksum() {
   found=$($checksum_tool <"$work/$archive")
   found=${found%% *}
   [ "$found" = "$checksum" ] ||
-    fail "the checksum of $archive is wrong, so it was not installed" "expected $checksum" "found    $found"
+    fail_to_get "the checksum of $archive is wrong, so it was not installed" "expected $checksum" "found    $found"
 }
 
 # Takes the program out of the archive, into $work/tf. Nothing else is unpacked.
