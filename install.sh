@@ -132,6 +132,9 @@ find_downloader() {
       case $url in
       https:*) fail "the wget of BusyBox cannot be trusted with https" "install curl" ;;
       esac
+    # Wget2 1.99.1 follows redirects in spite of --max-redirect=0, and exits with 0.
+    elif wget --version 2>&1 | grep '^GNU Wget2 ' >/dev/null; then
+      fail "this wget is Wget2, which also follows a redirect to a URL that does not begin with https://" "install curl"
     fi
   else
     fail "curl or wget is needed to download tf" "install one of them"
