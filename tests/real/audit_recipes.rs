@@ -267,14 +267,19 @@ fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
         put("b/new", "", "OperationTypeApply");
         put("b/old", OLD, "x\n```\n# @everyone <!-- tf-lock -->\u{202e}\u{1b}[31m");
         put("b/never", "yesterday", "OperationTypeApply");
+        put("b/future", "2099-01-01T00:00:00Z", "OperationTypeApply");
+        // A few minutes ago, in the time of another zone.
+        let soon_after = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(120 - 8);
+        put("b/zone", &soon_after.to_string().replace('Z', "+02:00"), "OperationTypeApply");
         cloud().put_item(&env.table, "b/junk", "{");
         let title_of = |path: &str| format!("Stale state lock: {path}");
         let junk = "Not a lock, in the place of a state lock: b/junk".to_owned();
-        let all = BTreeSet::from([title_of(&env.path()), title_of("b/old"), title_of("b/never"), junk.clone()]);
+        let mut all = BTreeSet::from([title_of(&env.path()), title_of("b/old"), title_of("b/never"), junk.clone()]);
+        all.insert(title_of("b/future"));
         for _ in 0..2 {
             let end = issues.sync();
             assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-            assert_eq!((issues.open(), issues.count()), (all.clone(), 4), "{}", env.dump(&end));
+            assert_eq!((issues.open(), issues.count()), (all.clone(), 5), "{}", env.dump(&end));
         }
         let hostile = issues.body(&title_of("b/old"));
         let told = hostile.lines().find(|line| line.contains("@everyone")).unwrap();
@@ -298,8 +303,12 @@ fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
         assert!(end.err.contains("the open issues could not be listed"), "{}", end.err);
         issues.state.lock().unwrap().is_down = false;
         assert_eq!(issues.sync().code(), Some(0));
-        assert_eq!(issues.open(), BTreeSet::from([title_of(&env.path()), junk]));
-        assert_eq!(issues.count(), 4);
+        assert_eq!(issues.open(), BTreeSet::from([title_of(&env.path()), title_of("b/future"), junk]));
+        assert_eq!(issues.count(), 5);
+        for hours in ["2h", "", "x", "1.", ".5", "1.2.3"] {
+            let end = run(env, "github/stale-locks", &["targets.txt", hours]);
+            assert!(end.code() != Some(0) && end.err.lines().count() == 1, "{hours}: {}", end.err);
+        }
     }
 }
 
