@@ -50,8 +50,10 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
             ProxyAction::Answer(Message::answer(status, "ok"))
         });
         let secret = format!("secret-of-{name}-{}", std::process::id());
-        env.set("TFW_ON_EVENT", example(name)).set("NOTIFY_TOKEN", format!("token-{secret}"));
-        env.set(variable, format!("http://127.0.0.1:{}/{secret}", service.port));
+        // Neither ends the value, and the braces do not stand for two URLs.
+        let (token, path) = (format!("token-\"\\n{secret}"), format!("/{secret}?filter[a]={{b,c}}"));
+        env.set("TFW_ON_EVENT", example(name)).set("NOTIFY_TOKEN", &token);
+        env.set(variable, format!("http://127.0.0.1:{}{path}", service.port));
         let mut info: Value =
             serde_json::from_str(&lock_json("44444444-3333-4444-5555-666666666666", &env.path())).unwrap();
         info["Who"] = format!("<!channel> & \"\u{202e}{}", "w".repeat(40_000)).into();
@@ -61,7 +63,7 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
         assert_eq!(forced.code(), Some(0), "{}", env.dump(&forced));
         let second = || posts.lock().unwrap().get(1).cloned();
         let (post, _) = wait_for("a second post", second, || format!("{:?} {}", posts.lock().unwrap(), env.trace()));
-        assert_eq!(post.start, format!("POST /{secret} HTTP/1.1"));
+        assert_eq!(post.start, format!("POST {path} HTTP/1.1"));
         assert_eq!(post.header("content-type"), Some("application/json"));
         for (other, lines) in &*posts.lock().unwrap() {
             assert_eq!(other.body, post.body);
@@ -103,7 +105,7 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
                 assert!(runs.contains(&("reason: ", "it's $HOME \\ \"hers\"")), "{runs:?}");
             }
             _ => {
-                assert_eq!(post.header("authorization"), Some(format!("Bearer token-{secret}").as_str()));
+                assert_eq!(post.header("authorization"), Some(format!("Bearer {token}").as_str()));
                 let history: Value = serde_json::from_str(&locks(&env, &["history", "--json"]).out).unwrap();
                 assert_eq!(body, history["events"][0]);
             }
@@ -111,9 +113,28 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
     }
 }
 
+#[test]
+fn an_example_sends_nothing_with_a_secret_of_several_lines() {
+    if !can_run() {
+        return;
+    }
+    for (example, variable) in EXAMPLES.into_iter().chain([("notify-webhook", "NOTIFY_TOKEN")]) {
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        env.set("NOTIFY_URL", "http://127.0.0.1:1/").set(variable, "http://127.0.0.1:1/\nurl = \"file:///etc/passwd\"");
+        env.write("event", EVENT);
+        let mut shell = env.command("sh");
+        shell.args(["-c", &format!("exec {} <event", self::example(example).display())]);
+        let end = Run::start(shell).wait();
+        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+        assert_eq!(end.err, format!("{variable} has more than one line\n"));
+    }
+}
+
+const EVENT: &str = r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","id":"5e75","why":"x"}"#;
+
 /// Starts a command with an event and this URL.
 fn start_example(env: &TestEnv, (name, variable): (&str, &str), url: &str) -> Run {
-    env.write("event", r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","id":"5e75","why":"x"}"#);
+    env.write("event", EVENT);
     let mut shell = env.command("sh");
     shell.args(["-c", &format!("exec {} <event", example(name).display())]);
     shell.env(variable, url).env("NOTIFY_TOKEN", "token-of-a-secret");
