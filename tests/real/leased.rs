@@ -991,9 +991,10 @@ fn what_a_terraform_leaves_that_was_killed_while_it_was_stopped_does_not_run_aga
         wait_until_stopped(&env, terraform);
         let ticks = || fs::metadata(env.directory.join("ticks")).unwrap().len();
         let before = ticks();
-        is_away.store(false, Ordering::SeqCst);
+        // The network comes back after the death. Otherwise, the lease could be renewed first, and terraform would go on.
         if who == "terraform" {
             kill(terraform, Signal::SIGKILL).unwrap();
+            is_away.store(false, Ordering::SeqCst);
             let end = run.wait();
             assert_eq!(end.signal(), Some(9), "{}", env.dump(&end));
         } else {
@@ -1001,6 +1002,7 @@ fn what_a_terraform_leaves_that_was_killed_while_it_was_stopped_does_not_run_aga
             kill(run.pid(), Signal::SIGSTOP).unwrap();
             kill(terraform, Signal::SIGKILL).unwrap();
             kill(run.pid(), Signal::SIGKILL).unwrap();
+            is_away.store(false, Ordering::SeqCst);
         }
         wait_until_all_is_gone(&env);
         assert_eq!(ticks(), before, "{who}: {}", env.trace());
