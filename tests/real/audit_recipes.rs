@@ -36,6 +36,14 @@ fn run(env: &TestEnv, recipe_name: &str, arguments: &[&str]) -> Ended {
     Run::start(command).wait()
 }
 
+/// Returns the documents of a YAML file of shell/audit.
+fn yaml(env: &TestEnv, name: &str) -> Value {
+    let program = "import json, sys, yaml\nprint(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
+    let mut python = env.command(tool("python3"));
+    python.args(["-c", program]).arg(recipe(name));
+    serde_json::from_str(&Run::start(python).wait().out).unwrap()
+}
+
 #[test]
 fn the_script_of_the_timer_replaces_the_metrics_as_a_whole_and_never_by_nothing() {
     let env = audited();
@@ -82,10 +90,7 @@ fn the_service_writes_the_metrics_where_another_user_can_read_them() {
 #[test]
 fn the_job_in_kubernetes_fails_if_a_lock_is_stale() {
     let env = audited();
-    let program = "import json, sys, yaml\nprint(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
-    let mut python = env.command(tool("python3"));
-    python.args(["-c", program]).arg(recipe("kubernetes/cronjob.yaml"));
-    let documents: Value = serde_json::from_str(&Run::start(python).wait().out).unwrap();
+    let documents = yaml(&env, "kubernetes/cronjob.yaml");
     let targets = documents[1]["data"]["targets.txt"].as_str().unwrap();
     let file = fs::read_to_string(recipe("targets.txt")).unwrap();
     assert_eq!(file.split_once('\n').unwrap().1, targets, "the file and the ConfigMap have the same targets");
@@ -132,6 +137,41 @@ fn every_metric_in_the_alerts_and_in_the_dashboard_is_one_that_an_audit_prints()
     }
     let unknown: Vec<_> = used.iter().filter(|name| !printed.contains(name.as_str())).collect();
     assert!(unknown.is_empty() && used.len() > 8, "{unknown:?} {printed:?}");
+}
+
+/// promtool checks that the alerts have the texts in rules_test.yml (`shell/ci/lint`). A shell reads each command in
+/// these texts as the options of the target that the labels name.
+#[test]
+fn a_shell_reads_the_commands_in_the_alerts_as_the_options_of_the_target() {
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let mut checked = Vec::new();
+    for test in yaml(&env, "prometheus/rules_test.yml")[0]["tests"].as_array().unwrap() {
+        let alerts = test["alert_rule_test"].as_array().unwrap().iter();
+        for alert in alerts.flat_map(|alert| alert["exp_alerts"].as_array().unwrap()) {
+            let labels = &alert["exp_labels"];
+            let description = alert["exp_annotations"]["description"].as_str().unwrap();
+            let commands = description.lines().filter_map(|line| line.split_once("type: tf "));
+            for (_, command) in commands {
+                let shell = format!("tf() {{ printf '%s\\n' \"$@\"; }}; tf {command}");
+                let end = env.run_in_shell(&shell);
+                assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{command}");
+                let mut expected = command.split(' ').take(2).map(ToOwned::to_owned).collect::<Vec<_>>();
+                if let Some(kind @ ("table" | "bucket")) = labels["kind"].as_str() {
+                    expected.push(format!("--{kind}={}", labels["name"].as_str().unwrap()));
+                    for label in ["endpoint_url", "prefix", "profile", "region"] {
+                        let value = labels[label].as_str();
+                        expected.extend(value.map(|value| format!("--{}={value}", label.replace('_', "-"))));
+                    }
+                }
+                if expected[1] == "release" {
+                    expected.push("PATH".into());
+                }
+                assert_eq!(end.out.lines().collect::<Vec<_>>(), expected, "{command}");
+                checked.push(command.to_owned());
+            }
+        }
+    }
+    assert!(checked.len() > 15 && checked.iter().any(|command| command.contains("'\\''")), "{checked:?}");
 }
 
 /// A stand-in for the API of GitHub, with the issues of one repository.
