@@ -345,10 +345,50 @@ fn one_issue_is_open_for_each_stale_lock_as_long_as_the_lock_is_there() {
         assert_eq!(issues.sync().code(), Some(0));
         assert_eq!(issues.open(), BTreeSet::from([title_of(&env.path()), title_of("b/future"), junk]));
         assert_eq!(issues.count(), 5);
-        for hours in ["2h", "", "x", "1.", ".5", "1.2.3"] {
-            let end = run(env, "github/stale-locks", &["targets.txt", hours]);
-            assert!(end.code() != Some(0) && end.err.lines().count() == 1, "{hours}: {}", end.err);
+        for time in ["", "x", "1.", ".5", "1.2.3", "2 h", "2w", "-2h"] {
+            let end = run(env, "github/stale-locks", &["targets.txt", time]);
+            assert!(end.code() == Some(1) || time.is_empty() && end.code() == Some(2), "{time}: {}", env.dump(&end));
+            assert_eq!(end.err.lines().count(), 1, "{time}: {}", end.err);
         }
+    }
+}
+
+#[test]
+fn an_issue_is_open_for_the_locks_that_an_audit_calls_stale() {
+    for (issues, time) in Issues::all().into_iter().zip(["2h", "120m"]) {
+        let env = &issues.env;
+        let put = |path: &str, created: &str| {
+            let mut info: Value = serde_json::from_str(&lock_json(&format!("id-{path}"), path)).unwrap();
+            info["Who"] = "anna@elsewhere".into();
+            info["Created"] = created.into();
+            cloud().put_item(&env.table, path, &info.to_string());
+        };
+        for minutes in [-8 * 60, -130, -110, -8, 0, 5 * 60] {
+            for zone in [0, 120, -330] {
+                let there = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(minutes + zone);
+                let time = there.to_string().trim_end_matches('Z').to_owned();
+                let (sign, hours, rest) = (if zone < 0 { '-' } else { '+' }, zone.abs() / 60, zone.abs() % 60);
+                put(&format!("b/{minutes}/{zone}"), &format!("{time}{sign}{hours:02}:{rest:02}"));
+                put(&format!("b/{minutes}/{zone}/short"), &format!("{time}{sign}{hours:02}{rest:02}"));
+            }
+            let time = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(minutes);
+            put(&format!("b/{minutes}"), &time.to_string());
+            put(&format!("b/{minutes}/lower"), &time.to_string().to_lowercase());
+        }
+        // The clock of another host may be ahead by less than 1 min.
+        put("b/ahead", &(jiff::Timestamp::now() + jiff::SignedDuration::from_secs(40)).to_string());
+        for (index, text) in ["", "yesterday", "2026-13-01T00:00:00Z", "2026-01-01T00:00:00"].iter().enumerate() {
+            put(&format!("b/no-time/{index}"), text);
+        }
+        let end = run(env, "github/stale-locks", &["targets.txt", time]);
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        let audit = locks(env, &["audit", "--older-than", "2h", "--from", "targets.txt", "--json"]);
+        let audit: Value = serde_json::from_str(&audit.out).unwrap();
+        let stale = audit["targets"][0]["stale_locks"].as_array().unwrap().iter();
+        let stale: BTreeSet<_> =
+            stale.map(|lock| format!("Stale state lock: {}", lock["path"].as_str().unwrap())).collect();
+        assert_eq!(issues.open(), stale);
+        assert!(stale.len() > 20 && !stale.contains("Stale state lock: b/ahead"), "{stale:?}");
     }
 }
 
