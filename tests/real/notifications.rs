@@ -1,6 +1,7 @@
 //! The commands for `TFW_ON_EVENT` in `examples/`, with a stand-in for the service. `examples/check` checks the forms
 //! of their messages.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -113,20 +114,63 @@ fn each_example_delivers_an_event_at_the_second_try_and_shows_its_secret_to_nobo
     }
 }
 
+/// Returns a service that answers every request, and the posts that it got.
+fn service() -> (Posts, Proxy) {
+    let posts = Posts::default();
+    let service_has = Arc::clone(&posts);
+    let service = Proxy::start(0, move |request| {
+        service_has.lock().unwrap().push((request.clone(), String::new()));
+        ProxyAction::Answer(Message::answer("200 OK", "ok"))
+    });
+    (posts, service)
+}
+
 #[test]
 fn an_example_sends_nothing_with_a_secret_of_several_lines() {
     if !can_run() {
         return;
     }
-    for (example, variable) in EXAMPLES.into_iter().chain([("notify-webhook", "NOTIFY_TOKEN")]) {
-        let mut env = TestEnv::empty(Lock::DynamoDb);
-        env.set("NOTIFY_URL", "http://127.0.0.1:1/").set(variable, "http://127.0.0.1:1/\nurl = \"file:///etc/passwd\"");
-        env.write("event", EVENT);
-        let mut shell = env.command("sh");
-        shell.args(["-c", &format!("exec {} <event", self::example(example).display())]);
-        let end = Run::start(shell).wait();
-        assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
-        assert_eq!(end.err, format!("{variable} has more than one line\n"));
+    let (posts, service) = service();
+    let url = format!("http://127.0.0.1:{}/", service.port);
+    for (name, variable) in EXAMPLES.into_iter().chain([("notify-webhook", "NOTIFY_TOKEN")]) {
+        for ending in ["\nurl = \"file:///etc/passwd\"", "\n", "\r", "\rX: y"] {
+            let mut env = TestEnv::empty(Lock::DynamoDb);
+            env.set("NOTIFY_URL", &url).set(variable, format!("{url}{ending}"));
+            env.write("event", EVENT);
+            let end = env.run_in_shell(&format!("exec {} <event", example(name).display()));
+            assert_eq!(end.code(), Some(1), "{ending:?} {}", env.dump(&end));
+            assert_eq!(end.err, format!("{name}: {variable} contains a line break\n"), "{ending:?}");
+        }
+    }
+    assert_eq!(posts.lock().unwrap().len(), 0);
+}
+
+/// docs/notifications.md says how to try a command. Without an event, `jq` prints `null`.
+#[test]
+fn the_documented_command_posts_the_last_event_and_says_if_there_is_none() {
+    if !can_run() {
+        return;
+    }
+    let document = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/notifications.md")).unwrap();
+    let line = document.lines().find(|line| line.trim_start().starts_with("tf locks history")).unwrap();
+    let (posts, service) = service();
+    for (name, variable) in EXAMPLES {
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        env.set(variable, format!("http://127.0.0.1:{}/", service.port));
+        let directory = example("");
+        let typed = line.replace("/usr/local/libexec/", directory.to_str().unwrap()).replace("notify-slack", name);
+        let none = env.run_in_shell(&typed);
+        assert_eq!(none.code(), Some(1), "{}", env.dump(&none));
+        assert_eq!(none.err, format!("{name}: there is no event on stdin\n"));
+        assert_eq!(posts.lock().unwrap().len(), 0);
+        let text = lock_json("44444444-3333-4444-5555-666666666666", &env.path());
+        env.put_lock(&text);
+        assert_eq!(locks(&env, &["release", "--force", &id_of(&text)]).code(), Some(0));
+        let end = env.run_in_shell(&typed);
+        assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
+        let posts: Vec<_> = posts.lock().unwrap().drain(..).collect();
+        let [(post, _)] = &posts[..] else { panic!("{posts:?}") };
+        assert!(String::from_utf8_lossy(&post.body).contains(&env.path()), "{post:?}");
     }
 }
 
@@ -134,9 +178,8 @@ const EVENT: &str = r#"{"event":"released","by":"tf","who":"a@b","path":"b/k","i
 
 /// Starts a command with an event and this URL.
 fn start_example(env: &TestEnv, (name, variable): (&str, &str), url: &str) -> Run {
-    env.write("event", EVENT);
     let mut shell = env.command("sh");
-    shell.args(["-c", &format!("exec {} <event", example(name).display())]);
+    shell.args(["-c", &format!("printf '%s\\n' \"$EVENT\" | {}", example(name).display())]).env("EVENT", EVENT);
     shell.env(variable, url).env("NOTIFY_TOKEN", "token-of-a-secret");
     Run::start(shell)
 }
