@@ -227,9 +227,14 @@ impl RunRecord {
         }
     }
 
-    /// If the log has new locks, or enough new bytes, passes the parsed log on to the guardian, which writes it to the
+    /// Sends what the guardian could not take yet. If the log has new locks, or enough new bytes, passes the parsed log on to the guardian, which writes it to the
     /// journal and then frees the memory of the part of the log that was read. If there is no guardian, does both here.
     pub(crate) fn news(&mut self, recorder: &Recorder) {
+        if let Some(guardian) = &mut self.guardian
+            && guardian.flush().is_err()
+        {
+            self.guardian_is_gone(recorder);
+        }
         let (log, offset) = (recorder.log(), recorder.whole_until());
         if !self.told.is_outdated(log.locks(), offset) {
             return;

@@ -255,9 +255,9 @@ impl<'a> GuardianProcess<'a> {
             lease.renew_as_guardian(TfState::Suspended, Some(orders.clone()), self.context.tree);
         }
         // A suspended terraform does nothing. But it must not go on with `tf`, whose own keeper may not know of the
-        // loss yet.
+        // loss yet. The log is read, because the last message about it may be waiting in the suspended `tf`.
         let recorder = &mut *self.context.recorder;
-        if lease.step_as_guardian(|id| LockPhase::of(id, recorder.log()))
+        if lease.step_as_guardian(|id| LockPhase::of(id, recorder.read()))
             && !std::mem::replace(&mut self.has_told_loss, true)
         {
             trace!("guardian: tf must know that the lock is lost");

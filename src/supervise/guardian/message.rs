@@ -10,7 +10,7 @@
 //! [`Stop`](crate::supervise::stop::Stop) does not interrupt terraform because of the death of `tf`.
 //!
 //! The guardian reads the events first, then all other messages, and handles the events last. So it handles an event
-//! after every message that `tf` sent before it.
+//! after every message that was in its socket before the event. A message for which there was no room may come later.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;

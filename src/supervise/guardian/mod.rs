@@ -154,6 +154,15 @@ impl Guardian {
         self.events.send(STILL, &[u8::from(still)])
     }
 
+    /// Sends what could not be sent yet, because a socket was full.
+    ///
+    /// # Errors
+    /// Fails if the guardian is gone.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.events.flush()?;
+        self.messages.flush()
+    }
+
     /// Sends the parsed log of terraform. The log was read up to `offset`, in bytes. Returns true if the message was
     /// sent, or if the rest of it will be sent later. Returns false if the message was not sent, because an earlier
     /// message still fills the socket, or because this message would be too long.
