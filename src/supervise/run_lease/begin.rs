@@ -101,12 +101,14 @@ impl RunLease {
         let has_ended = |process: &Process| {
             Process::look_up(process.pid).is_none_or(|now| now.start != process.start || now.is_dead())
         };
+        // A process that terraform has just forked counts as one that logs until it executes another program.
+        let is_alone = logging.iter().filter(|process| !has_ended(process)).count() <= 1;
         let is_reached = logging.iter().all(|process| is_reached(&process) || has_ended(process));
         let holder = logging.first().ok_or(LeaseObstacle::NoHolder)?;
         let (pid, start) = (holder.pid, holder.start);
         self.terraform = Some(ProcessHandle::open(pid).map_err(|error| unwatchable(&error))?);
-        if !is_reached || logging.len() > 1 {
-            trace!("the lease promises nothing: terraforms {}, all in the group: {is_reached}", logging.len());
+        if !is_reached || !is_alone {
+            trace!("the lease promises nothing; all in the group: {is_reached}; one terraform: {is_alone}");
             self.take_down();
         }
         if let Err(error) = self.arm(group, tree) {
