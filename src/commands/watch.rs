@@ -83,19 +83,23 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
         };
         let shown = rows.as_deref().unwrap_or_default();
         view.show(shown, &title(shown, interval, Timestamp::now()), note.as_deref())?;
+        // The next round may begin at once.
+        reader_is_there()?;
         let until = begun + time_to_next_round(interval, took, owed);
         while Instant::now() < until {
             if let Some(signal) = stop_requests.next() {
                 return Ok(Finding::Stopped(signal));
             }
             view.redraw_if_needed(shown, note.as_deref(), stop_requests.was_suspended())?;
-            // Without a change nothing is written, so no write fails.
-            if poll::has_hung_up(io::stdout().as_fd()) {
-                return Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
-            }
+            reader_is_there()?;
             sleep(POLL_INTERVAL.min(until - Instant::now())).await;
         }
     }
+}
+
+/// Fails if the reader of stdout has gone. Without a change nothing is written, so no write shows it.
+fn reader_is_there() -> io::Result<()> {
+    if poll::has_hung_up(io::stdout().as_fd()) { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
 }
 
 /// Why a round was not completed.
@@ -238,6 +242,19 @@ impl Mark {
 struct Row {
     mark: Mark,
     entry: ListedEntry,
+    /// The lock that was there before `entry`, which could not be read.
+    hidden: Option<Box<ListedEntry>>,
+}
+
+impl Row {
+    fn new(mark: Mark, entry: ListedEntry) -> Self {
+        Self { mark, entry, hidden: None }
+    }
+
+    /// Returns the lock that this row stands for, as far as it is known.
+    fn known(&self) -> &ListedEntry {
+        self.hidden.as_deref().unwrap_or(&self.entry)
+    }
 }
 
 /// Returns what identifies an entry: its path and its ID.
@@ -271,43 +288,47 @@ fn state(entry: &ListedEntry) -> (String, Option<String>) {
 /// again. `before` is `None` in the first round.
 fn compared(before: Option<Vec<Row>>, entries: Vec<ListedEntry>, looked: &Looked) -> Vec<Row> {
     let Some(before) = before else {
-        return entries.into_iter().map(|entry| Row { mark: Mark::Same, entry }).collect();
+        return entries.into_iter().map(|entry| Row::new(Mark::Same, entry)).collect();
     };
     let before: Vec<Row> = before.into_iter().filter(|row| row.mark != Mark::Gone).collect();
-    let known: HashMap<_, _> = before.iter().map(|row| (key(&row.entry), state(&row.entry))).collect();
+    let known: HashMap<_, _> = before.iter().map(|row| (key(row.known()), row)).collect();
+    let at: HashMap<&StoreKey, &Row> =
+        before.iter().flat_map(|row| places(&row.entry).map(move |it| (it, row))).collect();
     let now: HashSet<_> = entries.iter().map(key).collect();
-    let rest: Vec<Row> = {
-        let [now_read, now_unread] = places_by_unread(&entries.iter().collect::<Vec<_>>());
-        let has_place_in = |entry: &ListedEntry, there: &HashSet<&StoreKey>| places(entry).any(|it| there.contains(it));
-        before
-            .iter()
-            .filter(|row| !now.contains(&key(&row.entry)))
-            .filter(|row| !has_place_in(&row.entry, if row.entry.is_unread() { &now_read } else { &now_unread }))
-            .map(|row| Row {
-                mark: if looked.at(&row.entry) { Mark::Gone } else { Mark::Same },
-                entry: row.entry.clone(),
-            })
-            .collect()
-    };
-    let [was_read, was_unread] = places_by_unread(&before.iter().map(|row| &row.entry).collect::<Vec<_>>());
-    let kept = entries.into_iter().map(|entry| {
-        let others = if entry.is_unread() { &was_read } else { &was_unread };
-        let mark = match known.get(&key(&entry)) {
-            None if places(&entry).any(|place| others.contains(place)) => Mark::Changed,
+    let mut found = HashSet::new();
+    let mut rows = Vec::new();
+    for entry in entries {
+        let there = || places(&entry).find_map(|place| at.get(place).copied());
+        // An entry that cannot be read is the lock that was in its place, as far as anybody knows.
+        let row = if entry.is_unread() {
+            there()
+        } else {
+            known.get(&key(&entry)).copied().or_else(|| there().filter(|row| row.known().is_unread()))
+        };
+        let mark = match row {
             None => Mark::New,
-            Some(known) if *known != state(&entry) => Mark::Changed,
+            Some(row) if key(&row.entry) != key(&entry) || state(&row.entry) != state(&entry) => Mark::Changed,
             Some(_) => Mark::Same,
         };
-        Row { mark, entry }
+        found.extend(row.map(|row| key(row.known())));
+        let hidden =
+            row.map(Row::known).filter(|lock| entry.is_unread() && !lock.is_unread() && !now.contains(&key(lock)));
+        let hidden = hidden.cloned().map(Box::new);
+        rows.push(Row { mark, entry, hidden });
+    }
+    let read: HashSet<&StoreKey> =
+        rows.iter().map(|row| &row.entry).filter(|entry| !entry.is_unread()).flat_map(places).collect();
+    let rest = before.iter().filter(|row| !found.contains(&key(row.known()))).filter_map(|row| {
+        if !looked.at(&row.entry) {
+            return Some(Row { mark: Mark::Same, ..row.clone() });
+        }
+        // What could never be read can be read now.
+        let is_found = row.known().is_unread() && places(&row.entry).any(|place| read.contains(place));
+        (!is_found).then(|| Row::new(Mark::Gone, row.known().clone()))
     });
-    kept.chain(rest).collect()
-}
-
-/// Returns the places of the entries that could be read, and of those that could not.
-fn places_by_unread<'a>(entries: &[&'a ListedEntry]) -> [HashSet<&'a StoreKey>; 2] {
-    [false, true].map(|is_unread| {
-        entries.iter().filter(|entry| entry.is_unread() == is_unread).flat_map(|entry| places(entry)).collect()
-    })
+    let rest: Vec<Row> = rest.collect();
+    rows.extend(rest);
+    rows
 }
 
 /// Returns the first line on a terminal.
@@ -359,7 +380,7 @@ impl View {
                 let is_first = !std::mem::replace(has_shown, true);
                 let now = Timestamp::now();
                 let mut text = String::new();
-                for Row { mark, entry } in rows {
+                for Row { mark, entry, .. } in rows {
                     if is_first || *mark != Mark::Same {
                         let line = output::line_of(entry, Widths::USUAL, now);
                         let _ = write!(text, "{now:.0}  {:<8}  {line}", mark.word());

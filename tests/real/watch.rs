@@ -265,13 +265,25 @@ fn a_lock_object_that_cannot_be_read_for_a_while_is_not_reported_as_released() {
     is_denied.store(false, Ordering::SeqCst);
     let is_back = || (run.out().matches(id).count() == 2).then_some(());
     wait_for("the lock that can be read again", is_back, || run.out());
+    // Another run takes the lock while it cannot be read.
+    is_denied.store(true, Ordering::SeqCst);
+    let is_away = || (run.out().matches("unreadable").count() == 2).then_some(());
+    wait_for("the lock that cannot be read", is_away, || run.out());
     env.delete_lock();
+    let other = lock_elsewhere(&env, A);
+    is_denied.store(false, Ordering::SeqCst);
     wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
+    env.delete_lock();
+    let is_over = || (run.out().matches("  released  ").count() == 2).then_some(());
+    wait_for("the other release", is_over, || run.out());
     run.send(Signal::SIGINT);
     let end = run.wait();
     let words: Vec<&str> = end.out.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
-    assert_eq!(words, ["held", "changed", "changed", "released"], "{}", env.dump(&end));
-    assert!(end.out.lines().nth(3).unwrap().contains(id), "{}", env.dump(&end));
+    let expected = ["held", "changed", "changed", "changed", "locked", "released", "released"];
+    assert_eq!(words, expected, "{}", env.dump(&end));
+    for (line, id) in end.out.lines().skip(4).zip([other, id, other]) {
+        assert!(line.contains(id), "{}", env.dump(&end));
+    }
 }
 
 /// A table is read for as long as somebody reads what is found.
