@@ -346,6 +346,8 @@ fn two_wrappers_in_a_row_are_one() {
     command.args(["apply", "-auto-approve", "-no-color"]).env("PATH", path);
     let run = Run::start(command);
     env.wait_for_began(&run);
+    // Until then, a keeper may have the name of `tf`.
+    env.wait_for_lease();
     let names: Vec<String> = tree(run.pid()).into_iter().map(|process| process.1).collect();
     assert_eq!(names.iter().filter(|name| *name == "tf" || *name == "terraform").count(), 2, "{names:?}");
     run.kill_terraform();

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use super::listener::Listener;
+use super::system::{IS_LINUX, queued};
 use super::wait_for;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,19 @@ enum Phase {
 pub struct Relay {
     pub port: u16,
     phase: Arc<(Mutex<Phase>, Condvar)>,
+    stalled: Arc<Mutex<Option<StalledWrite>>>,
     _listener: Listener,
+}
+
+/// The write whose connection is not read.
+#[derive(Clone, Copy, Debug)]
+struct StalledWrite {
+    /// The sender's port.
+    client: u16,
+    /// How many bytes of it were read.
+    read: usize,
+    /// How many bytes the whole request has.
+    length: usize,
 }
 
 /// The bytes that a connection takes which nobody reads.
@@ -39,16 +52,20 @@ impl Relay {
         // Each accepted connection inherits it (tcp(7)).
         rustix::net::sockopt::set_socket_recv_buffer_size(&listener, BUFFER).unwrap();
         let phase = Arc::new((Mutex::new(Phase::Passing), Condvar::new()));
-        let of_listener = phase.clone();
+        let stalled = Arc::new(Mutex::new(None));
+        let of_listener = (phase.clone(), stalled.clone());
         let listener = Listener::start_on(listener, move |client| {
             let Ok(server) = TcpStream::connect(("127.0.0.1", upstream)) else { return };
             let (from_client, to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-            let phase = of_listener.clone();
+            let (phase, stalled) = of_listener.clone();
+            let port = client.peer_addr().unwrap().port();
             std::thread::spawn(move || {
                 let back = std::thread::spawn(move || copy(&server, &client, |_| true));
                 let mut was_stalled = false;
                 copy(&from_client, &to_server, |bytes| {
-                    was_stalled |= stalls_at_write(bytes, &phase);
+                    was_stalled |= stalls_at_write(bytes, &phase, |length| {
+                        *stalled.lock().unwrap() = Some(StalledWrite { client: port, read: bytes.len(), length });
+                    });
                     true
                 });
                 back.join().unwrap();
@@ -57,13 +74,28 @@ impl Relay {
                 }
             });
         });
-        Self { port: listener.port, phase, _listener: listener }
+        Self { port: listener.port, phase, stalled, _listener: listener }
     }
 
-    /// Waits until a write of the state has begun, whose rest is not read.
+    /// Waits until a write of the state has begun, whose rest is not read, and until the sender has handed all of it to
+    /// its kernel. Otherwise, the death of the sender would cut it off. (macOS does not show that.)
     #[track_caller]
     pub fn wait_until_stalled(&self) {
         self.wait_for(Phase::Stalled);
+        let stalled = || self.stalled.lock().unwrap().unwrap();
+        let queues = || (queued(stalled().client, self.port), queued(self.port, stalled().client));
+        let is_handed_over = || match queues() {
+            // What was received and not acknowledged yet counts twice, so the sum must be exact.
+            (Some((unacknowledged, _)), Some((_, received))) => {
+                stalled().read + unacknowledged + received == stalled().length
+            }
+            _ => !IS_LINUX,
+        };
+        wait_for(
+            "the whole write in the kernel",
+            || is_handed_over().then_some(()),
+            || format!("{:?} {:?}", stalled(), queues()),
+        );
     }
 
     /// Waits for the end of that connection, after [`Relay::resume`]. Whatever it has carried was delivered then.
@@ -85,8 +117,9 @@ impl Relay {
     }
 }
 
-/// Waits until [`Relay::resume`] if these bytes begin the first write of the state. Returns whether they do.
-fn stalls_at_write(bytes: &[u8], (phase, resumed): &(Mutex<Phase>, Condvar)) -> bool {
+/// Waits until [`Relay::resume`] if these bytes begin the first write of the state. Returns whether they do. `note` gets
+/// the length of the whole request before.
+fn stalls_at_write(bytes: &[u8], (phase, resumed): &(Mutex<Phase>, Condvar), note: impl FnOnce(usize)) -> bool {
     let text = String::from_utf8_lossy(bytes);
     let line = text.lines().next().unwrap_or_default();
     let is_write = line.starts_with("PUT ") && line.contains("prod.tfstate") && !line.contains(".tflock");
@@ -94,6 +127,10 @@ fn stalls_at_write(bytes: &[u8], (phase, resumed): &(Mutex<Phase>, Condvar)) -> 
     if !is_write || *phase != Phase::Passing {
         return false;
     }
+    let (head, _) = text.split_once("\r\n\r\n").expect("the headers are shorter than the buffer");
+    let length = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    let length: usize = length.unwrap_or_else(|| panic!("no length: {head}"));
+    note(head.len() + 4 + length);
     *phase = Phase::Stalled;
     drop(resumed.wait_while(phase, |phase| *phase == Phase::Stalled).unwrap());
     true

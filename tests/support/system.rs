@@ -13,7 +13,7 @@ use linux as system;
 use macos as system;
 use nix::unistd::Pid;
 pub use system::{
-    arguments, boot_time, environment, is_dying, is_noexec, name, pids, process, program, state, terminal_name,
+    arguments, boot_time, environment, is_dying, is_noexec, name, pids, process, program, queued, state, terminal_name,
     waits_in,
 };
 
@@ -160,6 +160,16 @@ mod linux {
         let bytes = read(format!("/proc/{pid}/environ")).ok()?;
         let entries = bytes.split(|&byte| byte == 0).filter(|entry| !entry.is_empty());
         Some(entries.map(|entry| String::from_utf8_lossy(entry).into_owned()).collect())
+    }
+
+    /// Returns how many bytes a connection on 127.0.0.1 has sent that were not acknowledged, and how many it has received
+    /// that were not read (/proc/net/tcp, proc_net(5)). `None` if there is no such connection.
+    pub fn queued(local: u16, remote: u16) -> Option<(usize, usize)> {
+        let text = read_to_string("/proc/net/tcp").unwrap();
+        let ends = format!(" 0100007F:{local:04X} 0100007F:{remote:04X} ");
+        let line = text.lines().find(|line| line.contains(&ends))?;
+        let (sent, received) = line.split_whitespace().nth(4)?.split_once(':')?;
+        Some((usize::from_str_radix(sent, 16).ok()?, usize::from_str_radix(received, 16).ok()?))
     }
 
     /// Whether a process waits in this system call (proc_pid_syscall(5)).
@@ -318,6 +328,11 @@ mod macos {
         let after_arguments = strings[arguments..].split(|byte| *byte == 0).skip(count).filter(|text| !text.is_empty());
         let entries: Vec<String> = after_arguments.map(|text| String::from_utf8_lossy(text).into_owned()).collect();
         (!entries.is_empty()).then_some(entries)
+    }
+
+    /// Returns `None`: macOS has no file that shows the queues of a connection.
+    pub fn queued(_local: u16, _remote: u16) -> Option<(usize, usize)> {
+        None
     }
 
     /// Returns false: macOS does not say in which system call a process waits.
