@@ -83,8 +83,8 @@ impl LateStop {
         self.asked_at = now;
     }
 
-    /// Notes a suspension (`still` is true) or its end, and returns whether it is sent to the guardian. [`MAX_UNANSWERED`] of them may wait for
-    /// an answer. The end of a suspension is sent if the suspension was.
+    /// Notes a suspension (`still` is true) or its end, and returns whether it is sent to the guardian.
+    /// [`MAX_UNANSWERED`] of them may wait for an answer. The end of a suspension is sent if the suspension was.
     fn note_suspension(&mut self, still: bool) -> bool {
         if still {
             self.is_suspension_sent = self.unanswered < MAX_UNANSWERED;

@@ -164,13 +164,12 @@ impl Guardian {
     }
 
     /// Sends the parsed log of terraform. The log was read up to `offset`, in bytes. Returns true if the message was
-    /// sent, or if the rest of it will be sent later. Returns false if the message was not sent, because an earlier
-    /// message still fills the socket, or because this message would be too long.
+    /// sent, or if the rest of it will be sent later. Returns false if the message was not sent, because at the last
+    /// [`Guardian::flush`] an earlier message still filled the socket, or because this message would be too long.
     ///
     /// # Errors
     /// Fails if the guardian is gone.
     pub(crate) fn tell(&mut self, log: &Log, offset: u64) -> io::Result<bool> {
-        self.messages.flush()?;
         if self.messages.is_full() {
             return Ok(false);
         }
