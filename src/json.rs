@@ -40,8 +40,16 @@ impl Formatter for Ascii {
 /// Fails in the same cases as [`serde_json::to_string`].
 pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
     let mut bytes = Vec::with_capacity(1024);
-    value.serialize(&mut Serializer::with_formatter(&mut bytes, Ascii))?;
+    append(&mut bytes, value)?;
     String::from_utf8(bytes).map_err(serde::ser::Error::custom)
+}
+
+/// Does the same as [`to_string`], but appends the JSON to `bytes`.
+///
+/// # Errors
+/// The same as [`to_string`]. The JSON in `bytes` is then incomplete.
+pub(crate) fn append<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, value: &T) -> serde_json::Result<()> {
+    value.serialize(&mut Serializer::with_formatter(bytes, Ascii))
 }
 
 /// Parses JSON that may contain a [`GoText`] or [`MemberNames`].
@@ -49,8 +57,11 @@ pub(crate) fn to_string<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<
 /// # Errors
 /// Fails if `json` is not JSON, or is not a `T`.
 pub(crate) fn parse<'de, T: Deserialize<'de>>(json: &'de str) -> serde_json::Result<T> {
-    // A visitor of bytes gets a string with a control character, which is not JSON.
-    let IgnoredAny = serde_json::from_str(json)?;
+    // A visitor of bytes gets a string with a control character, which is not JSON. Between the tokens, it may be white
+    // space.
+    if json.bytes().any(|byte| byte < b' ') {
+        let IgnoredAny = serde_json::from_str(json)?;
+    }
     serde_json::from_str(json)
 }
 

@@ -1,5 +1,6 @@
 //! `tf locks audit`: counts locks, for scheduled jobs. The exit code says whether a lock needs attention.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
-use super::output::{Output, Widths};
+use super::output::{Format, Output, Rows, Widths};
 use super::scan::Scan;
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
@@ -271,12 +272,8 @@ impl Audit {
             let looked = inventory::look_and_ask_witness(directory, &connection.stores, staleness);
             let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
             inventory.say_unseen();
-            for entry in &inventory.entries {
-                audited.add(entry, Timestamp::now(), self.json);
-                if !self.is_silent() && entry.is_stale() {
-                    output.put(&output.render(entry)?)?;
-                }
-            }
+            let rows = self.add(&inventory.entries, output.format(), &mut audited)?;
+            output.put(&rows)?;
             audited.count.scanned = inventory.states.len() as u64;
             if let Some(why) = inventory.incomplete {
                 console::say(&why);
@@ -305,6 +302,15 @@ impl Audit {
         })
     }
 
+    /// Adds `entries` to the result, and returns the rows of those that need attention.
+    fn add(&self, entries: &[ListedEntry], format: Format, audited: &mut Audited) -> io::Result<Rows> {
+        let now = Timestamp::now();
+        for entry in entries {
+            audited.add(entry, now, self.json);
+        }
+        format.rows(entries.iter().filter(|entry| !self.is_silent() && entry.is_stale()))
+    }
+
     /// Counts the locks of a table or a bucket, and shows the stale ones. Returns the signal that stopped the scan.
     async fn scan(
         &self,
@@ -314,15 +320,10 @@ impl Audit {
         output: &mut Output,
         audited: &mut Audited,
     ) -> Result<Option<Signal>, Trouble> {
-        let now = Timestamp::now();
         let staleness = Staleness { older_than: Some(self.older_than) };
         let scan = Scan { target, stores, speed, staleness, is_silent: false };
-        let scanned = scan
-            .run(stop_requests, output, |entry| {
-                audited.add(entry, now, self.json);
-                !self.is_silent() && entry.is_stale()
-            })
-            .await?;
+        let format = output.format();
+        let scanned = scan.run(stop_requests, output, |entries| self.add(&entries, format, audited)).await?;
         audited.count.scanned = scanned.items;
         scanned.failed.map_or(Ok(scanned.stopped), Err)
     }

@@ -81,10 +81,7 @@ impl List {
         let entries = inventory.entries;
         let stale = entries.iter().any(ListedEntry::is_stale);
         let mut output = Output::new(self.json, Widths::of(&entries))?;
-        for entry in &entries {
-            let shown = output.render(entry)?;
-            output.put(&shown)?;
-        }
+        output.put(&output.format().rows(&entries)?)?;
         if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
             let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
             console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
@@ -195,16 +192,10 @@ async fn scan(
     tally: &mut Tally,
 ) -> Result<Scanned, Trouble> {
     let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: false };
-    scan.run(stop_requests, output, |entry| {
-        match entry {
-            ListedEntry::Lock(lock) => {
-                tally.locks += 1;
-                tally.stale += u64::from(lock.stale);
-            }
-            ListedEntry::UnreadableLock(entry) if entry.is_unread() => tally.unread += 1,
-            ListedEntry::UnreadableLock(_) => tally.no_locks += 1,
-        }
-        true
+    let format = output.format();
+    scan.run(stop_requests, output, |entries| {
+        tally.add(Tally::of(&entries));
+        format.rows(&entries)
     })
     .await
 }

@@ -18,7 +18,7 @@ use crate::holder::lease_text;
 use crate::lock::stores::StoreKey;
 use crate::{console, json};
 
-/// The format in which locks are shown.
+/// Writes locks to stdout.
 pub(super) enum Output {
     /// A table, on a terminal.
     Table(Table),
@@ -26,6 +26,17 @@ pub(super) enum Output {
     Lines(Widths),
     /// One JSON object, with `--json`.
     Json(Json),
+}
+
+/// The format in which locks are shown. A thread that does not write to stdout can have a copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Format {
+    Table(Layout),
+    Lines(Widths),
+    Json {
+        /// The index of the current target; `None` if there are not several.
+        target: Option<usize>,
+    },
 }
 
 /// The widths of the columns, in terminal columns.
@@ -95,10 +106,12 @@ impl Widths {
     }
 }
 
-/// The text of one entry, as it will be shown.
-pub(super) struct Shown {
-    is_lock: bool,
-    text: String,
+/// The text of several entries, as it will be shown.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Rows {
+    text: Vec<u8>,
+    /// In JSON, the text of the entries that are not locks. They follow all locks. Otherwise empty.
+    at_end: Vec<u8>,
 }
 
 impl Output {
@@ -111,49 +124,44 @@ impl Output {
         let terminal = Term::stdout();
         if json {
             let out = BufWriter::with_capacity(1 << 16, io::stdout());
-            Ok(Self::Json(Json { out, later: tempfile::tempfile()?, locks: 0, unreadable: 0, target: None }))
+            Ok(Self::Json(Json {
+                out,
+                later: tempfile::tempfile()?,
+                has_locks: false,
+                has_others: false,
+                target: None,
+            }))
         } else if terminal.is_term() {
-            Ok(Self::Table(Table::new(usize::from(terminal.size().1), widths)))
+            let layout = Layout::new(usize::from(terminal.size().1), widths);
+            Ok(Self::Table(Table { layout, headed: false }))
         } else {
             Ok(Self::Lines(widths))
         }
     }
 
-    /// Returns the text of one entry.
-    ///
-    /// # Errors
-    /// Fails if the entry cannot be converted to JSON.
-    pub(super) fn render(&self, entry: &ListedEntry) -> io::Result<Shown> {
-        let now = Timestamp::now();
-        let text = match (self, entry) {
-            (Self::Table(table), entry) => table.entry(entry, now),
-            (Self::Lines(widths), entry) => line_of(entry, *widths, now),
-            (Self::Json(json), ListedEntry::Lock(lock)) => json.text(&**lock)?,
-            (Self::Json(json), ListedEntry::UnreadableLock(unreadable)) => json.text(unreadable)?,
-        };
-        Ok(Shown { is_lock: matches!(entry, ListedEntry::Lock(_)), text })
+    pub(super) fn format(&self) -> Format {
+        match self {
+            Self::Table(table) => Format::Table(table.layout),
+            Self::Lines(widths) => Format::Lines(*widths),
+            Self::Json(json) => Format::Json { target: json.target },
+        }
     }
 
-    /// Writes one entry.
+    /// Writes the entries of several rows, which [`Format::rows`] has returned. A table and lines are written at once,
+    /// because a write takes longer than an entry.
     ///
     /// # Errors
     /// Fails if the text cannot be written, for example because the reader of stdout has exited.
-    pub(super) fn put(&mut self, shown: &Shown) -> io::Result<()> {
-        self.put_all(std::slice::from_ref(shown))
-    }
-
-    /// Writes several entries. A table and lines are written at once, because a write takes longer than an entry.
-    ///
-    /// # Errors
-    /// The same as [`Self::put`].
-    pub(super) fn put_all(&mut self, shown: &[Shown]) -> io::Result<()> {
+    pub(super) fn put(&mut self, rows: &Rows) -> io::Result<()> {
         let head = match self {
-            Self::Json(json) => return shown.iter().try_for_each(|shown| json.put(shown)),
-            Self::Table(table) if !shown.is_empty() => table.head(),
+            Self::Json(json) => return json.put(rows),
+            Self::Table(table) if !rows.text.is_empty() => table.head(),
             Self::Table(_) | Self::Lines(_) => String::new(),
         };
-        let rows = shown.iter().map(|shown| shown.text.as_str());
-        write(&std::iter::once(head.as_str()).chain(rows).collect::<String>())
+        let mut out = io::stdout().lock();
+        out.write_all(head.as_bytes())?;
+        out.write_all(&rows.text)?;
+        out.flush()
     }
 
     /// Begins the next of several targets. JSON says for each entry in which target it is.
@@ -175,19 +183,59 @@ impl Output {
     }
 }
 
-impl Shown {
-    /// Writes the entry to `file`, for [`Self::fetch`].
+impl Format {
+    /// Returns the text of `entries`.
+    ///
+    /// # Errors
+    /// Fails if an entry cannot be converted to JSON.
+    pub(super) fn rows<'a>(self, entries: impl IntoIterator<Item = &'a ListedEntry>) -> io::Result<Rows> {
+        let now = Timestamp::now();
+        let (mut text, mut locks, mut others) = (String::new(), Vec::new(), Vec::new());
+        for entry in entries {
+            match (self, entry) {
+                (Self::Table(layout), entry) => text.push_str(&layout.entry(entry, now)),
+                (Self::Lines(widths), entry) => push_line(&mut text, entry, widths, now),
+                (Self::Json { target }, ListedEntry::Lock(lock)) => push_json(&mut locks, &**lock, target)?,
+                (Self::Json { target }, ListedEntry::UnreadableLock(other)) => push_json(&mut others, other, target)?,
+            }
+        }
+        let text = if matches!(self, Self::Json { .. }) { locks } else { text.into_bytes() };
+        Ok(Rows { text, at_end: others })
+    }
+}
+
+/// Appends an entry in JSON, after a comma if it is not the first one.
+fn push_json<T: Serialize>(text: &mut Vec<u8>, entry: &T, target: Option<usize>) -> io::Result<()> {
+    if !text.is_empty() {
+        text.extend(BETWEEN.as_bytes());
+    }
+    match target {
+        None => json::append(text, entry)?,
+        Some(target) => json::append(text, &InTarget { entry, target })?,
+    }
+    Ok(())
+}
+
+/// What stands between two entries in JSON.
+const BETWEEN: &str = ",\n";
+
+impl Rows {
+    /// Writes the rows to `file`, for [`Self::fetch`].
     ///
     /// # Errors
     /// Fails if the file cannot be written, for example because its disk is full.
     pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
-        let mut head = [u8::from(self.is_lock); STORED_HEAD];
-        head[1..].copy_from_slice(&(self.text.len() as u64).to_le_bytes());
-        file.write_all(&head)?;
-        file.write_all(self.text.as_bytes())
+        if self.text.is_empty() && self.at_end.is_empty() {
+            return Ok(());
+        }
+        for text in [&self.text, &self.at_end] {
+            file.write_all(&(text.len() as u64).to_le_bytes())?;
+            file.write_all(text)?;
+        }
+        Ok(())
     }
 
-    /// Reads the next entry that [`Self::store`] wrote. `None` at the end of the file.
+    /// Reads the next rows that [`Self::store`] wrote. `None` at the end of the file.
     ///
     /// # Errors
     /// Fails if the file cannot be read, or if it does not have the format that [`Self::store`] writes.
@@ -195,24 +243,15 @@ impl Shown {
         if file.fill_buf()?.is_empty() {
             return Ok(None);
         }
-        let mut head = [0; STORED_HEAD];
-        file.read_exact(&mut head)?;
-        let [is_lock, length @ ..] = head;
-        let length = usize::try_from(u64::from_le_bytes(length)).map_err(io::Error::other)?;
-        let mut text = vec![0; length];
-        file.read_exact(&mut text)?;
-        let text = String::from_utf8(text).map_err(io::Error::other)?;
-        Ok(Some(Self { is_lock: is_lock == 1, text }))
+        let mut text = || -> io::Result<Vec<u8>> {
+            let mut length = [0; 8];
+            file.read_exact(&mut length)?;
+            let mut text = vec![0; usize::try_from(u64::from_le_bytes(length)).map_err(io::Error::other)?];
+            file.read_exact(&mut text)?;
+            Ok(text)
+        };
+        Ok(Some(Self { text: text()?, at_end: text()? }))
     }
-}
-
-/// The bytes before the text of a stored entry: whether it is a lock, and the length of the text.
-const STORED_HEAD: usize = 9;
-
-fn write(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
 }
 
 /// Returns the lock's operation without the prefix that terraform gives it: `Apply` for `OperationTypeApply`.
@@ -238,14 +277,13 @@ pub(super) fn parts(lock: &FoundLock) -> String {
     names.collect::<Vec<_>>().join("+")
 }
 
-/// Returns the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
+/// Appends the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
 /// than 200 characters is truncated ([`visible`]).
-fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
+fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Timestamp) {
     let created = lock.info.created();
     let age = created.and_then(|created| age_at(created, now)).map_or_else(|| "-".to_owned(), length_of_time);
     let since = created.map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
     let path = lock.path();
-    let mut line = String::with_capacity(256);
     for (text, width) in [
         (Cow::Borrowed(lock.verdict().word()), 11),
         (column(&path), widths.path),
@@ -257,7 +295,7 @@ fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
         (column(&lock.info.id), 36),
         (parts(lock).into(), 11),
     ] {
-        push_padded(&mut line, &text, width);
+        push_padded(line, &text, width);
         line.push_str("  ");
     }
     line.push_str(&without_double_blanks(Cow::Borrowed(&lock.judgement.reason)));
@@ -268,7 +306,6 @@ fn line(lock: &FoundLock, widths: Widths, now: Timestamp) -> String {
         line.extend(["; ", &without_double_blanks(Cow::Borrowed(note))]);
     }
     line.push('\n');
-    line
 }
 
 fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
@@ -277,19 +314,24 @@ fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
     format!("unreadable   {path}  {}\n", without_double_blanks(text.into()))
 }
 
+fn push_line(line: &mut String, entry: &ListedEntry, widths: Widths, now: Timestamp) {
+    match entry {
+        ListedEntry::Lock(lock) => push_lock_line(line, lock, widths, now),
+        ListedEntry::UnreadableLock(unreadable) => line.push_str(&unreadable_line(unreadable, widths)),
+    }
+}
+
 /// Returns an entry as a plain line, which ends with a newline.
 pub(super) fn line_of(entry: &ListedEntry, widths: Widths, now: Timestamp) -> String {
-    match entry {
-        ListedEntry::Lock(found) => line(found, widths, now),
-        ListedEntry::UnreadableLock(unreadable) => unreadable_line(unreadable, widths),
-    }
+    let mut line = String::new();
+    push_line(&mut line, entry, widths, now);
+    line
 }
 
 /// Returns the header and the lines of each entry, as a table of `width` columns.
 pub(super) fn table_of(width: usize, entries: &[&ListedEntry], now: Timestamp) -> (String, Vec<String>) {
-    let mut table = Table::new(width, Widths::of(entries.iter().copied()));
-    let blocks = entries.iter().map(|entry| table.entry(entry, now)).collect();
-    (table.head(), blocks)
+    let layout = Layout::new(width, Widths::of(entries.iter().copied()));
+    (layout.head(), entries.iter().map(|entry| layout.entry(entry, now)).collect())
 }
 
 /// Returns the text of a column of a plain line. Tools find a column by its position, so a blank text becomes `-`, and
@@ -350,17 +392,30 @@ fn cut_front(text: &str, width: usize, mark: &str) -> String {
     padded(&format!("{mark}{kept}"), width)
 }
 
-/// A table that fits the terminal.
+/// A table that is written.
 pub(super) struct Table {
-    width: usize,
-    widths: Widths,
-    /// Whether a row has room for the SINCE column: the terminal has 130 columns or more.
-    wide: bool,
+    layout: Layout,
     /// Whether the header was written.
     headed: bool,
 }
 
 impl Table {
+    /// Returns the header for the first rows. For the next ones there is none.
+    fn head(&mut self) -> String {
+        if std::mem::replace(&mut self.headed, true) { String::new() } else { self.layout.head() }
+    }
+}
+
+/// The layout of a table that fits the terminal.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    width: usize,
+    widths: Widths,
+    /// Whether a row has room for the SINCE column: the terminal has 130 columns or more.
+    wide: bool,
+}
+
+impl Layout {
     const VERDICT: usize = 11;
     /// The width of the SINCE column, whose text is like `30 d 23 h ago, 2026-11-24T10:00:00Z`.
     const SINCE: usize = 38;
@@ -385,7 +440,7 @@ impl Table {
             widths.operation = (widths.operation - 1).max(5);
         }
         widths.path = widths.path.min(rest(&widths)).max(4);
-        Self { width, widths, wide, headed: false }
+        Self { width, widths, wide }
     }
 
     fn row(&self, verdict: &str, style: &Style, cells: [&str; 5]) -> String {
@@ -405,10 +460,7 @@ impl Table {
         format!("{}{rest}\n", style.apply_to(padded(verdict, Self::VERDICT)))
     }
 
-    fn head(&mut self) -> String {
-        if std::mem::replace(&mut self.headed, true) {
-            return String::new();
-        }
+    fn head(&self) -> String {
         self.row("VERDICT", &Style::new().bold(), ["PATH", "WORKSPACE", "OPERATION", "WHO", "SINCE"])
     }
 
@@ -483,34 +535,31 @@ fn style(verdict: Verdict) -> Style {
 pub(super) struct Json {
     out: BufWriter<io::Stdout>,
     later: File,
-    locks: u64,
-    unreadable: u64,
+    /// Whether an entry is written in `out`, and in `later`.
+    has_locks: bool,
+    has_others: bool,
     /// The index of the current target; `None` if there are not several.
     target: Option<usize>,
 }
 
 impl Json {
-    fn text<T: Serialize>(&self, entry: &T) -> io::Result<String> {
-        Ok(match self.target {
-            None => json::to_string(entry)?,
-            Some(target) => json::to_string(&InTarget { entry, target })?,
-        })
-    }
-
-    fn put(&mut self, shown: &Shown) -> io::Result<()> {
-        let (out, count, first): (&mut dyn Write, _, _) = if shown.is_lock {
-            (&mut self.out, &mut self.locks, "{\"locks\":[\n")
-        } else {
-            (&mut self.later, &mut self.unreadable, "\n")
-        };
-        let before = if *count == 0 { first } else { ",\n" };
-        *count += 1;
-        out.write_all(before.as_bytes())?;
-        out.write_all(shown.text.as_bytes())
+    fn put(&mut self, rows: &Rows) -> io::Result<()> {
+        let parts: [(&mut dyn Write, _, _, _); 2] = [
+            (&mut self.out, &rows.text, &mut self.has_locks, "{\"locks\":[\n"),
+            (&mut self.later, &rows.at_end, &mut self.has_others, "\n"),
+        ];
+        for (out, text, has_one, first) in parts {
+            if !text.is_empty() {
+                let before = if std::mem::replace(has_one, true) { BETWEEN } else { first };
+                out.write_all(before.as_bytes())?;
+                out.write_all(text)?;
+            }
+        }
+        Ok(())
     }
 
     fn end(mut self, end: &End) -> io::Result<()> {
-        if self.locks == 0 {
+        if !self.has_locks {
             self.out.write_all(b"{\"locks\":[")?;
         }
         self.out.write_all(b"],\n\"unreadable\":[")?;
@@ -586,8 +635,8 @@ mod tests {
                 for path in ["b/k".to_owned(), format!("b/{}/prod.tfstate", "deep/".repeat(40)), who.clone()] {
                     let mut entry = entry(&who, &path);
                     with_a_lease(&mut entry, &who);
-                    let table = Table::new(width, Widths::of(std::slice::from_ref(&entry)));
-                    let shown = table.lock(lock(&entry), "2026-11-24T13:12:00Z".parse().unwrap());
+                    let layout = Layout::new(width, Widths::of(std::slice::from_ref(&entry)));
+                    let shown = layout.lock(lock(&entry), "2026-11-24T13:12:00Z".parse().unwrap());
                     let plain = ::console::strip_ansi_codes(&shown).into_owned();
                     for line in plain.lines() {
                         assert!(line.width() <= width, "{} > {width}: {line}", line.width());
@@ -604,7 +653,7 @@ mod tests {
         for who in STRANGE {
             let mut entry = entry(who, "b/k");
             with_a_lease(&mut entry, who);
-            let line = line(lock(&entry), Widths::USUAL, Timestamp::now());
+            let line = line_of(&entry, Widths::USUAL, Timestamp::now());
             assert_eq!(line.matches('\n').count(), 1, "{line:?}");
             assert!(!line.trim_end().chars().any(char::is_control), "{line:?}");
         }
@@ -626,7 +675,7 @@ mod tests {
             found.workspace = Some(blanks.to_owned());
             found.judgement.reason = blanks.to_owned();
             found.notes = vec![format!("note{blanks}")];
-            let line = line(lock(&entry), Widths::of(std::slice::from_ref(&entry)), Timestamp::now());
+            let line = line_of(&entry, Widths::of(std::slice::from_ref(&entry)), Timestamp::now());
             let shown = columns(&line);
             assert_eq!(shown.len(), 10, "{line:?}");
             assert_eq!([shown[0], shown[4], shown[8]], ["unknown", "a b", "dynamodb"], "{line:?}");

@@ -20,10 +20,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::connection::{ScanTarget, Trouble};
 use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
-use super::output::{Output, Shown};
+use super::output::{Output, Rows};
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
-use super::targets::Speed;
+use super::targets::{Speed, Tally};
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
 use crate::console;
@@ -48,9 +48,6 @@ const WAITING: usize = 1;
 
 /// The maximum number of reads of single locks in flight, for each segment.
 const AT_ONCE: usize = 8;
-
-/// The maximum number of waiting entries that are written at a time.
-const AT_A_TIME: usize = 256;
 
 /// How long to wait for a page before checking for signals such as ^C.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -151,8 +148,8 @@ impl ListedPage {
 type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
 
 impl Scan {
-    /// Reads the whole target and shows its entries in order. `each` is called for every entry, in the order in which
-    /// the entries arrive, and returns whether to show it.
+    /// Reads the whole target and shows its entries in order. `each` gets the entries of every page, in the order in
+    /// which the pages arrive, and returns the rows to show.
     ///
     /// # Errors
     /// Fails if the target cannot be scanned at all or if the output cannot be written. If a request for a page fails,
@@ -161,7 +158,7 @@ impl Scan {
         &self,
         stop_requests: &mut StopRequests,
         output: &mut Output,
-        mut each: impl FnMut(&ListedEntry) -> bool,
+        mut each: impl FnMut(Vec<ListedEntry>) -> io::Result<Rows>,
     ) -> Result<Scanned, Trouble> {
         let (segments, total) = match stop_requests.unless_stopped(self.prepare()).await {
             Ok(prepared) => prepared?,
@@ -214,19 +211,13 @@ impl Scan {
             scanned.items += more;
             scanned.test_objects.add(test_objects);
             scanned.owed = scanned.owed.max(owed);
-            let mut shown = Vec::new();
-            for entry in &entries {
-                if let ListedEntry::Lock(lock) = entry {
-                    locks += 1;
-                    stale += u64::from(lock.stale);
-                }
-                if each(entry) {
-                    shown.push(output.render(entry)?);
-                }
-            }
+            let found = Tally::of(&entries);
+            locks += found.locks;
+            stale += found.stale;
+            let rows = each(entries)?;
             progress.set_position(scanned.items);
             progress.set_message(format!("{locks} locks, {stale} stale"));
-            progress.suspend(|| order.take(segment, &shown, is_last, output))?;
+            progress.suspend(|| order.take(segment, &rows, is_last, output))?;
         }
         progress.finish_and_clear();
         order.rest(output)?;
@@ -325,15 +316,13 @@ impl Order {
         Ok(Self { current: 0, waiting })
     }
 
-    /// Shows the entries of one page if `segment` is the segment that is shown now. Otherwise stores them in the
-    /// segment's file. `last` says whether this page is the segment's last one.
-    fn take(&mut self, segment: usize, shown: &[Shown], last: bool, output: &mut Output) -> io::Result<()> {
+    /// Shows the rows of one page if `segment` is the segment that is shown now. Otherwise stores them in the segment's
+    /// file. `last` says whether this page is the segment's last one.
+    fn take(&mut self, segment: usize, rows: &Rows, last: bool, output: &mut Output) -> io::Result<()> {
         if segment == self.current {
-            output.put_all(shown)?;
+            output.put(rows)?;
         } else {
-            let mut buffer = Vec::new();
-            shown.iter().try_for_each(|shown| shown.store(&mut buffer))?;
-            io::Write::write_all(&mut self.waiting[segment].0, &buffer)?;
+            rows.store(&mut self.waiting[segment].0)?;
         }
         self.waiting[segment].1 |= last;
         while self.waiting.get(self.current).is_some_and(|(_, ended)| *ended) {
@@ -357,13 +346,8 @@ impl Order {
         let Some((file, _)) = self.waiting.get_mut(segment) else { return Ok(()) };
         file.rewind()?;
         let mut reader = BufReader::new(&mut *file);
-        loop {
-            let shown = (0..AT_A_TIME).map_while(|_| Shown::fetch(&mut reader).transpose());
-            let shown = shown.collect::<io::Result<Vec<_>>>()?;
-            if shown.is_empty() {
-                break;
-            }
-            output.put_all(&shown)?;
+        while let Some(rows) = Rows::fetch(&mut reader)? {
+            output.put(&rows)?;
         }
         file.set_len(0)?;
         file.rewind()

@@ -51,11 +51,9 @@ impl Show {
             let stale = lock.as_ref().is_some_and(|lock| lock.stale) || !junk.is_empty();
             if self.json {
                 let mut output = Output::new(true, Widths::USUAL)?;
-                for entry in
-                    lock.map(ListedEntry::Lock).into_iter().chain(junk.into_iter().map(ListedEntry::UnreadableLock))
-                {
-                    output.put(&output.render(&entry)?)?;
-                }
+                let junk = junk.into_iter().map(ListedEntry::UnreadableLock);
+                let entries: Vec<_> = lock.map(ListedEntry::Lock).into_iter().chain(junk).collect();
+                output.put(&output.format().rows(&entries)?)?;
                 output.end(&End { complete: true, scanned: 1, fleet: None })?;
             } else {
                 if let Some(lock) = &lock {

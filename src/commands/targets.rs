@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::Finding;
 use super::connection::{LocationArgs, Trouble};
-use super::found::not_whole;
+use super::found::{ListedEntry, not_whole};
 use crate::console::{say, visible, visible_whole};
 
 /// The maximum size of a file with targets: 1 MiB.
@@ -315,7 +315,22 @@ impl TargetName {
 }
 
 impl Tally {
-    /// Adds what was found in another target.
+    pub(super) fn of(entries: &[ListedEntry]) -> Self {
+        let mut tally = Self::default();
+        for entry in entries {
+            match entry {
+                ListedEntry::Lock(lock) => {
+                    tally.locks += 1;
+                    tally.stale += u64::from(lock.stale);
+                }
+                ListedEntry::UnreadableLock(entry) if entry.is_unread() => tally.unread += 1,
+                ListedEntry::UnreadableLock(_) => tally.no_locks += 1,
+            }
+        }
+        tally
+    }
+
+    /// Adds what was found elsewhere.
     pub(super) fn add(&mut self, other: Self) {
         self.locks += other.locks;
         self.stale += other.stale;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::ListedEntry;
-use super::output::{self, Widths};
+use super::output::{self, Rows, Widths};
 use super::scan::Scan;
 use super::staleness::Staleness;
 use super::stop_requests::{AroundSuspension, StopRequests};
@@ -183,9 +183,9 @@ async fn round(
     let mut entries = Vec::new();
     let mut nowhere = output::Output::Lines(Widths::USUAL);
     let scanned = scan
-        .run(stop_requests, &mut nowhere, |entry| {
-            entries.push(entry.clone());
-            false
+        .run(stop_requests, &mut nowhere, |found| {
+            entries.extend(found);
+            Ok(Rows::default())
         })
         .await?;
     if let Some(signal) = scanned.stopped {
