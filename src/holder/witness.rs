@@ -4,8 +4,8 @@
 //! run of terraform: the command may take 20 s.
 
 use std::ffi::OsString;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -33,11 +33,42 @@ pub(crate) const MAX_AT_ONCE: usize = 4;
 /// The commands that may still be started now.
 static AT_ONCE: Semaphore = Semaphore::const_new(MAX_AT_ONCE);
 
-/// After so many answers that did not come in time, this process asks no more. An audit of many locks would take hours.
+/// After so many questions in a row that were not answered in time, the command is not asked for [`PAUSE`]. An audit of
+/// many locks would take hours.
 const MAX_TIMEOUTS: u32 = 3;
 
-/// How many questions were not answered in time.
-static TIMEOUTS: AtomicU32 = AtomicU32::new(0);
+/// How long a command that gave no answers is not asked. `tf locks --watch` may run for days, and the command may answer
+/// again.
+const PAUSE: Duration = Duration::from_mins(5);
+
+/// The questions that were not answered in time.
+#[derive(Clone, Copy, Debug)]
+struct Timeouts {
+    /// How many, since the last answer.
+    count: u32,
+    /// When the last one was given up. `None` if there is none.
+    last: Option<Instant>,
+}
+
+static TIMEOUTS: Mutex<Timeouts> = Mutex::new(Timeouts::NONE);
+
+impl Timeouts {
+    const NONE: Self = Self { count: 0, last: None };
+
+    fn may_ask(self, now: Instant) -> bool {
+        self.count < MAX_TIMEOUTS || self.last.is_none_or(|last| now.duration_since(last) >= PAUSE)
+    }
+
+    /// Returns what is known after another question, which was answered or not.
+    fn after(self, is_answered: bool, now: Instant) -> Self {
+        if is_answered { Self::NONE } else { Self { count: self.count.saturating_add(1), last: Some(now) } }
+    }
+}
+
+/// The value of [`TIMEOUTS`], which no panic leaves half-changed.
+fn timeouts() -> MutexGuard<'static, Timeouts> {
+    TIMEOUTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The question, which the command gets as one line of JSON. It contains nothing that the stored lock does not contain.
 #[derive(Serialize)]
@@ -87,20 +118,20 @@ pub(crate) async fn ask(judgement: Judgement, lock: &LockInfo, lease: Option<&Ob
     let holder = identity(lease);
     // The semaphore is never closed, so this cannot fail.
     let _permit = AT_ONCE.acquire().await;
-    let answer = if TIMEOUTS.load(Ordering::Relaxed) >= MAX_TIMEOUTS {
-        Err(format!("it was not asked, because it gave no answer within {} s before", WITNESS_TIMEOUT.as_secs()))
-    } else {
+    let may_ask = timeouts().may_ask(Instant::now());
+    let answer = if may_ask {
         let question = question(lock, holder);
-        match tokio::time::timeout(WITNESS_TIMEOUT, shell_command::answer(&command, question.as_bytes(), &NOT_PASSED))
-            .await
-        {
+        let asked = shell_command::answer(&command, question.as_bytes(), &NOT_PASSED);
+        let answered = tokio::time::timeout(WITNESS_TIMEOUT, asked).await;
+        let after = timeouts().after(answered.is_ok(), Instant::now());
+        *timeouts() = after;
+        match answered {
             Ok(Ok(answered)) => read(&answered),
             Ok(Err(error)) => Err(format!("it could not be started: {error}")),
-            Err(_) => {
-                TIMEOUTS.fetch_add(1, Ordering::Relaxed);
-                Err(format!("it gave no answer within {} s and was killed", WITNESS_TIMEOUT.as_secs()))
-            }
+            Err(_) => Err(format!("it gave no answer within {} s and was killed", WITNESS_TIMEOUT.as_secs())),
         }
+    } else {
+        Err(format!("it was not asked, because it gave no answer within {} s before", WITNESS_TIMEOUT.as_secs()))
     };
     with_answer(judgement, holder.is_some(), &answer)
 }
@@ -206,6 +237,21 @@ mod tests {
     use crate::lease::record::{NotBelieved, Promise};
 
     const ANSWERS: [WitnessVerdict; 3] = [WitnessVerdict::Dead, WitnessVerdict::Alive, WitnessVerdict::Unknown];
+
+    #[test]
+    fn a_command_that_gives_no_answers_has_a_pause_and_is_asked_again_after_it() {
+        let begin = Instant::now();
+        let mut timeouts = Timeouts::NONE;
+        for count in 0..MAX_TIMEOUTS + 2 {
+            assert_eq!(timeouts.may_ask(begin), count < MAX_TIMEOUTS, "{count}");
+            assert!(timeouts.may_ask(begin + PAUSE), "{count}");
+            timeouts = timeouts.after(false, begin);
+        }
+        assert!(timeouts.after(true, begin).may_ask(begin));
+        // The pause begins again with each question that is not answered.
+        let later = timeouts.after(false, begin + PAUSE);
+        assert!(!later.may_ask(begin + PAUSE) && later.may_ask(begin + 2 * PAUSE));
+    }
 
     fn answered(code: i32, stdout: &[u8], stderr: &str) -> Answered {
         Answered { status: ExitStatus::from_raw(code << 8), stdout: stdout.to_vec(), stderr: stderr.into() }
