@@ -34,7 +34,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcomm
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l watch -d 'List the locks again every TIME (default: 5s), from 1s to 24h, until ^C; in a pipe, print a line for each change' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of the table\'s; no limit if it has none)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -l json -d 'Print one JSON object, as described in docs/locks.schema.json'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -s V -l version -d 'Print version'
 complete -c tf -n "__fish_tf_using_subcommand locks; and not __fish_seen_subcommand_from list show release audit doctor history recover shell-init shim version" -f -a "list" -d 'List all locks in this directory\'s backend, in a DynamoDB table or in an S3 bucket'
@@ -56,7 +56,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l watch -d 'List the locks again every TIME (default: 5s), from 1s to 24h, until ^C; in a pipe, print a line for each change' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of the table\'s; no limit if it has none)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from list" -l json -d 'Print one JSON object, as described in docs/locks.schema.json'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from show" -l chdir -d 'Use the backend of this working directory, like terraform\'s -chdir' -r -F
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from show" -l table -d 'Look in this DynamoDB table, whatever the current directory is' -r
@@ -87,7 +87,7 @@ complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l region -d 'The region of the tables and buckets (default: the region that the AWS CLI would use)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l profile -d 'The AWS profile to use' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l endpoint-url -d 'The endpoint URL, for a service that is not AWS itself' -r
-complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table\'s; no limit if on-demand)' -r
+complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l rate -d 'Read at most UNITS read capacity units per second (default: 1/4 of the table\'s; no limit if it has none)' -r
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l json -d 'Print one JSON object with the counts and the stale locks'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from audit" -l prometheus -d 'Print metrics in the Prometheus text format'
 complete -c tf -n "__fish_tf_using_subcommand locks; and __fish_seen_subcommand_from doctor" -l chdir -d 'The working directory, as terraform\'s own -chdir' -r -F

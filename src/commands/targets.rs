@@ -56,7 +56,7 @@ pub(super) struct TargetArgs {
 /// How fast a table is read.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub(super) struct Speed {
-    /// Read at most UNITS read capacity units per second (default: 1/4 of a provisioned table's; no limit if on-demand)
+    /// Read at most UNITS read capacity units per second (default: 1/4 of the table's; no limit if it has none)
     #[arg(long, value_name = "UNITS", requires = "rated", value_parser = units)]
     pub(super) rate: Option<f64>,
 }
@@ -242,15 +242,26 @@ fn reason(error: &str) -> String {
 
 /// Returns the targets without those that repeat an earlier one.
 fn once_each(targets: impl Iterator<Item = Target>) -> Vec<Target> {
-    let mut names = Vec::new();
+    let mut seen = Vec::new();
     targets
         .filter(|target| {
-            let name = target.name();
-            let is_new = !names.contains(&name);
-            names.push(name);
+            // Two users of one service may see different things.
+            let what = (target.name(), target.place.endpoint_url.clone());
+            let is_new = !seen.contains(&what);
+            seen.push(what);
             is_new
         })
         .collect()
+}
+
+/// Returns `url` without the user name and the password in it. They must not be printed: metrics and logs are kept, and
+/// others read them.
+fn without_user(url: &str) -> String {
+    let start = url.find("://").map_or(0, |index| index + 3);
+    let (scheme, rest) = url.split_at(start);
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let host = rest[..end].rfind('@').map_or(0, |index| index + 1);
+    format!("{scheme}{}", &rest[host..])
 }
 
 impl Target {
@@ -265,12 +276,13 @@ impl Target {
         Self { place, speed: self.speed.or(speed) }
     }
 
-    /// Returns the target as it was given.
+    /// Returns the target as it was given, without the user name and the password in its URL.
     pub(super) fn name(&self) -> TargetName {
         let LocationArgs { table, bucket, prefix, region, profile, endpoint_url, .. } = self.place.clone();
         let kind = if table.is_some() { "table" } else { "bucket" };
         // An empty prefix selects all keys, as no prefix does. In Prometheus, an empty label is a missing one.
         let prefix = prefix.filter(|prefix| !prefix.is_empty());
+        let endpoint_url = endpoint_url.as_deref().map(without_user);
         TargetName { kind, name: table.or(bucket).unwrap_or_default(), prefix, region, profile, endpoint_url }
     }
 }
@@ -394,6 +406,35 @@ mod tests {
         let defaults = LocationArgs { region: region.map(ToOwned::to_owned), ..LocationArgs::default() };
         let lines = lines(text, &defaults, Speed::default()).into_iter();
         lines.map(|line| line.map(|target| target.name().describe()).map_err(|bad| (bad.line, bad.reason))).collect()
+    }
+
+    #[test]
+    fn a_user_name_and_a_password_in_a_url_are_not_shown() {
+        for (url, expected) in [
+            ("http://x:8000/path", "http://x:8000/path"),
+            ("http://anna:hunter2@x:8000/path", "http://x:8000/path"),
+            ("http://anna:hun@ter2@x", "http://x"),
+            ("http://anna@x?a=b@c", "http://x?a=b@c"),
+            ("http://x/a@b", "http://x/a@b"),
+            ("anna:hunter2@x", "x"),
+            ("", ""),
+        ] {
+            assert_eq!(without_user(url), expected);
+            let place = LocationArgs { endpoint_url: Some(url.to_owned()), ..LocationArgs::default() };
+            let name = Target { place, speed: Speed::default() }.name();
+            let shown = format!("{} {} {}", name.describe(), name.labels(), serde_json::to_string(&name).unwrap());
+            assert!(shown.matches(expected).count() >= 3 && !shown.contains("hunter2"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn the_same_table_for_two_users_is_two_targets() {
+        let target = |url: &str| {
+            let place = LocationArgs { endpoint_url: Some(url.to_owned()), ..LocationArgs::default() };
+            Target { place, speed: Speed::default() }
+        };
+        let urls = ["http://anna:a@x", "http://bert:b@x", "http://anna:a@x"];
+        assert_eq!(once_each(urls.into_iter().map(target)).len(), 2);
     }
 
     #[test]

@@ -9,7 +9,10 @@ use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
 use aws_sdk_dynamodb::operation::delete_item::builders::DeleteItemFluentBuilder;
 use aws_sdk_dynamodb::operation::put_item::PutItemError;
-use aws_sdk_dynamodb::types::{AttributeValue, MultiRegionConsistency, ProvisionedThroughputDescription, ReturnValue};
+use aws_sdk_dynamodb::types::{
+    AttributeValue, MultiRegionConsistency, OnDemandThroughput, ProvisionedThroughputDescription, ReturnValue,
+    TableDescription,
+};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationInterceptorContextRef;
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
@@ -484,7 +487,8 @@ async fn put(client: &Client, key: ItemKey<'_>, item: Item, condition: Condition
 pub(crate) struct Description {
     /// The name of the partition key, and of the sort key if there is one.
     pub(crate) keys: Vec<String>,
-    /// The provisioned read capacity, in read capacity units. `None` for a table that is billed per request.
+    /// The provisioned read capacity of the table, or the maximum that is set for a table that is billed per request, in
+    /// read capacity units. `None` if there is no limit.
     pub(crate) read_capacity: Option<i64>,
     /// The approximate number of items, which may be some hours old. `None` if the response does not have it.
     pub(crate) items: Option<i64>,
@@ -517,15 +521,22 @@ pub(crate) async fn describe(client: &Client, table: &str) -> Result<Description
     // Every table has a key. A response without one comes from a proxy.
     let table = answer.table.filter(|table| !table.key_schema().is_empty());
     let table = table.ok_or_else(|| Failure::no_answer(SERVICE, "the response does not describe a table"))?;
-    let provisioned = table.provisioned_throughput().and_then(ProvisionedThroughputDescription::read_capacity_units);
     Ok(Description {
         keys: table.key_schema().iter().map(|key| key.attribute_name.clone()).collect(),
-        // DynamoDB reports 0 for a table that is billed per request.
-        read_capacity: provisioned.filter(|units| *units > 0),
+        read_capacity: read_capacity(&table),
         items: table.item_count(),
         replicas: table.replicas().iter().filter_map(|replica| replica.region_name.clone()).collect(),
         strong: table.multi_region_consistency() == Some(&MultiRegionConsistency::Strong),
     })
+}
+
+/// As [`Description::read_capacity`].
+fn read_capacity(table: &TableDescription) -> Option<i64> {
+    let provisioned = table.provisioned_throughput().and_then(ProvisionedThroughputDescription::read_capacity_units);
+    let maximum = table.on_demand_throughput().and_then(OnDemandThroughput::max_read_request_units);
+    // DynamoDB reports 0 for a table that is billed per request, and -1 if such a table has no maximum (DynamoDB API
+    // reference, OnDemandThroughput).
+    [provisioned, maximum].into_iter().flatten().find(|units| *units > 0)
 }
 
 /// An item that a scan has found.
@@ -744,6 +755,27 @@ mod tests {
         record.holder.host = "vm".to_owned();
         record.taken = Some(Claim { by: "o@h".into(), at: 1_790_000_400, number: u64::MAX });
         record
+    }
+
+    #[test]
+    fn a_table_has_the_capacity_that_is_provisioned_or_the_maximum_that_is_set() {
+        for (provisioned, maximum, expected) in [
+            (None, None, None),
+            (Some(0), None, None),
+            (Some(0), Some(-1), None),
+            (Some(0), Some(40), Some(40)),
+            (Some(5), None, Some(5)),
+            (None, Some(40), Some(40)),
+        ] {
+            let provisioned =
+                provisioned.map(|units| ProvisionedThroughputDescription::builder().read_capacity_units(units).build());
+            let maximum = maximum.map(|units| OnDemandThroughput::builder().max_read_request_units(units).build());
+            let table = TableDescription::builder()
+                .set_provisioned_throughput(provisioned)
+                .set_on_demand_throughput(maximum)
+                .build();
+            assert_eq!(read_capacity(&table), expected, "{table:?}");
+        }
     }
 
     #[test]
