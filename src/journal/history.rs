@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::journal::event_command;
 use crate::journal::state_directory::{StateDirectory, open_private};
 use crate::json;
+use crate::sys::file_id::FileId;
 use crate::sys::lock_file;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::RecordedLock;
@@ -176,12 +178,23 @@ pub(crate) fn read() -> (Vec<LockEvent>, usize) {
     let mut torn = 0;
     for state in StateDirectory::existing() {
         let path = state.join(FILE);
-        for path in (1..=MAX_FILES).rev().map(|number| older(&path, number)).chain([path.clone()]) {
-            let mut text = Vec::new();
+        // Another process may rename the files now, each to the next higher number. In this order, no file is missed,
+        // and one that is found twice is read once.
+        let mut files: Vec<(FileId, File)> = Vec::new();
+        for path in std::iter::once(path.clone()).chain((1..=MAX_FILES).map(|number| older(&path, number))) {
             let file = open_private(OpenOptions::new().read(true), &path);
+            let Some((id, file)) = file.ok().and_then(|file| Some((FileId::of_open(file.as_fd())?, file))) else {
+                continue;
+            };
+            if files.iter().all(|(known, _)| *known != id) {
+                files.push((id, file));
+            }
+        }
+        for (_, file) in files.into_iter().rev() {
+            let mut text = Vec::new();
             // `tf` never writes a history file of more than twice the maximum size. If a file is longer, `tf` did not
             // write it, and the rest of the file is not read.
-            if file.and_then(|file| file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text)).is_err() {
+            if file.take(2 * MAX_FILE_BYTES).read_to_end(&mut text).is_err() {
                 continue;
             }
             for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
