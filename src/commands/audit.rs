@@ -269,11 +269,12 @@ impl Audit {
         let mut output = Output::new(false, Widths::USUAL)?;
         if let ScanTarget::Directory(directory) = &connection.target {
             let staleness = Staleness { older_than: Some(self.older_than) };
-            let looked = inventory::look_and_ask_witness(directory, &connection.stores, staleness);
+            let looked =
+                inventory::look_and_ask_witness(directory, &connection.stores, staleness, &inventory::NO_OTHERS);
             let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
             inventory.say_unseen();
             let rows = self.add(&inventory.entries, output.format(), &mut audited)?;
-            output.put(&rows)?;
+            output.put(&rows, &mut stop_requests)?;
             audited.count.scanned = inventory.states.len() as u64;
             if let Some(why) = inventory.incomplete {
                 console::say(&why);
@@ -290,6 +291,8 @@ impl Audit {
         }
         audited.count.scan_seconds = begun.elapsed().as_secs_f64();
         let count = audited.count;
+        // From here, a signal ends this process at once, also while the reader of stdout does not read.
+        drop(stop_requests);
         if self.json {
             print_json(&audited)?;
         } else if self.prometheus {
@@ -362,6 +365,7 @@ impl Audit {
         }
         total.scan_seconds = begun.elapsed().as_secs_f64();
         let failed = counts.iter().filter(|target| target.error.is_some()).count();
+        drop(stop_requests);
         if self.json {
             print_json(&FleetCount { total, targets: &counts, bad_lines: &fleet.bad_lines })?;
         } else if self.prometheus {

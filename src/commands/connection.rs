@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
@@ -182,6 +183,20 @@ impl Trouble {
     }
 }
 
+/// Returns the current directory before the first [`LocationArgs::directory`] has changed it. A path of the user is
+/// relative to it, and `--watch` reads the directory again when a round has failed.
+///
+/// # Errors
+/// Fails if the current directory cannot be read, for example because it was removed.
+fn directory_at_start() -> io::Result<&'static Path> {
+    static AT_START: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(known) = AT_START.get() {
+        return Ok(known);
+    }
+    let current = std::env::current_dir()?;
+    Ok(AT_START.get_or_init(|| current))
+}
+
 impl LocationArgs {
     /// Returns whether the options name a table or a bucket instead of a working directory.
     pub(super) fn is_outside(&self) -> bool {
@@ -316,16 +331,16 @@ impl LocationArgs {
     /// Fails if the current directory cannot be read, if the path is not a directory, if it has no initialised backend,
     /// or if the backend is not `s3` or lacks a bucket or a key.
     pub(super) fn directory(&self) -> Result<Directory, Trouble> {
-        let current = std::env::current_dir()
+        let current = directory_at_start()
             .map_err(|error| Trouble::Said(format!("could not read the current directory: {error}")))?;
         let mut command_line = CommandLine::parse(&[]);
         command_line.directory.clone_from(&self.chdir);
-        let path = command_line.working_directory(&current);
+        let path = command_line.working_directory(current);
         let shown = visible(&path.display().to_string());
         if !path.is_dir() {
             return Err(Trouble::not_a_directory(&path));
         }
-        let data_directory = DataDirectory::path(&current, &command_line);
+        let data_directory = DataDirectory::path(current, &command_line);
         // Relative paths in the backend are relative to the directory in which terraform runs.
         let _ = std::env::set_current_dir(&path);
         let read = DataDirectory::read(&data_directory, &path);
@@ -381,7 +396,7 @@ impl LocationArgs {
             workspace,
             backend,
             path,
-            asked_from: current,
+            asked_from: current.to_path_buf(),
             own_files: data_directory,
         })
     }

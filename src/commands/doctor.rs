@@ -629,7 +629,7 @@ fn is_wrong_clock(apart: Duration) -> bool {
 }
 
 async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores) {
-    let states = match inventory::states(directory, stores).await {
+    let states = match inventory::states(directory, stores, &inventory::NO_OTHERS).await {
         Ok((states, incomplete)) => {
             if let Some(why) = incomplete {
                 let lines: Vec<String> = why.lines().map(visible).collect();

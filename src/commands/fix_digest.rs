@@ -147,7 +147,7 @@ async fn find(place: &LocationArgs, workspace: Option<&str>) -> Result<(Director
         return Err(Trouble::Said("this backend has no DynamoDB table, so there is no digest to fix".into()));
     }
     let wanted = workspace.unwrap_or(&directory.workspace);
-    let (states, _) = inventory::states(&directory, &stores).await?;
+    let (states, _) = inventory::states(&directory, &stores, &inventory::NO_OTHERS).await?;
     let found = match states.iter().find(|state| state.workspace == wanted) {
         Some(state) => Some(state.clone()),
         None => without_state(&directory, &stores, wanted).await?,

@@ -7,7 +7,7 @@
 //! finds it.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -29,12 +29,15 @@ const AT_ONCE: usize = 8;
 pub(super) const UNSEEN: &str =
     "the .tflock objects were not checked\npermission denied: s3:GetObject on the .tflock objects";
 
+/// No workspaces beside those that a listing shows.
+pub(super) static NO_OTHERS: BTreeSet<String> = BTreeSet::new();
+
 /// The locks of a directory's backend.
 pub(super) struct Inventory {
     /// The entries found, sorted by workspace: the default workspace first, then the others by name.
     pub(super) entries: Vec<ListedEntry>,
-    /// The paths of the states whose locks were read.
-    pub(super) states: BTreeSet<String>,
+    /// The workspaces of the states whose locks were read, by the paths of these states.
+    pub(super) states: BTreeMap<String, String>,
     /// The message why the list of workspaces is incomplete; `None` if it is complete.
     pub(super) incomplete: Option<String>,
     /// Whether the lock objects were not checked ([`UNSEEN`]).
@@ -65,17 +68,19 @@ impl ListedState {
     }
 }
 
-/// Returns every state that a listing of the bucket shows, and always those of the default and the selected workspace.
-/// If the listing is not permitted, returns only these two states, and a message that says so. Otherwise the message is
-/// `None`.
+/// Returns every state that a listing of the bucket shows, and always those of the default workspace, the selected one
+/// and those in `known`. If the listing is not permitted, returns only the latter, and a message that says so. Otherwise
+/// the message is `None`.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission.
 pub(super) async fn states(
     directory: &Directory,
     stores: &Stores,
+    known: &BTreeSet<String>,
 ) -> Result<(Vec<ListedState>, Option<String>), Trouble> {
-    let mut names: BTreeSet<String> = BTreeSet::from([directory.workspace.clone()]);
+    let mut names = known.clone();
+    names.insert(directory.workspace.clone());
     let incomplete = match workspaces(directory, stores).await {
         Ok(more) => {
             names.extend(more);
@@ -116,7 +121,7 @@ impl Inventory {
 /// # Errors
 /// As [`look`].
 pub(super) async fn take(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
-    let inventory = look(directory, stores, staleness).await?;
+    let inventory = look(directory, stores, staleness, &NO_OTHERS).await?;
     inventory.say_unseen();
     Ok(inventory)
 }
@@ -129,19 +134,25 @@ pub(super) async fn look_and_ask_witness(
     directory: &Directory,
     stores: &Stores,
     staleness: Staleness,
+    known: &BTreeSet<String>,
 ) -> Result<Inventory, Trouble> {
-    let mut inventory = look(directory, stores, &staleness).await?;
+    let mut inventory = look(directory, stores, &staleness, known).await?;
     staleness.ask_witness(&mut inventory.entries).await;
     Ok(inventory)
 }
 
-/// Reads the locks of every state of the backend, and judges their holders, without a witness.
+/// Reads the locks of every state of the backend ([`states`]), and judges their holders, without a witness.
 ///
 /// # Errors
 /// Fails if the bucket cannot be listed for another reason than a missing permission, or if a lock cannot be read.
-pub(super) async fn look(directory: &Directory, stores: &Stores, staleness: &Staleness) -> Result<Inventory, Trouble> {
-    let (states, incomplete) = states(directory, stores).await?;
-    let looked = states.iter().map(ListedState::path).collect();
+async fn look(
+    directory: &Directory,
+    stores: &Stores,
+    staleness: &Staleness,
+    known: &BTreeSet<String>,
+) -> Result<Inventory, Trouble> {
+    let (states, incomplete) = states(directory, stores, known).await?;
+    let looked = states.iter().map(|state| (state.path(), state.workspace.clone())).collect();
     let wanted = Wanted { dynamodb: directory.table.is_some(), s3: directory.lock_file };
     let unseen = &Cell::new(false);
     let found: Vec<Vec<ListedEntry>> = stream::iter(states)

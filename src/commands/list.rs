@@ -75,22 +75,20 @@ impl List {
         let ScanTarget::Directory(directory) = &connection.target else {
             return self.list_scanned(connection, place, &mut stop_requests).await;
         };
-        let looked = inventory::look_and_ask_witness(directory, &connection.stores, Staleness::default());
+        let looked =
+            inventory::look_and_ask_witness(directory, &connection.stores, Staleness::default(), &inventory::NO_OTHERS);
         let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
         inventory.say_unseen();
         let entries = inventory.entries;
         let stale = entries.iter().any(ListedEntry::is_stale);
         let mut output = Output::new(self.json, Widths::of(&entries))?;
-        output.put(&output.format().rows(&entries)?)?;
+        output.put(&output.format().rows(&entries)?, &mut stop_requests)?;
         if let (true, Output::Table(_)) = (entries.is_empty(), &output) {
             let workspaces = if inventory.incomplete.is_some() { "" } else { " and its workspaces" };
             console::print(&format!("no lock is held for {}/{}{workspaces}", directory.bucket, directory.key));
         }
-        output.end(&End {
-            complete: inventory.incomplete.is_none(),
-            scanned: inventory.states.len() as u64,
-            fleet: None,
-        })?;
+        let (complete, scanned) = (inventory.incomplete.is_none(), inventory.states.len() as u64);
+        output.end(&End { complete, scanned, fleet: None }, &mut stop_requests)?;
         if let Some(why) = &inventory.incomplete {
             console::say(why);
         }
@@ -111,7 +109,7 @@ impl List {
         let mut tally = Tally::default();
         let scanned = scan(connection, self.speed, stop_requests, &mut output, &mut tally).await?;
         let complete = scanned.stopped.is_none() && scanned.failed.is_none() && tally.unread == 0;
-        output.end(&End { complete, scanned: scanned.items, fleet: None })?;
+        output.end(&End { complete, scanned: scanned.items, fleet: None }, stop_requests)?;
         if let Some(trouble) = scanned.failed {
             return Err(trouble);
         }
@@ -165,7 +163,8 @@ impl List {
         let is_complete = targets.iter().all(|target| target.complete) && fleet.bad_lines.is_empty();
         let failed = targets.iter().filter(|target| target.error.is_some()).count();
         let bad_lines = fleet.bad_lines.clone();
-        output.end(&End { complete: is_complete, scanned: items, fleet: Some(FleetEnd { targets, bad_lines }) })?;
+        let fleet_end = Some(FleetEnd { targets, bad_lines });
+        output.end(&End { complete: is_complete, scanned: items, fleet: fleet_end }, &mut stop_requests)?;
         if let Some(signal) = stopped {
             return Ok(Finding::Stopped(signal));
         }

@@ -3,14 +3,16 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{self, BufRead, BufWriter, Read, Seek, Write};
+use std::io::{self, BufRead, Read, Seek, Write};
 
 use ::console::{Style, Term};
 use jiff::Timestamp;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
+use super::connection::Trouble;
 use super::found::{FoundLock, ListedEntry, UnreadableLock, age_at};
+use super::stop_requests::StopRequests;
 use super::targets::{BadLine, TargetName};
 use crate::console::{ellipsis, is_plain, length_of_time, visible, visible_in_place};
 use crate::holder::evidence::Verdict;
@@ -118,19 +120,12 @@ impl Output {
     /// Selects the format: JSON if `json` is set, a table if stdout is a terminal, otherwise plain lines.
     ///
     /// # Errors
-    /// Fails if stdout was closed when this process started, or if the temporary file for JSON cannot be created.
+    /// Fails if stdout was closed when this process started.
     pub(super) fn new(json: bool, widths: Widths) -> io::Result<Self> {
         console::stdout_is_open()?;
         let terminal = Term::stdout();
         if json {
-            let out = BufWriter::with_capacity(1 << 16, io::stdout());
-            Ok(Self::Json(Json {
-                out,
-                later: tempfile::tempfile()?,
-                has_locks: false,
-                has_others: false,
-                target: None,
-            }))
+            Ok(Self::Json(Json { later: None, has_locks: false, target: None }))
         } else if terminal.is_term() {
             let layout = Layout::new(usize::from(terminal.size().1), widths);
             Ok(Self::Table(Table { layout, headed: false }))
@@ -147,21 +142,22 @@ impl Output {
         }
     }
 
-    /// Writes the entries of several rows, which [`Format::rows`] has returned. A table and lines are written at once,
-    /// because a write takes longer than an entry.
+    /// Writes the entries of several rows, which [`Format::rows`] has returned.
     ///
     /// # Errors
-    /// Fails if the text cannot be written, for example because the reader of stdout has exited.
-    pub(super) fn put(&mut self, rows: &Rows) -> io::Result<()> {
-        let head = match self {
-            Self::Json(json) => return json.put(rows),
+    /// Fails if the text cannot be written, for example because the reader of stdout has exited, or if a signal asks
+    /// this process to end while it waits for that reader.
+    pub(super) fn put(&mut self, rows: &Rows, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
+        let before = match self {
+            Self::Json(json) => {
+                json.keep(&rows.at_end)?;
+                json.before(&rows.text).to_owned()
+            }
             Self::Table(table) if !rows.text.is_empty() => table.head(),
             Self::Table(_) | Self::Lines(_) => String::new(),
         };
-        let mut out = io::stdout().lock();
-        out.write_all(head.as_bytes())?;
-        out.write_all(&rows.text)?;
-        out.flush()
+        stop_requests.write(before.as_bytes())?;
+        stop_requests.write(&rows.text)
     }
 
     /// Begins the next of several targets. JSON says for each entry in which target it is.
@@ -174,10 +170,10 @@ impl Output {
     /// Writes the end of the output. Only JSON has one.
     ///
     /// # Errors
-    /// Fails if it cannot be written, for example because the reader of stdout has exited.
-    pub(super) fn end(self, end: &End) -> io::Result<()> {
+    /// As [`Self::put`].
+    pub(super) fn end(self, end: &End, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
         match self {
-            Self::Json(json) => json.end(end),
+            Self::Json(json) => json.end(end, stop_requests),
             Self::Table(_) | Self::Lines(_) => Ok(()),
         }
     }
@@ -220,14 +216,15 @@ fn push_json<T: Serialize>(text: &mut Vec<u8>, entry: &T, target: Option<usize>)
 const BETWEEN: &str = ",\n";
 
 impl Rows {
+    pub(super) fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.at_end.is_empty()
+    }
+
     /// Writes the rows to `file`, for [`Self::fetch`].
     ///
     /// # Errors
     /// Fails if the file cannot be written, for example because its disk is full.
     pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
-        if self.text.is_empty() && self.at_end.is_empty() {
-            return Ok(());
-        }
         for text in [&self.text, &self.at_end] {
             file.write_all(&(text.len() as u64).to_le_bytes())?;
             file.write_all(text)?;
@@ -533,46 +530,71 @@ fn style(verdict: Verdict) -> Style {
 /// One JSON object. Entries that are not locks follow the locks, so they are kept in a temporary file without a name
 /// until all locks are written.
 pub(super) struct Json {
-    out: BufWriter<io::Stdout>,
-    later: File,
-    /// Whether an entry is written in `out`, and in `later`.
+    /// `None` while no entry waits.
+    later: Option<File>,
+    /// Whether a lock is written.
     has_locks: bool,
-    has_others: bool,
     /// The index of the current target; `None` if there are not several.
     target: Option<usize>,
 }
 
 impl Json {
-    fn put(&mut self, rows: &Rows) -> io::Result<()> {
-        let parts: [(&mut dyn Write, _, _, _); 2] = [
-            (&mut self.out, &rows.text, &mut self.has_locks, "{\"locks\":[\n"),
-            (&mut self.later, &rows.at_end, &mut self.has_others, "\n"),
-        ];
-        for (out, text, has_one, first) in parts {
-            if !text.is_empty() {
-                let before = if std::mem::replace(has_one, true) { BETWEEN } else { first };
-                out.write_all(before.as_bytes())?;
-                out.write_all(text)?;
-            }
+    /// Returns what stands before the next locks, whose text is `text`.
+    fn before(&mut self, text: &[u8]) -> &'static str {
+        if text.is_empty() {
+            ""
+        } else if std::mem::replace(&mut self.has_locks, true) {
+            BETWEEN
+        } else {
+            "{\"locks\":[\n"
         }
+    }
+
+    /// Keeps entries that are not locks, until all locks are written.
+    ///
+    /// # Errors
+    /// Fails if the temporary file cannot be created or written.
+    fn keep(&mut self, text: &[u8]) -> io::Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let before = if self.later.is_some() { BETWEEN } else { "\n" };
+        let mut later = self.later.take().map_or_else(temporary_file, Ok)?;
+        later.write_all(before.as_bytes())?;
+        later.write_all(text)?;
+        self.later = Some(later);
         Ok(())
     }
 
-    fn end(mut self, end: &End) -> io::Result<()> {
-        if !self.has_locks {
-            self.out.write_all(b"{\"locks\":[")?;
+    fn end(self, end: &End, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
+        let locks = if self.has_locks { "" } else { "{\"locks\":[" };
+        stop_requests.write(format!("{locks}],\n\"unreadable\":[").as_bytes())?;
+        if let Some(mut later) = self.later {
+            later.rewind()?;
+            let mut piece = vec![0; 1 << 16];
+            while let length @ 1.. = later.read(&mut piece)? {
+                stop_requests.write(&piece[..length])?;
+            }
         }
-        self.out.write_all(b"],\n\"unreadable\":[")?;
-        self.later.rewind()?;
-        io::copy(&mut Read::by_ref(&mut self.later), &mut self.out)?;
-        write!(self.out, "],\n\"complete\":{},\"scanned\":{}", end.complete, end.scanned)?;
+        let mut text = format!("],\n\"complete\":{},\"scanned\":{}", end.complete, end.scanned);
         if let Some(FleetEnd { targets, bad_lines }) = &end.fleet {
-            let (targets, bad_lines) = (json::to_string(targets)?, json::to_string(bad_lines)?);
-            write!(self.out, ",\n\"targets\":{targets},\n\"bad_lines\":{bad_lines}")?;
+            let text_of = |json: serde_json::Result<String>| json.map_err(io::Error::from);
+            let (targets, bad_lines) = (text_of(json::to_string(targets))?, text_of(json::to_string(bad_lines))?);
+            text = format!("{text},\n\"targets\":{targets},\n\"bad_lines\":{bad_lines}");
         }
-        self.out.write_all(b"}\n")?;
-        self.out.flush()
+        stop_requests.write((text + "}\n").as_bytes())
     }
+}
+
+/// Returns a new file without a name.
+///
+/// # Errors
+/// Fails if it cannot be created. The error names the directory.
+pub(super) fn temporary_file() -> io::Result<File> {
+    tempfile::tempfile().map_err(|error| {
+        let directory = visible(&std::env::temp_dir().display().to_string());
+        io::Error::new(error.kind(), format!("a temporary file could not be created in {directory}: {error}"))
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Reads every lock of a table or a bucket of any size, page by page, in constant memory.
 //!
-//! Terraform uses the same table at the same time and needs its capacity. So a table with provisioned capacity is read
-//! in one segment, at a quarter of its read capacity. An on-demand table is read in four segments, without a limit.
+//! Terraform uses the same table at the same time and needs its capacity. So a table with provisioned capacity, or with a
+//! maximum for what is billed per request, is read in one segment, at a quarter of that. Any other table is read in four
+//! segments, without a limit.
 //! Reads are eventually consistent, which halves their cost. A lock that would be reported as stale is read again with
 //! a consistent read, so that no user searches for a lock that no longer exists.
 //!
@@ -20,7 +21,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::connection::{ScanTarget, Trouble};
 use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
-use super::output::{Output, Rows};
+use super::output::{Output, Rows, temporary_file};
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
 use super::targets::{Speed, Tally};
@@ -181,18 +182,17 @@ impl Scan {
         }
         drop(sender);
         let mut scanned = Scanned::default();
-        let mut order = Order::new(count)?;
+        let mut order = Order::new(count);
         let (mut locks, mut stale) = (0_u64, 0_u64);
         loop {
+            // Pages may arrive without a pause.
+            scanned.stopped = stop_requests.next();
+            if scanned.stopped.is_some() {
+                break;
+            }
             let page = tokio::select! {
                 page = pages.recv() => page,
-                () = sleep(POLL_INTERVAL) => {
-                    scanned.stopped = stop_requests.next();
-                    if scanned.stopped.is_some() {
-                        break;
-                    }
-                    continue;
-                }
+                () = sleep(POLL_INTERVAL) => continue,
             };
             let Some((segment, page)) = page else {
                 // A reader that has panicked sends no last page.
@@ -217,10 +217,10 @@ impl Scan {
             let rows = each(entries)?;
             progress.set_position(scanned.items);
             progress.set_message(format!("{locks} locks, {stale} stale"));
-            progress.suspend(|| order.take(segment, &rows, is_last, output))?;
+            progress.suspend(|| order.take(segment, &rows, is_last, output, stop_requests))?;
         }
         progress.finish_and_clear();
-        order.rest(output)?;
+        order.rest(output, stop_requests)?;
         let how = match &scanned {
             Scanned { stopped: Some(_), .. } => Some("stopped"),
             Scanned { failed: Some(_), .. } if scanned.items > 0 && !self.is_silent => Some("failed"),
@@ -306,28 +306,37 @@ fn progress(total: Option<u64>) -> ProgressBar {
 struct Order {
     /// The segment that is shown now.
     current: usize,
-    /// For each segment, the file with the entries that wait, and whether its last page has arrived.
-    waiting: Vec<(File, bool)>,
+    /// For each segment, the file with the rows that wait, and whether its last page has arrived. `None` while no row
+    /// has had to wait.
+    waiting: Vec<(Option<File>, bool)>,
 }
 
 impl Order {
-    fn new(count: usize) -> io::Result<Self> {
-        let waiting = (0..count).map(|_| Ok((tempfile::tempfile()?, false))).collect::<io::Result<_>>()?;
-        Ok(Self { current: 0, waiting })
+    fn new(count: usize) -> Self {
+        Self { current: 0, waiting: (0..count).map(|_| (None, false)).collect() }
     }
 
     /// Shows the rows of one page if `segment` is the segment that is shown now. Otherwise stores them in the segment's
     /// file. `last` says whether this page is the segment's last one.
-    fn take(&mut self, segment: usize, rows: &Rows, last: bool, output: &mut Output) -> io::Result<()> {
+    fn take(
+        &mut self,
+        segment: usize,
+        rows: &Rows,
+        last: bool,
+        output: &mut Output,
+        stop_requests: &mut StopRequests,
+    ) -> Result<(), Trouble> {
         if segment == self.current {
-            output.put(rows)?;
-        } else {
-            rows.store(&mut self.waiting[segment].0)?;
+            output.put(rows, stop_requests)?;
+        } else if !rows.is_empty() {
+            let waiting = &mut self.waiting[segment].0;
+            let file = waiting.take().map_or_else(temporary_file, Ok)?;
+            rows.store(waiting.insert(file))?;
         }
         self.waiting[segment].1 |= last;
         while self.waiting.get(self.current).is_some_and(|(_, ended)| *ended) {
             self.current += 1;
-            self.show_waiting(self.current, output)?;
+            self.show_waiting(self.current, output, stop_requests)?;
         }
         Ok(())
     }
@@ -338,19 +347,24 @@ impl Order {
     }
 
     /// Shows all entries that still wait, for example after a signal has stopped the scan.
-    fn rest(mut self, output: &mut Output) -> io::Result<()> {
-        (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output))
+    fn rest(mut self, output: &mut Output, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
+        (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output, stop_requests))
     }
 
-    fn show_waiting(&mut self, segment: usize, output: &mut Output) -> io::Result<()> {
-        let Some((file, _)) = self.waiting.get_mut(segment) else { return Ok(()) };
+    fn show_waiting(
+        &mut self,
+        segment: usize,
+        output: &mut Output,
+        stop_requests: &mut StopRequests,
+    ) -> Result<(), Trouble> {
+        let Some((Some(file), _)) = self.waiting.get_mut(segment) else { return Ok(()) };
         file.rewind()?;
         let mut reader = BufReader::new(&mut *file);
         while let Some(rows) = Rows::fetch(&mut reader)? {
-            output.put(&rows)?;
+            output.put(&rows, stop_requests)?;
         }
         file.set_len(0)?;
-        file.rewind()
+        Ok(file.rewind()?)
     }
 }
 

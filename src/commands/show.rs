@@ -8,7 +8,7 @@ use super::choose::{Choice, choose};
 use super::connection::{LocationArgs, Trouble};
 use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::output::{End, Output, Widths};
-use super::stop_requests::unless_stopped;
+use super::stop_requests::{StopRequests, unless_stopped};
 use super::{Finding, lease_view};
 use crate::cleanup::messages::{self, LockName};
 use crate::console;
@@ -53,8 +53,9 @@ impl Show {
                 let mut output = Output::new(true, Widths::USUAL)?;
                 let junk = junk.into_iter().map(ListedEntry::UnreadableLock);
                 let entries: Vec<_> = lock.map(ListedEntry::Lock).into_iter().chain(junk).collect();
-                output.put(&output.format().rows(&entries)?)?;
-                output.end(&End { complete: true, scanned: 1, fleet: None })?;
+                let mut stop_requests = StopRequests::listen()?;
+                output.put(&output.format().rows(&entries)?, &mut stop_requests)?;
+                output.end(&End { complete: true, scanned: 1, fleet: None }, &mut stop_requests)?;
             } else {
                 if let Some(lock) = &lock {
                     console::print(&description(lock, Timestamp::now()));

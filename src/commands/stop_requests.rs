@@ -1,33 +1,37 @@
-//! The signals that ask a `tf locks` command to end or to be suspended, while it waits for a service or for a command
-//! of the user.
+//! The signals that ask a `tf locks` command to end or to be suspended, while it waits for a service, for a command of
+//! the user, or for the reader of stdout.
 //!
 //! A command that dies of a signal leaves the processes of a witness running: they are in a session of their own. So
 //! the signals are read, and the wait is abandoned, which kills those processes
 //! ([`crate::sys::shell_command::answer`]).
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
 use super::connection::Trouble;
+use crate::sys::poll;
 use crate::sys::signals::Signals;
 
 /// How often to check for signals.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What to do around a suspension (^Z), for a command that has changed the screen of the terminal.
-#[derive(Clone, Copy)]
-pub(super) struct AroundSuspension {
-    pub(super) before: fn(),
-    pub(super) after: fn(),
-}
+/// How long the rest of the output waits for a reader that does not read, after a signal has asked this process to end.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Reads the signals. While this exists, none of them ends or stops this process by itself.
 pub(super) struct StopRequests {
     signals: Signals,
-    around_suspension: Option<AroundSuspension>,
+    before_suspension: Option<fn()>,
     was_suspended: bool,
+    /// The last signal that asked this process to end. `None` if there was none.
+    asked: Option<Signal>,
 }
 
 impl StopRequests {
@@ -37,12 +41,12 @@ impl StopRequests {
     /// Fails if the signals cannot be read.
     pub(super) fn listen() -> Result<Self, Trouble> {
         let signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
-        Ok(Self { signals, around_suspension: None, was_suspended: false })
+        Ok(Self { signals, before_suspension: None, was_suspended: false, asked: None })
     }
 
-    /// Sets what to do around a suspension.
-    pub(super) fn around_suspension(&mut self, around: AroundSuspension) {
-        self.around_suspension = Some(around);
+    /// Sets what to do before a suspension (^Z), for a command that has changed the screen of the terminal.
+    pub(super) fn before_suspension(&mut self, before: fn()) {
+        self.before_suspension = Some(before);
     }
 
     /// Returns whether this process was suspended since the last call.
@@ -53,17 +57,44 @@ impl StopRequests {
     /// Returns the next signal that asks this process to end. `None` if there is none now. A ^Z that came before it
     /// suspends this process until it is continued.
     pub(super) fn next(&mut self) -> Option<Signal> {
-        let Self { signals, around_suspension, was_suspended } = self;
-        signals.next_stop_with(|signals| {
-            if let Some(around) = around_suspension {
-                (around.before)();
+        let Self { signals, before_suspension, was_suspended, asked } = self;
+        let next = signals.next_stop_with(|signals| {
+            if let Some(before) = before_suspension {
+                before();
             }
             signals.stop(Signal::SIGTSTP, false);
             *was_suspended = true;
-            if let Some(around) = around_suspension {
-                (around.after)();
+        });
+        *asked = next.or(*asked);
+        next
+    }
+
+    /// Writes `bytes` to stdout, unless a signal asks this process to end while the reader does not read. A reader such as
+    /// a pager can let a write wait for ever, and a signal does not interrupt a write while it is blocked. If a signal
+    /// came before, waits for the reader for at most [`PATIENCE`].
+    ///
+    /// # Errors
+    /// Fails with the signal, or if the bytes cannot be written, for example because the reader has exited. A part of
+    /// them may be written then.
+    pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
+        let stdout = io::stdout();
+        let piece = piece(stdout.as_fd());
+        while !bytes.is_empty() {
+            let wait = if self.asked.is_some() { PATIENCE } else { POLL_INTERVAL };
+            if poll::wait(&[(stdout.as_fd(), PollFlags::POLLOUT)], Some(wait)) != [true] {
+                let asked_before = self.asked;
+                if let Some(signal) = self.next().or(asked_before) {
+                    return Err(Trouble::Stopped(signal));
+                }
+                continue;
             }
-        })
+            match nix::unistd::write(&stdout, &bytes[..bytes.len().min(piece)]) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+        Ok(())
     }
 
     /// Waits for `work`, unless a signal asks this process to end.
@@ -82,6 +113,13 @@ impl StopRequests {
             }
         }
     }
+}
+
+/// Returns how many bytes a write to `stdout` accepts without waiting, if poll(2) reports it as writable: PIPE_BUF bytes
+/// for a pipe (pipe(7)). No write to a file waits for another process.
+fn piece(stdout: BorrowedFd<'_>) -> usize {
+    let is_file = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
+    if is_file.is_ok_and(|metadata| metadata.is_file()) { usize::MAX } else { libc::PIPE_BUF }
 }
 
 impl Drop for StopRequests {

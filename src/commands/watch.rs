@@ -1,10 +1,11 @@
 //! `tf locks list --watch`: lists the locks again and again. On a terminal, the table is redrawn in place, and what has
 //! changed since the last round is marked. In a pipe, each change is one more line.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ::console::Term;
@@ -16,13 +17,14 @@ use super::found::ListedEntry;
 use super::output::{self, Rows, Widths};
 use super::scan::Scan;
 use super::staleness::Staleness;
-use super::stop_requests::{AroundSuspension, StopRequests};
+use super::stop_requests::StopRequests;
 use super::targets::Speed;
 use super::{Finding, inventory};
 use crate::console::{self, ellipsis, length_of_time, visible, visible_whole};
 use crate::lock::stores::StoreKey;
 use crate::settings;
 use crate::sys::poll;
+use crate::sys::terminal::Terminal;
 
 /// How often to check for signals and for another size of the terminal.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -56,10 +58,13 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
     let mut stop_requests = StopRequests::listen()?;
     let mut connection: Option<Connection> = None;
     let mut rows: Option<Vec<Row>> = None;
+    // The workspaces of the rows, by the paths of their states.
+    let mut workspaces = BTreeMap::new();
     let mut view: Option<View> = None;
     loop {
         let begun = Instant::now();
-        let round = match round(place, speed, &mut connection, rows.is_none(), &mut stop_requests).await {
+        let (is_first, known) = (rows.is_none(), workspaces.values().cloned().collect());
+        let round = match round(place, speed, &mut connection, &known, is_first, &mut stop_requests).await {
             Ok(round) => Ok(round),
             Err(Interrupted::Signal(signal)) => return Ok(Finding::Stopped(signal)),
             Err(Interrupted::Trouble(trouble)) if rows.is_none() => return Err(trouble),
@@ -72,7 +77,12 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
         let view = view.get_or_insert_with(|| View::new(&mut stop_requests));
         let (note, owed) = match round {
             Ok(Round { entries, note, looked, owed }) => {
-                rows = Some(compared(rows.take(), entries, &looked));
+                let now = compared(rows.take(), entries, &looked);
+                let shown: HashSet<_> =
+                    now.iter().filter(|row| row.mark != Mark::Gone).map(|row| key(&row.entry).0).collect();
+                workspaces = looked.states.unwrap_or_default();
+                workspaces.retain(|path, _| shown.contains(path));
+                rows = Some(now);
                 (note, owed)
             }
             Err(trouble) => {
@@ -82,7 +92,7 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
             }
         };
         let shown = rows.as_deref().unwrap_or_default();
-        view.show(shown, &title(shown, interval, Timestamp::now()), note.as_deref())?;
+        view.show(shown, &title(shown, interval, Timestamp::now()), note.as_deref(), &mut stop_requests)?;
         // The next round may begin at once.
         reader_is_there()?;
         let until = begun + time_to_next_round(interval, took, owed);
@@ -90,7 +100,7 @@ pub(super) async fn watch(place: &LocationArgs, speed: Speed, interval: Duration
             if let Some(signal) = stop_requests.next() {
                 return Ok(Finding::Stopped(signal));
             }
-            view.redraw_if_needed(shown, note.as_deref(), stop_requests.was_suspended())?;
+            view.redraw_if_needed(shown, note.as_deref(), &mut stop_requests)?;
             reader_is_there()?;
             sleep(POLL_INTERVAL.min(until - Instant::now())).await;
         }
@@ -128,8 +138,8 @@ struct Round {
 /// Where a round has looked for locks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Looked {
-    /// The paths of the states. `None` for all states of a table or a bucket.
-    paths: Option<BTreeSet<String>>,
+    /// The workspaces of the states, by the paths of the states. `None` for all states of a table or a bucket.
+    states: Option<BTreeMap<String, String>>,
     /// Whether the lock objects could not be read.
     no_objects: bool,
 }
@@ -137,17 +147,17 @@ struct Looked {
 impl Looked {
     /// At every state of a table or a bucket.
     fn everywhere() -> Self {
-        Self { paths: None, no_objects: false }
+        Self { states: None, no_objects: false }
     }
 
     /// At no state, because the round has failed.
     fn nowhere() -> Self {
-        Self { paths: Some(BTreeSet::new()), no_objects: false }
+        Self { states: Some(BTreeMap::new()), no_objects: false }
     }
 
     /// Whether this round would have found an entry that it has not found, if the entry still existed.
     fn at(&self, entry: &ListedEntry) -> bool {
-        let is_looked_at = self.paths.as_ref().is_none_or(|paths| paths.contains(&key(entry).0));
+        let is_looked_at = self.states.as_ref().is_none_or(|states| states.contains_key(&key(entry).0));
         let has_object = match entry {
             ListedEntry::Lock(lock) => lock.parts.iter().any(|(part, _)| matches!(part, StoreKey::S3 { .. })),
             ListedEntry::UnreadableLock(unreadable) => matches!(unreadable.place, StoreKey::S3 { .. }),
@@ -156,12 +166,14 @@ impl Looked {
     }
 }
 
-/// Reads all locks of `place` once. Connects if `connection` is `None`. The first round shows the progress of a scan on
-/// stderr; a later one would draw over the table.
+/// Reads all locks of `place` once. Connects if `connection` is `None`. In a directory, the workspaces in `known` are
+/// looked at too: a lock that is released may have been all that showed its workspace in the bucket. The first round
+/// shows the progress of a scan on stderr; a later one would draw over the table.
 async fn round(
     place: &LocationArgs,
     speed: Speed,
     connection: &mut Option<Connection>,
+    known: &BTreeSet<String>,
     is_first: bool,
     stop_requests: &mut StopRequests,
 ) -> Result<Round, Interrupted> {
@@ -171,11 +183,11 @@ async fn round(
     };
     let Connection { target, stores } = connection.insert(reached);
     if let ScanTarget::Directory(directory) = target {
-        let looked = inventory::look_and_ask_witness(directory, stores, Staleness::default());
+        let looked = inventory::look_and_ask_witness(directory, stores, Staleness::default(), known);
         let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Interrupted::Signal)??;
         let unseen = inventory.unseen.then(|| inventory::UNSEEN.to_owned());
         let note = inventory.incomplete.or(unseen).map(|note| note.replace('\n', ": "));
-        let looked = Looked { paths: Some(inventory.states), no_objects: inventory.unseen };
+        let looked = Looked { states: Some(inventory.states), no_objects: inventory.unseen };
         return Ok(Round { entries: inventory.entries, note, looked, owed: None });
     }
     let (target, stores) = (target.clone(), stores.clone());
@@ -356,11 +368,8 @@ impl View {
     fn new(stop_requests: &mut StopRequests) -> Self {
         let is_dumb = std::env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
         if Term::stdout().is_term() && !is_dumb {
-            stop_requests.around_suspension(AroundSuspension {
-                before: || drop(write_all(LEAVE)),
-                after: || drop(write_all(ENTER)),
-            });
-            Self::Terminal(Screen::enter())
+            stop_requests.before_suspension(leave);
+            Self::Terminal(Screen { title: String::new(), size: (0, 0), is_drawn: false })
         } else {
             Self::Lines { has_shown: false, noted: None }
         }
@@ -369,12 +378,19 @@ impl View {
     /// Shows a round.
     ///
     /// # Errors
-    /// Fails if stdout cannot be written, for example because its reader has exited.
-    fn show(&mut self, rows: &[Row], title: &str, note: Option<&str>) -> io::Result<()> {
+    /// Fails if stdout cannot be written, for example because its reader has exited, or if a signal asks this process to
+    /// end while it waits for that reader.
+    fn show(
+        &mut self,
+        rows: &[Row],
+        title: &str,
+        note: Option<&str>,
+        stop_requests: &mut StopRequests,
+    ) -> Result<(), Trouble> {
         match self {
             Self::Terminal(screen) => {
                 title.clone_into(&mut screen.title);
-                screen.draw(rows, note)
+                screen.draw(rows, note, stop_requests)
             }
             Self::Lines { has_shown, noted } => {
                 let is_first = !std::mem::replace(has_shown, true);
@@ -390,17 +406,24 @@ impl View {
                     console::say(note);
                 }
                 *noted = note.map(str::to_owned);
-                let mut out = io::stdout().lock();
-                out.write_all(text.as_bytes())?;
-                out.flush()
+                stop_requests.write(text.as_bytes())
             }
         }
     }
 
-    /// Draws the last round again if the terminal has another size now, or if this process was suspended.
-    fn redraw_if_needed(&mut self, rows: &[Row], note: Option<&str>, was_suspended: bool) -> io::Result<()> {
+    /// Draws the last round again if the terminal has another size now, if this process was suspended, or if it was in
+    /// the background.
+    fn redraw_if_needed(
+        &mut self,
+        rows: &[Row],
+        note: Option<&str>,
+        stop_requests: &mut StopRequests,
+    ) -> Result<(), Trouble> {
+        let was_suspended = stop_requests.was_suspended();
         match self {
-            Self::Terminal(screen) if was_suspended || screen.size != Term::stdout().size() => screen.draw(rows, note),
+            Self::Terminal(screen) if was_suspended || !screen.is_drawn || screen.size != Term::stdout().size() => {
+                screen.draw(rows, note, stop_requests)
+            }
             _ => Ok(()),
         }
     }
@@ -411,15 +434,17 @@ struct Screen {
     title: String,
     /// The rows and columns of the terminal when it was drawn.
     size: (u16, u16),
+    /// Whether the terminal shows the last round.
+    is_drawn: bool,
 }
 
 impl Screen {
-    fn enter() -> Self {
-        let _ = write_all(ENTER);
-        Self { title: String::new(), size: (0, 0) }
-    }
-
-    fn draw(&mut self, rows: &[Row], note: Option<&str>) -> io::Result<()> {
+    /// Draws a round. Does nothing in the background, where the terminal belongs to another process.
+    fn draw(&mut self, rows: &[Row], note: Option<&str>, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
+        self.is_drawn = Terminal::is_our_turn();
+        if !self.is_drawn {
+            return Ok(());
+        }
         self.size = Term::stdout().size();
         let (height, width) = (usize::from(self.size.0), usize::from(self.size.1));
         let text = |text: &str| ::console::truncate_str(text, width, ellipsis()).into_owned();
@@ -440,13 +465,24 @@ impl Screen {
                 lines.extend(block.lines().zip(marks).map(|(line, mark)| format!("{mark} {line}")));
             }
         }
-        write_all(&frame(&lines, height))
+        let enter = if IS_ENTERED.swap(true, Ordering::Relaxed) { "" } else { ENTER };
+        stop_requests.write(format!("{enter}{}", frame(&lines, height)).as_bytes())
     }
 }
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        let _ = write_all(LEAVE);
+        leave();
+    }
+}
+
+/// Whether the terminal shows the alternate screen. A suspension changes it.
+static IS_ENTERED: AtomicBool = AtomicBool::new(false);
+
+/// Restores what was on the terminal before [`ENTER`].
+fn leave() {
+    if IS_ENTERED.swap(false, Ordering::Relaxed) {
+        let _ = io::stdout().write_all(LEAVE.as_bytes()).and_then(|()| io::stdout().flush());
     }
 }
 
@@ -463,12 +499,6 @@ fn frame(lines: &[String], height: usize) -> String {
     // clear after it; then clear what is below.
     let below = if all.len() < height { "\r\n\u{1b}[J" } else { "" };
     format!("\u{1b}[H\u{1b}[K{}{below}", all.join("\r\n\u{1b}[K"))
-}
-
-fn write_all(text: &str) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
 }
 
 #[cfg(test)]
@@ -537,12 +567,12 @@ mod tests {
             rows.iter().map(|row| row.mark).collect::<Vec<_>>()
         };
         let (same, gone) = (Mark::Same, Mark::Gone);
-        let only_k = Some(BTreeSet::from(["b/k".to_owned()]));
+        let only_k = Some(BTreeMap::from([("b/k".to_owned(), "default".to_owned())]));
         for (looked, expected) in [
             (Looked::everywhere(), [gone, gone, gone]),
             (Looked::nowhere(), [same, same, same]),
-            (Looked { paths: only_k.clone(), no_objects: false }, [gone, gone, same]),
-            (Looked { paths: only_k, no_objects: true }, [gone, same, same]),
+            (Looked { states: only_k.clone(), no_objects: false }, [gone, gone, same]),
+            (Looked { states: only_k, no_objects: true }, [gone, same, same]),
         ] {
             assert_eq!(marks(&looked), expected, "{looked:?}");
         }

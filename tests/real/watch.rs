@@ -13,10 +13,11 @@ use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
 use crate::support::test_env::lock_json;
-use crate::support::{Lock, Subject, TestEnv, wait_for};
+use crate::support::{Lock, Subject, TestEnv, system, wait_for};
 
 const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
 const B: &str = "bbbbbbbb-3333-4444-5555-666666666666";
+const ENTER: &str = "\u{1b}[?1049h";
 const LEAVE: &str = "\u{1b}[?25h\u{1b}[?1049l";
 
 /// Creates the lock of another host, of whose holder nothing is known. Returns its ID.
@@ -194,7 +195,11 @@ fn a_round_that_fails_is_said_and_repeated() {
         ProxyAction::Pass
     });
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
-    let run = Run::start(watched(&env, &["--watch=1s"]));
+    // A path is relative to the directory in which the watch was started, in every round.
+    let directory = env.directory.file_name().unwrap().to_str().unwrap().to_owned();
+    let mut command = watched(&env, &["--chdir", &directory, "--watch=1s"]);
+    command.current_dir(env.directory.parent().unwrap());
+    let run = Run::start(command);
     run.wait_for_out(id);
     is_away.store(true, Ordering::SeqCst);
     run.wait_for_err("tf: not up to date: ");
@@ -206,6 +211,106 @@ fn a_round_that_fails_is_said_and_repeated() {
     let end = run.wait();
     let words: Vec<&str> = end.out.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
     assert_eq!(words, ["held", "locked", "released"], "{}", env.dump(&end));
+}
+
+/// The object of a lock may be all that shows a workspace, for example in a first run that has written no state.
+#[test]
+fn a_lock_that_was_all_of_its_workspace_is_reported_as_released() {
+    let env = TestEnv::new(Lock::File, "true");
+    let path = format!("{}/env:/green/dir/prod.tfstate", env.bucket);
+    let object = format!("{path}.tflock");
+    assert_eq!(cloud().s3("PUT", &object, lock_json(A, &path).as_bytes()).status(), 200);
+    let run = Run::start(watched(&env, &["--watch=1s"]));
+    run.wait_for_out(A);
+    assert_eq!(cloud().s3("DELETE", &object, b"").status(), 204);
+    wait_for("the release", || run.out().contains("  released  ").then_some(()), || run.out());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(end.out.lines().count() == 2 && end.out.matches(A).count() == 2, "{}", env.dump(&end));
+}
+
+/// In the background, the terminal belongs to another process.
+#[test]
+fn a_watch_in_the_background_leaves_the_terminal_alone() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let rounds = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&rounds);
+    let proxy = Proxy::start(cloud().port, move |request| {
+        count.fetch_add(usize::from(request.asks_for("Scan")), Ordering::SeqCst);
+        ProxyAction::Pass
+    });
+    env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
+    let mut terminal = shell(&env);
+    let three_rounds = |terminal: &Terminal| {
+        let begun = rounds.load(Ordering::SeqCst);
+        let enough = || (rounds.load(Ordering::SeqCst) >= begun + 3).then_some(());
+        wait_for("three rounds", enough, || terminal.screen());
+    };
+    let line = format!("tf locks list --watch=1s --region us-east-1 --table {} &\r", env.table);
+    terminal.type_in(&line);
+    three_rounds(&terminal);
+    assert!(!terminal.screen().contains(ENTER), "{:?}", terminal.screen());
+    terminal.type_in("fg\r");
+    terminal.wait_for(ENTER);
+    terminal.wait_for(id);
+    terminal.type_in("\u{1a}");
+    terminal.wait_for("Stopped");
+    terminal.type_in("bg\r");
+    three_rounds(&terminal);
+    assert_eq!(terminal.screen().matches(ENTER).count(), 1, "{:?}", terminal.screen());
+    terminal.type_in("fg\r");
+    terminal.wait_for_times(ENTER, 2);
+    terminal.type_in("\u{3}");
+    terminal.wait_for_times(LEAVE, 2);
+    terminal.type_in("exit\r");
+    terminal.wait();
+}
+
+/// A pager may not read on.
+#[test]
+fn a_signal_ends_a_command_whose_output_nobody_reads() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    // A pipe holds at most 64 KiB (pipe(7)). The output is larger.
+    for batch in 0..16 {
+        let put = |number: i32| {
+            let path = format!("{}/{}/{batch}-{number}", env.bucket, "deep/".repeat(20));
+            let info = lock_json(&format!("{batch:08x}-3333-4444-5555-{number:012x}"), &path);
+            json!({ "PutRequest": { "Item": { "LockID": {"S": path}, "Info": {"S": info} } } })
+        };
+        let items: Vec<Value> = (0..25).map(put).collect();
+        cloud().dynamodb("BatchWriteItem", &json!({ "RequestItems": { &*env.table: items } }));
+    }
+    let table = ["--region", "us-east-1", "--table", &env.table];
+    for words in [&["list"][..], &["list", "--json"], &["--watch=1s"], &["audit", "--older-than", "0s"]] {
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            let mut command = watched(&env, words);
+            command.args(table).stdout(writer).stderr(std::process::Stdio::null());
+            let mut process = command.spawn().unwrap();
+            drop(command);
+            let begins = || (system::unread(&reader) > 0).then_some(());
+            wait_for("the first bytes", begins, || system::unread(&reader).to_string());
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), signal).unwrap();
+            let ended = || process.try_wait().unwrap();
+            let status = wait_for("the end", ended, || format!("{words:?} {signal}"));
+            assert_eq!(status.signal(), Some(signal as i32), "{words:?}");
+        }
+    }
+}
+
+/// A root that is read-only is common in a container.
+#[test]
+fn a_scan_of_one_segment_needs_no_temporary_file() {
+    let mut env = TestEnv::new(Lock::File, "true");
+    let id = lock_elsewhere(&env, B);
+    env.set("TMPDIR", "/nonexistent");
+    for words in [&["list"][..], &["list", "--json"], &["audit", "--older-than", "0s"]] {
+        let mut command = watched(&env, words);
+        command.args(["--region", "us-east-1", "--bucket", &env.bucket]);
+        let end = Run::start(command).wait();
+        assert!(end.out.contains(id) && !end.err.contains("temporary"), "{}", env.dump(&end));
+    }
 }
 
 /// A permission that is missing later is no reason to report a lock as released that was not looked for.

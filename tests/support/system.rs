@@ -65,6 +65,14 @@ pub fn lock_byte(file: &File, byte: i64) {
     control_lock(file, libc::F_OFD_SETLK, byte..byte + 1).unwrap();
 }
 
+/// Returns how many bytes a pipe holds (FIONREAD, pipe(7)).
+pub fn unread(reader: &std::io::PipeReader) -> libc::c_int {
+    let mut bytes = 0;
+    // SAFETY: FIONREAD writes one int.
+    assert_eq!(unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }, 0);
+    bytes
+}
+
 /// Calls fcntl(2) with a write lock on `bytes`. An empty range is the whole file. Returns the lock that the call has
 /// written.
 fn control_lock(file: &File, command: libc::c_int, bytes: std::ops::Range<i64>) -> std::io::Result<libc::flock> {
