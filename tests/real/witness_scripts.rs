@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -609,11 +609,60 @@ fn all_asks_each_witness_that_the_holder_names() {
     }
 }
 
+/// kubectl warns of an old kubeconfig on stderr and exits with 0, and `aws` may print a warning of Python there.
+#[test]
+fn a_warning_of_a_client_is_not_part_of_its_answer() {
+    let env = TestEnv::empty(Lock::DynamoDb);
+    let warns = |answer: &str| format!("#!/bin/sh\necho 'Warning: deprecated' >&2\n{answer}\necho Note >&2\n");
+    let instance = format!("Amazon EC2 {INSTANCE}");
+    let pod = format!("pod ci/runner-1 ({UID}) on node node-1");
+    let about_job = json!({ "ci": "GitHub Actions", "job": JOB.replace(".localhost", ".com") });
+    let aws = format!(
+        "case $2 in\n\
+         describe-tasks) printf 'arn:aws:ecs:us-east-1:1:task/default/{TASK}\\tFARGATE\\tSTOPPED\\n' ;;\n\
+         *) printf '{INSTANCE}\\tterminated\\n' ;;\n\
+         esac"
+    );
+    put_program(&env, "aws", &warns(&aws));
+    let over = format!("over=2026-01-02T00:00:00Z=containerd://{CONTAINER}");
+    put_program(&env, "kubectl", &warns(&format!("echo '{UID} Never Failed spec {over}'")));
+    put_program(&env, "gh", &warns("printf 'total-1\\nover-2026-01-02T00:00:00Z\\n'"));
+    for (name, holder, reason) in [
+        ("ec2", json!({ "cloud": instance }), "is terminated"),
+        ("ecs", json!({ "cloud": format!("ECS task {TASK} (Fargate)") }), "has stopped"),
+        ("kubernetes", json!({ "cloud": pod }), "all containers of pod ci/runner-1 have terminated"),
+        ("github", about_job.clone(), "are completed"),
+    ] {
+        assert_answer(&ask(&env, name, &holder), "dead", reason);
+        assert_answer(&ask(&env, "all", &holder), "dead", reason);
+    }
+    // The pod is not found. The instance is in the object of the node.
+    let node = format!(
+        "[ \"$2\" = node ] || {{ echo 'Error: no pod' >&2; exit 1; }}\n\
+         echo '2026-01-01T00:00:00Z aws:///eu-west-1a/{INSTANCE}'"
+    );
+    put_program(&env, "kubectl", &warns(&node));
+    assert_answer(&ask_about(&env, "kubernetes", &pod), "dead", "is terminated");
+    // The message of a client that fails is the reason.
+    for client in ["aws", "kubectl", "gh"] {
+        put_program(&env, client, &warns("echo 'Error: no access' >&2\nexit 1"));
+    }
+    for (name, holder, reason) in [
+        ("ec2", json!({ "cloud": instance }), "aws: Warning: deprecated Error: no access"),
+        ("ecs", json!({ "cloud": format!("ECS task {TASK} (Fargate)") }), "aws: Warning: deprecated Error: no access"),
+        ("kubernetes", json!({ "cloud": pod }), "kubectl: Warning: deprecated Error: no access"),
+        ("github", about_job, "gh: Warning: deprecated Error: no access"),
+    ] {
+        assert_answer(&ask(&env, name, &holder), "unknown", reason);
+    }
+}
+
 /// The time that `tf` gives a witness.
 const WITNESS_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A client that hangs, and that leaves behind a process which keeps its output open.
-const HANGS: &str = "#!/bin/sh\nsleep 600 &\nexec sleep 600\n";
+/// A client that hangs, and that leaves behind a process which keeps its output open. Without `timeout`, no one kills
+/// that process.
+const HANGS: &str = "#!/bin/sh\nsleep 60 &\nexec sleep 60\n";
 
 /// Starts a script with a question about this holder.
 fn start(env: &TestEnv, name: &str, holder: &Value) -> Run {
@@ -626,7 +675,10 @@ fn start(env: &TestEnv, name: &str, holder: &Value) -> Run {
 
 /// Waits for the answer, no longer than `tf` does.
 fn answer_of(run: Run, env: &TestEnv) -> (String, String) {
+    let begun = Instant::now();
     let end = run.wait_at_most(WITNESS_TIMEOUT);
+    // `run` has read both pipes to their end, so no process that is left keeps them open.
+    assert!(begun.elapsed() < WITNESS_TIMEOUT, "{:?} {}", begun.elapsed(), env.dump(&end));
     let answer: Result<Value, _> = serde_json::from_str(&end.out);
     assert!(answer.is_ok(), "{}", env.dump(&end));
     let text = |name: &str| answer.as_ref().unwrap()[name].as_str().unwrap().to_owned();
@@ -635,11 +687,18 @@ fn answer_of(run: Run, env: &TestEnv) -> (String, String) {
 
 #[test]
 fn a_witness_whose_client_hangs_answers_in_time() {
-    let mut env = TestEnv::empty(Lock::DynamoDb);
-    for client in ["aws", "kubectl", "gh"] {
-        put_program(&env, client, HANGS);
-    }
-    env.set("WITNESS_ECS_CLUSTERS", "a b c d e f g h i j k l m n o p q r s t u v w x y z");
+    // macOS has no timeout.
+    let envs = [true, false].map(|has_timeout| {
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        for client in ["aws", "kubectl", "gh"] {
+            put_program(&env, client, HANGS);
+        }
+        if !has_timeout {
+            put_program(&env, "timeout", "#!/bin/sh\nexit 127\n");
+        }
+        env.set("WITNESS_ECS_CLUSTERS", "a b c d e f g h i j k l m n o p q r s t u v w x y z");
+        env
+    });
     let pod = format!("pod ci/runner-1 ({UID}) on node node-1");
     let instance = format!("Amazon EC2 {INSTANCE}");
     let task = format!("ECS task {TASK} (Fargate)");
@@ -655,9 +714,9 @@ fn a_witness_whose_client_hangs_answers_in_time() {
         ("all", on(&format!("{task}, {instance}")), "no answer within "),
         ("all", job.clone(), "gh: no answer within "),
     ];
-    let runs: Vec<Run> = cases.iter().map(|(name, holder, _)| start(&env, name, holder)).collect();
-    for (run, (name, _, reason)) in runs.into_iter().zip(&cases) {
-        let answer = answer_of(run, &env);
+    let started = envs.iter().flat_map(|env| cases.iter().map(move |case| (env, case, start(env, case.0, &case.1))));
+    for (env, (name, _, reason), run) in started.collect::<Vec<_>>() {
+        let answer = answer_of(run, env);
         assert!(answer.1.contains(reason), "{name}: {answer:?}");
         assert_answer(&answer, "unknown", reason);
     }
