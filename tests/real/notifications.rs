@@ -242,6 +242,48 @@ fn an_example_tries_five_times_at_growing_distances_and_then_says_why_it_failed(
     }
 }
 
+/// `curl --fail` exits with 0 after a redirect that it does not follow. If it follows one, it sends a GET without the
+/// event. The URL in `Location` may be as secret as the first one.
+#[test]
+fn an_example_whose_receiver_redirects_says_that_the_event_was_not_delivered() {
+    if !can_run() {
+        return;
+    }
+    for of_user in ["", "location\n"] {
+        let mut env = TestEnv::empty(Lock::DynamoDb);
+        env.write(".curlrc", of_user);
+        let home = env.directory.clone();
+        env.set("CURL_HOME", home);
+        for status in
+            ["301 Moved Permanently", "302 Found", "304 Not Modified", "307 Temporary Redirect", "202 Accepted"]
+        {
+            for (name, variable) in EXAMPLES {
+                let requests = Arc::<Mutex<Vec<String>>>::default();
+                let service_has = Arc::clone(&requests);
+                let service = Proxy::start(0, move |request| {
+                    let mut requests = service_has.lock().unwrap();
+                    requests.push(request.start.clone());
+                    let mut answer = Message::answer(if requests.len() == 1 { status } else { "200 OK" }, "");
+                    answer.headers.push(("location".into(), "/secret-of-the-redirect".into()));
+                    ProxyAction::Answer(answer)
+                });
+                let url = format!("http://127.0.0.1:{}/secret", service.port);
+                let end = start_example(&env, (name, variable), &url).wait();
+                let code = &status[..3];
+                let expected = if code == "202" {
+                    (Some(0), String::new())
+                } else {
+                    let reason = format!("the receiver answered with status {code}");
+                    (Some(1), format!("{name}: the event was not delivered: {reason}\n"))
+                };
+                assert_eq!((end.code(), end.err.clone()), expected, "{of_user:?} {}", env.dump(&end));
+                assert_eq!(end.out, "");
+                assert_eq!(*requests.lock().unwrap(), ["POST /secret HTTP/1.1"]);
+            }
+        }
+    }
+}
+
 #[test]
 fn an_example_without_its_url_says_which_variable_is_missing() {
     if !can_run() {
