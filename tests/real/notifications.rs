@@ -242,6 +242,56 @@ fn an_example_tries_five_times_at_growing_distances_and_then_says_why_it_failed(
     }
 }
 
+/// The path of an event is in `text` of a message for Slack too, which is not plain text. There, Slack reads a mention or
+/// a link only after `<`.
+#[test]
+fn untrusted_text_is_where_a_chat_reads_no_mention_and_no_link() {
+    if !can_run() {
+        return;
+    }
+    let (posts, service) = service();
+    let mut env = TestEnv::empty(Lock::DynamoDb);
+    let untrusted = "b/<!channel> <https://evil.example|log in> [log in](https://evil.example) <at>a</at> &lt;";
+    let mut event: Value = serde_json::from_str(EVENT).unwrap();
+    for name in ["path", "holder", "operation", "created", "id", "who", "reason", "time", "why"] {
+        event[name] = untrusted.into();
+    }
+    env.write("event", &event.to_string());
+    for (name, variable) in &EXAMPLES[..2] {
+        env.set(variable, format!("http://127.0.0.1:{}/", service.port));
+        let end = env.run_in_shell(&format!("exec {} <event", example(name).display()));
+        assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+        let body: Value = serde_json::from_slice(&posts.lock().unwrap().pop().unwrap().0.body).unwrap();
+        let mut texts = Vec::new();
+        texts_of(&body, &mut texts);
+        let untrusted_texts: Vec<_> = texts.iter().filter(|(_, text)| text.contains("channel")).collect();
+        assert_eq!(untrusted_texts.len(), 9, "{body}");
+        for (kind, text) in untrusted_texts {
+            match kind.as_str() {
+                "plain_text" | "TextRun" => {}
+                // `text` of a message for Slack.
+                "" => assert!(!text.contains(['<', '>']) && text.contains("&lt;!channel&gt;"), "{text}"),
+                _ => panic!("{kind}: {text}"),
+            }
+        }
+    }
+}
+
+/// Appends each member named `text`, together with the `type` of its object.
+fn texts_of(value: &Value, found: &mut Vec<(String, String)>) {
+    match value {
+        Value::Object(members) => {
+            if let Some(text) = members.get("text").and_then(Value::as_str) {
+                let kind = members.get("type").and_then(Value::as_str).unwrap_or_default();
+                found.push((kind.to_owned(), text.to_owned()));
+            }
+            members.values().for_each(|member| texts_of(member, found));
+        }
+        Value::Array(items) => items.iter().for_each(|item| texts_of(item, found)),
+        _ => {}
+    }
+}
+
 /// `curl --fail` exits with 0 after a redirect that it does not follow. If it follows one, it sends a GET without the
 /// event. The URL in `Location` may be as secret as the first one.
 #[test]
