@@ -242,8 +242,8 @@ fn an_example_tries_five_times_at_growing_distances_and_then_says_why_it_failed(
     }
 }
 
-/// The path of an event is in `text` of a message for Slack too, which is not plain text. There, Slack reads a mention or
-/// a link only after `<`.
+/// The path of an event is also in `text` of a message for Slack, which is not plain text. There, Slack reads a mention
+/// or a link only after `<`.
 #[test]
 fn untrusted_text_is_where_a_chat_reads_no_mention_and_no_link() {
     if !can_run() {

@@ -533,10 +533,22 @@ fn only_completed_jobs_on_runners_of_github_are_dead() {
         let ago = |seconds: i64| {
             (jiff::Timestamp::now() - jiff::SignedDuration::from_secs(seconds)).strftime("%FT%TZ").to_string()
         };
-        let job = |status: &str, conclusion: Option<&str>, group: Option<&str>, completed: &str| json!({ "status": status, "conclusion": conclusion, "runner_group_name": group, "completed_at": completed });
+        let step = |status: &str, conclusion: Value| json!({ "name": "s", "status": status, "conclusion": conclusion });
+        let job = |status: &str, conclusion: Option<&str>, group: Option<&str>, completed: &str| {
+            let steps = [step("completed", "success".into()), step("completed", "skipped".into())];
+            json!({ "status": status, "conclusion": conclusion, "runner_group_name": group, "labels": ["ubuntu-24.04"],
+                "completed_at": completed, "steps": steps })
+        };
         let hosted = Some("GitHub Actions");
         let done = || job("completed", Some("failure"), hosted, &ago(900));
         let skipped = job("completed", Some("skipped"), None, &ago(900));
+        let with = |name: &str, value: Value| {
+            let mut job = done();
+            job[name] = value;
+            job
+        };
+        let second_step =
+            |step: Value| with("steps", json!([{ "status": "completed", "conclusion": "success" }, step]));
         let of = |jobs: Vec<Value>| json!({ "total_count": jobs.len(), "jobs": jobs });
         assert_answer(&about(of(vec![done(), skipped.clone(), done()])), "dead", "are completed");
         let path = "/repos/o/r/actions/runs/7/attempts/2/jobs?per_page=100";
@@ -552,6 +564,18 @@ fn only_completed_jobs_on_runners_of_github_are_dead() {
             ),
             ("no runner", of(vec![job("completed", Some("cancelled"), None, &ago(900))]), "runner of GitHub"),
             ("just now", of(vec![done(), job("completed", Some("cancelled"), hosted, &ago(20))]), "5 minutes"),
+            ("a label of their own", of(vec![with("labels", json!(["linux", "Self-Hosted"]))]), "runner of GitHub"),
+            // GitHub has lost the runner, and its machine may still work.
+            (
+                "a step that works",
+                of(vec![done(), second_step(step("in_progress", Value::Null))]),
+                "may have been lost",
+            ),
+            ("a step that waits", of(vec![second_step(step("queued", Value::Null)), done()]), "may have been lost"),
+            ("no conclusion", of(vec![second_step(step("completed", Value::Null))]), "may have been lost"),
+            ("an empty conclusion", of(vec![second_step(step("completed", "".into()))]), "may have been lost"),
+            ("no steps", of(vec![done(), with("steps", json!([]))]), "may have been lost"),
+            ("null steps", of(vec![done(), with("steps", Value::Null)]), "may have been lost"),
             ("only skipped", of(vec![skipped.clone()]), "did not list"),
             ("no job", of(vec![]), "did not list"),
             ("not all", json!({ "total_count": 2, "jobs": [done()] }), "did not list"),
