@@ -335,6 +335,7 @@ impl Tree {
         if let Observer::Guardian(view) = &self.observer {
             return self.look_as_guardian(&mut view.borrow_mut());
         }
+        let failed_before = process::failed_reads();
         let mut members = Vec::new();
         let mut unknown = Vec::new();
         let below = Process::below(getpid());
@@ -353,6 +354,11 @@ impl Tree {
             if !known && !process.is_dead() && process.pid != getpid() && self.is_marked(&process) {
                 members.push(process);
             }
+        }
+        // What could not be read may be a member.
+        if process::failed_reads() != failed_before {
+            trace!("the process list could not be read");
+            unknown.push(Process::unseen_in(Pid::from_raw(0)));
         }
         (members, unknown)
     }

@@ -22,6 +22,7 @@ impl Living {
     /// Finds the living processes of the run with the mark `run`, except this process and helpers of `tf`. For
     /// `certain_before`, see [`classify`].
     pub(crate) fn of(run: &str, identity: &TreeIdentity, certain_before: Option<u64>) -> Self {
+        let failed_before = process::failed_reads();
         let all: Vec<(Process, ProcessMark)> =
             Process::all().into_iter().map(|process| (process.clone(), mark_of(&process, run))).collect();
         let found = classify(&all, identity, certain_before);
@@ -43,8 +44,8 @@ impl Living {
         let hidden = identity.survivors.iter().map(|(pid, _)| Pid::from_raw(*pid));
         let hidden = hidden.filter(|pid| pid.as_raw() > 0 && !pids.contains(pid));
         living.unknown.extend(hidden.filter_map(Process::forbidden));
-        // A list without this process is not complete, for example because no descriptor was free for it.
-        if !pids.contains(&own) {
+        // A list without this process is not complete either.
+        if !pids.contains(&own) || process::failed_reads() != failed_before {
             living.unknown.push(Process::unseen_in(Pid::from_raw(0)));
         }
         // /proc may also hide members of terraform's group. This matters only if no other process of the run was found.

@@ -1,6 +1,9 @@
 //! Processes: the children of this process, the orphans that were reparented to it, and all others that the system
 //! lists.
 
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use nix::unistd::Pid;
 
 #[cfg(target_os = "linux")]
@@ -75,6 +78,30 @@ pub(crate) struct Process {
     /// When it started, in clock ticks since boot (on macOS, in microseconds since 1970); 0 if unknown. Pids are
     /// reused, so a process is identified only by its pid together with its start.
     pub(crate) start: u64,
+}
+
+/// How often the process list could not be read.
+static FAILED_READS: AtomicU64 = AtomicU64::new(0);
+
+/// Returns how often this process could not read a part of the process list because of an error of the host, for example
+/// because no descriptor or no memory was free. A list is complete only if this number has not changed meanwhile.
+pub(crate) fn failed_reads() -> u64 {
+    FAILED_READS.load(Ordering::Relaxed)
+}
+
+/// Returns the result of a read of the process list. Counts an error of the host ([`failed_reads`]).
+pub(super) fn counted<T>(result: io::Result<T>) -> io::Result<T> {
+    if result.as_ref().is_err_and(is_of_host) {
+        FAILED_READS.fetch_add(1, Ordering::Relaxed);
+    }
+    result
+}
+
+/// Returns whether the error says nothing about a process. The other errors say that there is no such process or no
+/// process list, or that the process belongs to another user.
+fn is_of_host(error: &io::Error) -> bool {
+    let of_process = [libc::ENOENT, libc::ESRCH, libc::EACCES, libc::EPERM, libc::ENOTDIR];
+    !error.raw_os_error().is_some_and(|number| of_process.contains(&number))
 }
 
 impl Process {

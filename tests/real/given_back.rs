@@ -506,6 +506,38 @@ fn what_outlives_a_killed_terraform_is_ended_before_the_lock_goes() {
     }
 }
 
+/// Without a free descriptor, `tf` sees no process at all.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_lock_is_kept_while_the_processes_of_its_run_cannot_be_listed() {
+    let (env, run) = apply_with_worker(Subject::Tf, "exec PYTHON spawn.py", true);
+    let limit = |soft: u64| {
+        let limit = libc::rlimit { rlim_cur: soft, rlim_max: 1024 };
+        // SAFETY: `limit` is a complete rlimit, and no old limit is asked for.
+        let set =
+            unsafe { libc::prlimit(run.pid().as_raw(), libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    };
+    run.kill_terraform();
+    // The worker ignores a SIGTERM for as long as it may.
+    env.wait_for_trace("ending ");
+    limit(0);
+    env.wait_for_trace("the process list could not be read");
+    limit(1024);
+    let last_held = wait_for(
+        "the end of the worker",
+        || {
+            let work = env.read("work").len();
+            env.locks().is_empty().then_some(work)
+        },
+        || env.trace(),
+    );
+    let end = run.wait();
+    // At most one write may fall between the last look and the read of the file.
+    assert!(env.read("work").len() - last_held < 200, "it works on. {}", env.dump(&end));
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+}
+
 #[test]
 fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
     // The unlock fails, so that there is a lock to release and no process to kill.

@@ -9,7 +9,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use super::{Process, ProcessList, Variable};
+use super::{Process, ProcessList, Variable, counted};
 use crate::sys::file_id::FileId;
 use crate::sys::poll;
 use crate::sys::wait::{self, Ended};
@@ -159,7 +159,8 @@ pub(crate) fn list() -> ProcessList {
     let own = nix::unistd::getpid().as_raw();
     let is_own = |text: &str| text.parse() == Ok(own);
     let named = std::fs::read_link("/proc/self").is_ok_and(|link| link.to_str().is_some_and(is_own));
-    let status = if named { std::fs::read_to_string("/proc/self/status").unwrap_or_default() } else { String::new() };
+    let status =
+        if named { counted(std::fs::read_to_string("/proc/self/status")).unwrap_or_default() } else { String::new() };
     if names_one_namespace(&status, own) { ProcessList::Available } else { ProcessList::Unavailable }
 }
 
@@ -186,7 +187,7 @@ pub(crate) fn pid_namespace() -> Option<(u64, bool)> {
 
 /// Returns the text of /proc/PID/stat. `None` if there is no such process or thread.
 fn stat(pid: Pid) -> Option<String> {
-    std::fs::read(format!("/proc/{pid}/stat")).ok().map(|stat| String::from_utf8_lossy(&stat).into_owned())
+    counted(std::fs::read(format!("/proc/{pid}/stat"))).ok().map(|stat| String::from_utf8_lossy(&stat).into_owned())
 }
 
 /// Returns the IDs of the threads of the process `pid`, the first thread among them. Only the pid if they cannot be
@@ -290,9 +291,9 @@ impl Process {
 
     /// Returns every process that /proc lists.
     pub(super) fn list_all() -> Vec<Self> {
-        let Ok(directory) = std::fs::read_dir("/proc") else { return Vec::new() };
+        let Ok(directory) = counted(std::fs::read_dir("/proc")) else { return Vec::new() };
         directory
-            .flatten()
+            .flat_map(counted)
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter_map(|pid| Self::read(Pid::from_raw(pid)))
             .collect()
@@ -301,10 +302,10 @@ impl Process {
     pub(super) fn listed_children(parent: Pid) -> Vec<Self> {
         // Each thread has its own list of children (proc_pid_task_tid_children(5)). A kernel can be built without these
         // lists; then the children are selected from all processes.
-        let Ok(threads) = std::fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
+        let Ok(threads) = counted(std::fs::read_dir(format!("/proc/{parent}/task"))) else { return Vec::new() };
         let mut pids: Vec<i32> = Vec::new();
-        for thread in threads.flatten() {
-            match std::fs::read_to_string(thread.path().join("children")) {
+        for thread in threads.flat_map(counted) {
+            match counted(std::fs::read_to_string(thread.path().join("children"))) {
                 Ok(list) => pids.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok())),
                 Err(error) if error.kind() == io::ErrorKind::NotFound && thread.path().exists() => {
                     return Self::list_all().into_iter().filter(|process| process.parent == parent).collect();
@@ -320,7 +321,7 @@ impl Process {
     pub(crate) fn environment(&self, name: &str) -> Variable {
         // The file is empty for a process without an environment, for a zombie, and for a process in the middle of an
         // exec.
-        let environment = std::fs::read(format!("/proc/{}/environ", self.thread)).unwrap_or_default();
+        let environment = counted(std::fs::read(format!("/proc/{}/environ", self.thread))).unwrap_or_default();
         if environment.is_empty() {
             return Variable::Unreadable;
         }

@@ -3,7 +3,8 @@
 //! libproc describes the processes of this user completely, those of other users partly, and root's view is complete.
 //! The kernel leaves the environment out of the description of a restricted process, such as every program of the
 //! system ([`crate::sys::macos::procargs`]). So a shell that terraform has started is recognised by its process group,
-//! its parent, its session and its open lifeline, and not by the mark in its environment.
+//! its parent and its session, and not by the mark in its environment. An open lifeline shows that a process is alive, but
+//! not which one.
 
 use std::borrow::Cow;
 use std::cell::OnceCell;
@@ -18,7 +19,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getpid};
 
-use super::{Process, ProcessList, Variable};
+use super::{Process, ProcessList, Variable, counted};
 use crate::sys::file_id::FileId;
 use crate::sys::macos::kqueue::Kqueue;
 use crate::sys::macos::{procargs, process_entry, sysctl};
@@ -154,7 +155,8 @@ fn pids() -> Vec<Pid> {
     let bytes = i32::try_from(numbers.len() * size_of::<i32>()).unwrap_or(0);
     // SAFETY: the call writes at most `bytes` bytes.
     let listed = unsafe { libc::proc_listallpids(numbers.as_mut_ptr().cast(), bytes) };
-    numbers.truncate(usize::try_from(listed).unwrap_or(0));
+    let listed = if listed > 0 { Ok(listed) } else { Err(io::Error::last_os_error()) };
+    numbers.truncate(counted(listed).ok().and_then(|listed| usize::try_from(listed).ok()).unwrap_or(0));
     numbers.into_iter().filter(|pid| *pid > 0).map(Pid::from_raw).collect()
 }
 
@@ -272,9 +274,13 @@ impl Process {
     /// sys/proc_info.h). Also true if the process no longer exists.
     pub(crate) fn is_dying(&self) -> bool {
         const INEXIT: u32 = 4;
-        // Without a matching entry, the process no longer exists, or another process has its pid now.
-        let now = description(self.pid).filter(|now| now.start == self.start);
-        now.is_none_or(|now| now.flags & INEXIT != 0 || process_entry::state(now.status) == 'Z')
+        match description(self.pid) {
+            Some(now) if now.start == self.start => now.flags & INEXIT != 0 || process_entry::state(now.status) == 'Z',
+            // Another process has its pid now.
+            Some(_) => true,
+            // It no longer exists, or this process may not read what it is.
+            None => nix::sys::signal::kill(self.pid, None) == Err(nix::errno::Errno::ESRCH),
+        }
     }
 
     /// Returns when the process started. `None` if it is unknown.
