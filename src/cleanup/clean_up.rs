@@ -260,7 +260,7 @@ fn results(run: &EndedRun<'_>, named: &[RecordedLock], waiter: &mut Waiter<'_>) 
         Permission::Keep(outcome) => Some(outcome.clone()),
         Permission::Release | Permission::NameOnly => unknown,
     };
-    let is_claimed = |id: &str| run.journal.is_some_and(|journal| journal.is_claimed(id, run.id));
+    let is_claimed = |id: &str| run.journal.map_or(Some(false), |journal| journal.is_claimed(id, run.id));
     let request = ReleaseRequest {
         locks: named,
         candidates: run.candidates,

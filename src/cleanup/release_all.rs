@@ -126,10 +126,10 @@ pub(crate) struct ReleaseRequest<'a> {
 }
 
 /// Releases those of the requested locks that belong to the run. Returns the result for each lock. `is_claimed` returns
-/// true for a lock ID that the journal has recorded for another run, if that run is or may be alive.
+/// whether the journal has recorded a lock ID for another run that is or may be alive; `None` if this is not known.
 pub(crate) fn release_locks(
     request: &ReleaseRequest<'_>,
-    is_claimed: impl Fn(&str) -> bool,
+    is_claimed: impl Fn(&str) -> Option<bool>,
     waiter: &mut Waiter<'_>,
 ) -> Vec<ReleaseResult> {
     let ReleaseRequest { locks, candidates, release_context, died, keep } = request;
@@ -145,12 +145,15 @@ pub(crate) fn release_locks(
         let purpose = if may_exist { Purpose::Work } else { Purpose::Explanation };
         // If the service did not answer for one lock, the wait for the next lock is shorter.
         let limit = if may_exist && !is_silent { SERVICE_TIMEOUT } else { EXPLANATION_TIMEOUT };
+        let is_claimed = if keep.is_some() { Some(false) } else { is_claimed(&recorded.id) };
         let outcome = if let Some(kept) = keep {
             named(kept.clone())
-        } else if is_claimed(&recorded.id) {
+        } else if is_claimed == Some(true) {
             // The journal has recorded this lock for another run, which is or may be alive. So it is the lock of that
             // run, and this log contains its ID only because a process of this run has written the ID into the log.
             named(Outcome::Kept { reason: messages::CLAIMED.to_owned(), because: Because::Claimed })
+        } else if is_claimed.is_none() {
+            named(Outcome::later(messages::MAY_BE_CLAIMED))
         } else {
             let candidates = candidates.of(recorded);
             match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {

@@ -549,16 +549,23 @@ impl Journal {
 
     /// Whether a run other than `own` may still hold the lock `id`. True if the record of such a run contains the lock
     /// as not released, and a process of that run is alive or may be alive ([`FoundRun::Living`],
-    /// [`FoundRun::Doubtful`], or [`FoundRun::Foreign`] with a lock file that a process holds). Also true if a record
-    /// cannot be read whose lock file a process holds, or if an error of the host hides that.
-    pub(crate) fn is_claimed(&self, id: &str, own: &str) -> bool {
-        let Ok(names) = self.list() else { return true };
-        names.iter().filter(|name| *name != own).any(|name| match self.look(name) {
-            FoundRun::Living(record) | FoundRun::Doubtful(record, _) => record.has_unreleased(id),
-            FoundRun::Foreign(_, Some(record)) => record.has_unreleased(id) && self.is_held(name).unwrap_or(true),
-            FoundRun::Foreign(_, None) | FoundRun::Unread { .. } => self.is_held(name).unwrap_or(true),
-            FoundRun::Dead(..) | FoundRun::Recovering(_) | FoundRun::Broken(_) | FoundRun::Gone => false,
-        })
+    /// [`FoundRun::Doubtful`], or [`FoundRun::Foreign`] with a lock file that a process holds). `None` if this is not
+    /// known: a record cannot be read whose lock file a process holds, or an error of the host hides the runs.
+    pub(crate) fn is_claimed(&self, id: &str, own: &str) -> Option<bool> {
+        let names = match self.list() {
+            Ok(names) => names,
+            // The directory was removed, and every record with it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Some(false),
+            Err(_) => return None,
+        };
+        let others = names.iter().filter(|name| *name != own);
+        any(others.map(|name| match self.look(name) {
+            FoundRun::Living(record) | FoundRun::Doubtful(record, _) => Some(record.has_unreleased(id)),
+            FoundRun::Foreign(_, Some(record)) if !record.has_unreleased(id) => Some(false),
+            FoundRun::Foreign(_, Some(_)) => self.is_held(name).ok(),
+            FoundRun::Foreign(_, None) | FoundRun::Unread { .. } => self.is_held(name).ok().filter(|is_held| !is_held),
+            FoundRun::Dead(..) | FoundRun::Recovering(_) | FoundRun::Broken(_) | FoundRun::Gone => Some(false),
+        }))
     }
 
     /// Moves an invalid record ([`FoundRun::Broken`]) to `set-aside/`, where a person can inspect it. Returns the new
@@ -693,6 +700,19 @@ fn open_lock(path: &Path) -> io::Result<File> {
     open_private(OpenOptions::new().read(true).write(true), path)
 }
 
+/// Returns whether one of `answers` is true. `None` if none is, and one is not known.
+fn any(answers: impl IntoIterator<Item = Option<bool>>) -> Option<bool> {
+    let mut all = Some(false);
+    for answer in answers {
+        match answer {
+            Some(true) => return answer,
+            Some(false) => {}
+            None => all = None,
+        }
+    }
+    all
+}
+
 /// Whether `error`, from an attempt to open or read a file of a run, says something about the file: it does not exist,
 /// is not a file that `tf` has written, or has no valid content. Every other error comes from the host, for example
 /// because no descriptor or no memory is free, or because the disk fails. Such an error proves nothing about the run.
@@ -805,12 +825,34 @@ mod tests {
     }
 
     #[test]
+    fn a_claim_is_excluded_only_if_every_run_is_known() {
+        let (yes, no) = (Some(true), Some(false));
+        for first in [yes, no, None] {
+            for second in [yes, no, None] {
+                let expected = match (first, second) {
+                    (Some(true), _) | (_, Some(true)) => yes,
+                    (Some(false), Some(false)) => no,
+                    _ => None,
+                };
+                assert_eq!(any([first, second]), expected, "{first:?} {second:?}");
+            }
+        }
+        assert_eq!(any([]), no);
+        // Without a directory, there is no other run. What is in its place hides the runs.
+        let (_root, journal) = journal();
+        fs::remove_dir_all(&journal.runs).unwrap();
+        assert_eq!(journal.is_claimed(ID, "other"), no);
+        fs::write(&journal.runs, "").unwrap();
+        assert_eq!(journal.is_claimed(ID, "other"), None);
+    }
+
+    #[test]
     fn a_run_is_living_then_settling_then_dead_then_gone() {
         let (_root, journal) = journal();
         let (entry, tree_lock) = journal.begin(&record(&journal)).unwrap();
         assert_eq!(journal.names(), [RUN]);
         assert!(matches!(journal.look(RUN), FoundRun::Living(_)));
-        assert!(journal.is_claimed(ID, "other") && !journal.is_claimed(ID, RUN));
+        assert_eq!((journal.is_claimed(ID, "other"), journal.is_claimed(ID, RUN)), (Some(true), Some(false)));
         drop(tree_lock);
         wait_until_free(&journal, &[TREE_LOCK]);
         assert!(matches!(journal.look(RUN), FoundRun::Recovering(_)));

@@ -133,15 +133,21 @@ pub(crate) fn is_private(path: &Path) -> bool {
 }
 
 /// Opens a regular file of this user with `options`. Refuses files that another user may have put or linked there: a
-/// symbolic link, a file with several hard links, and a file of another user.
+/// symbolic link, a file of another user, and a file with several hard links in a directory that is not private. In a
+/// private directory, only this user can make a hard link, for example for a backup.
 ///
 /// # Errors
-/// `InvalidData` if the file is not a regular file of this user with one link; otherwise what open(2) reports, such as
-/// `ELOOP` for a symbolic link.
+/// `InvalidData` if the file is refused, or if it was deleted in between; otherwise what open(2) reports, such as `ELOOP`
+/// for a symbolic link.
 pub(crate) fn open_private(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let place = file.metadata()?;
-    if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || place.nlink() != 1 {
+    let is_linked_once = match place.nlink() {
+        0 => false,
+        1 => true,
+        _ => path.parent().is_some_and(is_private),
+    };
+    if !place.is_file() || place.uid() != nix::unistd::geteuid().as_raw() || !is_linked_once {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not private to this user"));
     }
     Ok(file)
@@ -299,6 +305,19 @@ mod tests {
         assert_eq!(StateDirectory::first_of([candidate(&open), candidate(&good)].into_iter()).unwrap().0, good);
     }
     use std::os::unix::fs::{PermissionsExt, symlink};
+
+    /// A backup may link each file of the state directory.
+    #[test]
+    fn a_file_with_two_links_is_opened_only_in_a_private_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        fs::hard_link(&file, root.path().join("link")).unwrap();
+        for (mode, is_opened) in [(0o700, true), (0o755, false)] {
+            fs::set_permissions(root.path(), fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(open_private(OpenOptions::new().read(true), &file).is_ok(), is_opened, "{mode:o}");
+        }
+    }
 
     fn open(set: &[(&str, &Path)]) -> Option<PathBuf> {
         let known = |name: &str| set.iter().find(|(known, _)| *known == name).map(|(_, path)| (*path).into());

@@ -322,6 +322,18 @@ fn a_guardian_that_is_killed_alone_changes_nothing() {
     assert_nothing_left(&env);
 }
 
+/// For example, a CI job cleans its workspace, or a logout removes XDG_RUNTIME_DIR.
+#[test]
+fn a_journal_that_is_removed_during_the_run_keeps_no_lock() {
+    let env = TestEnv::new(Lock::Both, WAITS);
+    let run = start_recorded(&env);
+    fs::remove_dir_all(journal(&env).join("runs")).unwrap();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("released the lock"), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 #[test]
 fn a_lock_request_in_flight_when_tf_and_terraform_are_killed_is_gone_in_the_end() {
     for lock in [Lock::DynamoDb, Lock::File] {
