@@ -19,7 +19,7 @@ FROM rust:1.95.0-bookworm AS build
 WORKDIR /tf
 COPY . .
 # The history is not copied. It would only tell the time of files, and the binary has none, and the commit:
-# docker build --build-arg TF_COMMIT=$(git rev-parse HEAD)
+# docker build --build-arg TF_COMMIT=$(git rev-parse HEAD) --tag tf .
 ARG SOURCE_DATE_EPOCH=0
 ARG TF_COMMIT=
 RUN package/build && package/image-files /image

@@ -501,6 +501,7 @@ curl -sS -f -x "$http_proxy" "http://api.$3/$5" > gh.answer && jq -r "$7" gh.ans
 
 /// With the real `gh` if it is installed, and with a stand-in for it.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn only_completed_jobs_on_runners_of_github_are_dead() {
     for is_real in [true, false] {
         if (is_real && which("gh").is_none()) || (!is_real && (which("jq").is_none() || which("curl").is_none())) {
