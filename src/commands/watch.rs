@@ -441,7 +441,7 @@ struct Screen {
 impl Screen {
     /// Draws a round. Does nothing in the background, where the terminal belongs to another process.
     fn draw(&mut self, rows: &[Row], note: Option<&str>, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
-        self.is_drawn = Terminal::is_our_turn();
+        self.is_drawn = !Terminal::is_anothers_turn();
         if !self.is_drawn {
             return Ok(());
         }

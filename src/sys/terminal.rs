@@ -33,6 +33,11 @@ impl Terminal {
         Self::open().is_some_and(|terminal| terminal.foreground().is_ok_and(|group| group == unistd::getpgrp()))
     }
 
+    /// Returns whether this process has a terminal that belongs to another process group now.
+    pub(crate) fn is_anothers_turn() -> bool {
+        Self::open().is_some_and(|terminal| terminal.foreground().is_ok_and(|group| group != unistd::getpgrp()))
+    }
+
     /// Returns the foreground process group. It receives the signals of the terminal's keys and may read the terminal.
     ///
     /// # Errors

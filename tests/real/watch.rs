@@ -267,6 +267,20 @@ fn a_watch_in_the_background_leaves_the_terminal_alone() {
     terminal.wait();
 }
 
+/// Then no process is in the background.
+#[test]
+fn a_watch_draws_on_a_terminal_that_is_not_its_controlling_terminal() {
+    let env = TestEnv::new(Lock::DynamoDb, "true");
+    let id = lock_elsewhere(&env, B);
+    let mut command = env.command("setsid");
+    command.args(["--wait", "tf", "locks", "--watch=1s"]);
+    let mut terminal = Terminal::start(command);
+    terminal.wait_for(ENTER);
+    terminal.wait_for(id);
+    terminal.close();
+    terminal.wait();
+}
+
 /// A pager may not read on.
 #[test]
 fn a_signal_ends_a_command_whose_output_nobody_reads() {
