@@ -901,11 +901,11 @@ pub(crate) fn unprotected(why: &str, has_lease: bool) -> String {
 }
 
 /// The reason why a lock was not released: another run, which is or may be alive, has recorded the same lock.
-/// Why a lock is kept while the journal does not show whether another run holds it.
+pub(crate) const CLAIMED: &str = "the lock belongs to another run of tf on this host, which may still be running";
+
+/// The reason why a lock was not released: the journal does not show whether another run has recorded the same lock.
 pub(crate) const MAY_BE_CLAIMED: &str =
     "the record of another run of tf on this host cannot be read, and the lock may belong to that run";
-
-pub(crate) const CLAIMED: &str = "the lock belongs to another run of tf on this host, which may still be running";
 
 /// Returns how long a request may still land.
 fn pending_time() -> String {

@@ -30,7 +30,7 @@ pub(super) enum Output {
     Json(Json),
 }
 
-/// The format in which locks are shown. A thread that does not write to stdout can have a copy.
+/// The format in which locks are shown. It is a copy, because the [`Output`] itself is in use while a scan runs.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Format {
     Table(Layout),
@@ -134,6 +134,7 @@ impl Output {
         }
     }
 
+    /// Returns the format of the entries. With several targets, it is that of the current target.
     pub(super) fn format(&self) -> Format {
         match self {
             Self::Table(table) => Format::Table(table.layout),
@@ -212,7 +213,7 @@ fn push_json<T: Serialize>(text: &mut Vec<u8>, entry: &T, target: Option<usize>)
     Ok(())
 }
 
-/// What stands between two entries in JSON.
+/// The separator of two entries in JSON.
 const BETWEEN: &str = ",\n";
 
 impl Rows {
@@ -539,7 +540,7 @@ pub(super) struct Json {
 }
 
 impl Json {
-    /// Returns what stands before the next locks, whose text is `text`.
+    /// Returns what to write before the next locks, whose text is `text`.
     fn before(&mut self, text: &[u8]) -> &'static str {
         if text.is_empty() {
             ""

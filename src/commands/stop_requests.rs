@@ -82,11 +82,11 @@ impl StopRequests {
         while !bytes.is_empty() {
             let wait = if self.asked.is_some() { PATIENCE } else { POLL_INTERVAL };
             if poll::wait(&[(stdout.as_fd(), PollFlags::POLLOUT)], Some(wait)) != [true] {
-                let asked_before = self.asked;
-                if let Some(signal) = self.next().or(asked_before) {
-                    return Err(Trouble::Stopped(signal));
+                self.next();
+                match self.asked {
+                    Some(signal) => return Err(Trouble::Stopped(signal)),
+                    None => continue,
                 }
-                continue;
             }
             match nix::unistd::write(&stdout, &bytes[..bytes.len().min(piece)]) {
                 Ok(written) => bytes = &bytes[written..],
