@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,6 +23,9 @@ const WRITE_TIMEOUT_MS: u16 = 2000;
 /// or empty (no-color.org). A message can contain text of anyone, for example of a lock service, so each line is
 /// escaped as by [`visible_whole`].
 pub(crate) fn say(text: &str) {
+    if let Some(send) = DIVERSION.get() {
+        return send(text);
+    }
     let stderr = std::io::stderr();
     let colour = stderr.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let message = message(text, if colour { "\u{1b}[1mtf:\u{1b}[0m" } else { "tf:" });
@@ -30,6 +33,18 @@ pub(crate) fn say(text: &str) {
     unsaid.push_str(&message);
     write_to(&stderr, &mut unsaid, WRITE_TIMEOUT_MS);
 }
+
+/// From now on, [`say`] calls `send` in this process, and does not write to stderr. For a forked process whose stderr
+/// is not that of its parent. A second call has no effect.
+pub(crate) fn divert(send: impl Fn(&str) + Send + Sync + 'static) {
+    let _ = DIVERSION.set(Box::new(send));
+}
+
+/// What [`say`] calls with each text. Empty unless [`divert`] was called.
+static DIVERSION: OnceLock<Box<SendText>> = OnceLock::new();
+
+/// A function that sends one text.
+type SendText = dyn Fn(&str) + Send + Sync;
 
 /// Returns the lines of `text`, escaped, with `prefix` and a space before each.
 fn message(text: &str, prefix: &str) -> String {

@@ -45,6 +45,9 @@ pub(super) enum Left {
 /// The forked process sends this after all messages. Without it, the process was killed, or has panicked.
 const DONE: &str = "\u{3}";
 
+/// The first byte of a message about what the forked process is doing. The other messages are its results.
+const PROGRESS: &str = "\u{4}";
+
 /// The forked process sends this in place of a message if a lock was not released.
 const LEFT: &str = "\u{1}";
 
@@ -61,7 +64,8 @@ pub(super) struct RecoveryProcess {
     pub(super) announced: bool,
 }
 
-/// Does `work` in a forked process, and reports the resulting messages with `say`. Returns when that process has
+/// Does `work` in a forked process, and reports the resulting messages with `say`. What that process says meanwhile,
+/// for example that it waits for a write, is written to stderr. Returns when that process has
 /// exited, or was killed at a person's request. Stores the first signal that asks `tf` to stop in `asked`. Returns
 /// whether a lock was not released. If that process cannot be forked, or does not complete its work, a lock may be
 /// left, so the result is at least [`Left::Lock`].
@@ -74,10 +78,10 @@ pub(super) fn in_a_process(
 ) -> Left {
     let mut left = Left::Nothing;
     let not_started = |error: &io::Error| {
-        say(&messages::no_recovery_process(error));
+        say(&messages::recovery::no_recovery_process(error));
         Left::Lock
     };
-    let (mut lines, mut writer) = match UnixStream::pair() {
+    let (mut lines, writer) = match UnixStream::pair() {
         Ok(pair) => pair,
         Err(error) => return not_started(&error),
     };
@@ -91,6 +95,9 @@ pub(super) fn in_a_process(
         if let Ok(current) = current {
             let _ = std::env::set_current_dir(current);
         }
+        if let Ok(writer) = writer.try_clone() {
+            console::divert(move |text| drop(send(&writer, &format!("{PROGRESS}{text}"))));
+        }
         let finished = work();
         let left = match finished.left {
             Left::Nothing => None,
@@ -98,8 +105,7 @@ pub(super) fn in_a_process(
             Left::ForLackOfCredentials => Some(LEFT_FOR_LACK_OF_CREDENTIALS.to_owned()),
         };
         for message in finished.messages.into_iter().chain(left).chain([DONE.to_owned()]) {
-            let _ = writer.write_all(message.as_bytes());
-            let _ = writer.write_all(&[0]);
+            let _ = send(&writer, &message);
         }
     });
     drop(writer);
@@ -126,7 +132,7 @@ pub(super) fn in_a_process(
         let ready = poll::wait(&awaited, timeout);
         if ready == [false, false] && !told && Instant::now() >= quiet_until {
             told = true;
-            console::say(&messages::recovering());
+            console::say(&messages::recovery::recovering());
         }
         if ready[1] {
             hear(signals, asked, pid, asks);
@@ -142,13 +148,18 @@ pub(super) fn in_a_process(
                     DONE => is_done = true,
                     LEFT => left = Left::Lock,
                     LEFT_FOR_LACK_OF_CREDENTIALS => left = Left::ForLackOfCredentials,
-                    message => say(message),
+                    message => message.strip_prefix(PROGRESS).map_or_else(|| say(message), console::say),
                 }
             }
         }
     }
     let _ = nix::sys::wait::waitpid(pid, None);
     if is_done { left } else { left.max(Left::Lock) }
+}
+
+/// Sends one message to the parent process.
+fn send(mut writer: &UnixStream, message: &str) -> io::Result<()> {
+    writer.write_all(format!("{message}\0").as_bytes())
 }
 
 /// Handles requests to stop. The first request is answered with a message, and its signal is stored in `asked`. After
@@ -158,7 +169,7 @@ fn hear(signals: &mut Signals, asked: &mut Option<Signal>, recovery: Pid, shares
     let next = if shares_terminal { Signals::next_stop } else { Signals::next_stop_after_suspending };
     while let Some(signal) = next(signals) {
         match reaction(*asked, signal) {
-            Reaction::Explain => console::say(&messages::still_releasing()),
+            Reaction::Explain => console::say(&messages::run::still_releasing()),
             Reaction::Kill => drop(kill(recovery, Signal::SIGKILL)),
             Reaction::None => {}
         }
