@@ -274,6 +274,9 @@ impl AfterRun<'_> {
                 run: Run::recorded(&context.who, context.started, self.log),
                 request_may_land: died,
                 write_may_land: true,
+                // Terraform has inherited the namespace. A program that runs terraform in another one (`ip netns exec`)
+                // is not noticed.
+                is_network_shared: true,
                 reached: self.reached.clone(),
             },
             permission,

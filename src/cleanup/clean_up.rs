@@ -276,7 +276,7 @@ impl NonS3Cleanup<'_> {
     fn clean_up(&self, run: &EndedRun<'_>, has_journal: bool, waiter: &mut Waiter<'_>) -> NonS3Result {
         match &self.release {
             Ok(release) => release.settle(
-                &run.release_context.run,
+                &run.release_context,
                 self.is_logged,
                 run.permission.reason(),
                 Wording { ending: run.ending, unlock: &self.unlock, by: run.by, has_journal },

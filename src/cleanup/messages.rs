@@ -26,7 +26,6 @@ use crate::lease::record::Claim;
 use crate::lease::takeover::{MAX_READ_GAP, Obstacle};
 use crate::lock::digest::Comparison;
 use crate::lock::outcome::{Because, Released, Write};
-use crate::lock::release_step::QUIET_WINDOW;
 use crate::lock::takeover::{Lapsed, Progress, Reason};
 use crate::sys::process::Process;
 use crate::sys::wait::Ended;
@@ -222,8 +221,8 @@ pub(crate) fn released(ending: &str, recorded: &RecordedLock, released: &Release
     let mut text = format!("{ending} without releasing its state lock");
     match released.write {
         Some(Write::Landed) => text.push_str("; a write of its state that was in flight has arrived"),
-        Some(Write::Quiet) => {
-            let waited = QUIET_WINDOW.as_secs();
+        Some(Write::Quiet { waited }) => {
+            let waited = waited.as_secs();
             let _ = write!(text, "; waited {waited} s for a late write of its state, and none arrived");
         }
         None => {}

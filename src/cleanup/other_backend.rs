@@ -23,8 +23,10 @@ use crate::console;
 use crate::journal::history;
 use crate::journal::history::{LockEvent, What};
 use crate::lock::outcome::Because;
-use crate::lock::proof::{Match, Run, judge_unnamed};
-use crate::lock::release_step::QUIET_WINDOW;
+use crate::lock::proof::{Match, judge_unnamed};
+use crate::lock::release::ReleaseContext;
+use crate::lock::release_step::quiet_window;
+use crate::sys::connections::StillSending;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::kubernetes_cluster::FINGERPRINT;
 use crate::terraform::lock_info::LockInfo;
@@ -125,12 +127,13 @@ impl<'a> NonS3Release<'a> {
     /// released, or `None` if it may be released.
     pub(crate) fn settle(
         &self,
-        run: &Run,
+        context: &ReleaseContext,
         brackets: bool,
         keep: Option<(&str, Because)>,
         wording: Wording<'_>,
         waiter: &mut Waiter<'_>,
     ) -> NonS3Result {
+        let run = &context.run;
         let variable = |name: &str| std::env::var(name).ok();
         let unlock_policy = self.kind.unlock_policy(self.backend, variable);
         trace!("backend {}: {unlock_policy:?}; had: {:?}", self.kind.kind, self.had);
@@ -168,10 +171,17 @@ impl<'a> NonS3Release<'a> {
             Match::Doubt(reason) if run.is_of(&info.who) => return named(reason, Because::Doubt, Some(&info)),
             Match::Doubt(_) | Match::Anothers => return NonS3Result::default(),
         }
-        self.release(&info, wording, waiter)
+        self.release(&info, StillSending::begin(context.is_network_shared), wording, waiter)
     }
 
-    fn release(&self, info: &LockInfo, wording: Wording<'_>, waiter: &mut Waiter<'_>) -> NonS3Result {
+    /// Releases the lock `info`. `sending` is what the kernel still sends for the dead terraform.
+    fn release(
+        &self,
+        info: &LockInfo,
+        mut sending: StillSending,
+        wording: Wording<'_>,
+        waiter: &mut Waiter<'_>,
+    ) -> NonS3Result {
         let Wording { ending, by, .. } = wording;
         let place = self.kind.place(self.backend);
         let named = |why: &str| NonS3Result {
@@ -181,13 +191,16 @@ impl<'a> NonS3Release<'a> {
         };
         // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it
         // arrives.
-        console::say(&messages::waiting_blindly(QUIET_WINDOW));
-        let begun = Instant::now();
-        while begun.elapsed() < QUIET_WINDOW {
+        console::say(&messages::waiting_blindly(quiet_window(sending.is_seen())));
+        let mut begun = Instant::now();
+        while begun.elapsed() < quiet_window(sending.is_seen()) {
             if waiter.interrupts() > 0 {
                 return named(messages::INTERRUPTED);
             }
             waiter.wait(POLL_INTERVAL);
+            if sending.look() {
+                begun = Instant::now();
+            }
         }
         let unlocked = self.terraform(&["force-unlock", "-force", "-no-color", &info.id], waiter);
         // The result of `force-unlock` does not prove that the lock is gone, so the lock is requested again.
@@ -299,6 +312,8 @@ fn first_line(said: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock::proof::Run;
+    use crate::lock::reached::Reached;
     use crate::terraform::data_directory::DataDirectory;
     use crate::terraform::log::LoggedLock;
     use crate::terraform::logged_lock::Progress;
@@ -351,7 +366,14 @@ mod tests {
         let release = NonS3Release::of(&candidates, &log(had.then_some("default")), missing, Path::new("/"), None);
         let wording = Wording { ending: "x", unlock: "y", by: history::By::Recovery, has_journal: true };
         let keep = keep.then_some(("kept", Because::Never));
-        let result = release.unwrap().settle(&run(false), brackets, keep, wording, &mut Waiter::Unattended);
+        let context = ReleaseContext {
+            run: run(false),
+            request_may_land: false,
+            write_may_land: true,
+            is_network_shared: true,
+            reached: Reached::default(),
+        };
+        let result = release.unwrap().settle(&context, brackets, keep, wording, &mut Waiter::Unattended);
         assert!(!result.released && result.leaves_one() != result.messages.is_empty());
         (result.messages.len(), result.later)
     }

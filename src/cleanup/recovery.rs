@@ -969,6 +969,7 @@ fn clean_up_after(
             // The location is read only once: if the request lands later, it is handled as a pending request.
             request_may_land: false,
             write_may_land: may_land(sent_until, now),
+            is_network_shared: record.host.shows_its_connections(),
             reached: record.reached(),
         },
         permission: if is_never(record) { Permission::NameOnly } else { Permission::Release },

@@ -434,7 +434,13 @@ pub(crate) fn check_pending(
     }
     // One check is enough, because the terraform has been dead for a long time and the next `tf` checks again.
     let reached = Reached::default();
-    let release_context = ReleaseContext { run: pending.run.clone(), request_may_land: false, write_may_land, reached };
+    let release_context = ReleaseContext {
+        run: pending.run.clone(),
+        request_may_land: false,
+        write_may_land,
+        is_network_shared: pending.record.as_ref().is_some_and(|record| record.host.shows_its_connections()),
+        reached,
+    };
     let outcome = release_where_found(&pending.lock, &candidates.of(&pending.lock), &release_context, effort, waiter);
     trace!("pending request of {}: {outcome:?}", pending.lock.id);
     if let Some(Outcome::Released(_)) = outcome {

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::sys::{filesystem, machine, process};
+use crate::sys::{connections, filesystem, machine, process};
 
 /// The host on which a run was started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,10 @@ pub(crate) struct HostIdentity {
     /// runs from a copy of the other machine's disk. Empty in the records of earlier versions.
     #[serde(default)]
     hardware: BTreeMap<String, Vec<String>>,
+    /// The number of the network namespace ([`connections::network_namespace`]). `None` if it is not known, and in the
+    /// records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network: Option<u64>,
 }
 
 /// Returns the first 64 bits of the SHA-256 of `kind` and `identity`, in hexadecimal digits. 64 bits are enough for a
@@ -66,7 +70,21 @@ impl HostIdentity {
                 .into_iter()
                 .map(|(kind, all)| (kind.to_owned(), hashes(kind, &all)))
                 .collect(),
+            network: connections::network_namespace(),
         }
+    }
+
+    /// Whether this process would see what the kernel still sends for a run on this host whose processes have ended
+    /// ([`connections::StillSending`]): both have the same network namespace, or the machine was rebooted since.
+    pub(crate) fn shows_its_connections(&self) -> bool {
+        self.shows_connections_to(machine::boot_id().as_ref(), connections::network_namespace())
+    }
+
+    /// Does the same as [`Self::shows_its_connections`] for a process in the boot `boot` and the network namespace
+    /// `network`.
+    fn shows_connections_to(&self, boot: Option<&String>, network: Option<u64>) -> bool {
+        let is_rebooted = self.boot.as_ref().zip(boot).is_some_and(|(then, now)| then != now);
+        is_rebooted || (network.is_some() && self.network == network)
     }
 
     /// Whether `self` and `here` have different hardware. True if, for some kind of identity, both have values and no
@@ -143,6 +161,7 @@ mod tests {
             processes: Some((0xEFFF_FFFC, true)),
             filesystem: 7,
             hardware: BTreeMap::new(),
+            network: Some(9),
         }
     }
 
@@ -221,6 +240,24 @@ mod tests {
                 if expected {
                     assert_eq!(seen == Standpoint::EarlierBoot, reboot);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_still_sends_is_seen_only_in_the_same_network_namespace_or_after_a_reboot() {
+        let boots = || [None, Some("b1".to_owned()), Some("b2".to_owned())];
+        for (boot, network) in
+            boots().into_iter().flat_map(|boot| [None, Some(9)].map(|network| (boot.clone(), network)))
+        {
+            for (boot_now, network_now) in
+                boots().into_iter().flat_map(|boot| [None, Some(9), Some(10)].map(|network| (boot.clone(), network)))
+            {
+                let then = HostIdentity { boot: boot.clone(), network, ..host() };
+                let is_rebooted = matches!((&boot, &boot_now), (Some(then), Some(now)) if then != now);
+                let is_same_network = network == Some(9) && network_now == Some(9);
+                let shows = then.shows_connections_to(boot_now.as_ref(), network_now);
+                assert_eq!(shows, is_rebooted || is_same_network, "{then:?} {boot_now:?} {network_now:?}");
             }
         }
     }

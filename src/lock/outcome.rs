@@ -1,5 +1,7 @@
 //! The result of a release.
 
+use std::time::Duration;
+
 use super::digest::Comparison;
 use crate::aws::failure::Failure;
 use crate::lease::record::Claim;
@@ -133,8 +135,8 @@ pub(crate) struct Released {
 pub(crate) enum Write {
     /// The state or its digest changed during the wait.
     Landed,
-    /// Neither the state nor its digest changed during the wait.
-    Quiet,
+    /// Neither the state nor its digest changed while `tf` waited.
+    Quiet { waited: Duration },
 }
 
 #[cfg(test)]

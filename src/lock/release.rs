@@ -15,7 +15,7 @@
 //!   absent part, for [`LATE_REQUEST_WINDOW`].
 //! - A *write* of the state, or a delete by terraform's own unlock, is unconditional. It would overwrite the state of
 //!   the next holder or delete its lock. So before its first delete, `tf` waits until everything that such a request
-//!   would change has stayed unchanged for [`QUIET_WINDOW`].
+//!   would change has stayed unchanged for [`quiet_window`](super::release_step::quiet_window).
 //!
 //! A single response proves nothing, because a proxy or a captive portal may have sent it. A response that the service
 //! cannot have sent is an error ([`dynamodb`], [`s3`]). A lock that the run held counts as absent only if two reads in
@@ -33,8 +33,8 @@ use super::outcome::{Because, Outcome, Released, Write};
 use super::proof::{Match, Run, judge, judge_unnamed};
 use super::reached::Reached;
 use super::release_step::{
-    COMES_AND_GOES, ItemHistory, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step,
-    is_released_by_another, may_item_follow, must_be_read_again, needs_quiet, still_to_do,
+    COMES_AND_GOES, ItemHistory, Judged, Look, PartRead, PartStep, PartsLook, QuietStep, QuietWait, Step,
+    is_released_by_another, may_item_follow, must_be_read_again, needs_quiet, quiet_window, still_to_do,
 };
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
@@ -47,7 +47,7 @@ use crate::lock::dynamodb::ItemKey;
 use crate::lock::s3::ObjectKey;
 use crate::lock::{digest, dynamodb, s3};
 use crate::settings::release_is_asked_for;
-use crate::sys::connections::UnconfirmedBytes;
+use crate::sys::connections::StillSending;
 use crate::terraform::lock_info::{LockInfo, is_lock_id};
 use crate::terraform::log::{LockParts, RecordedLock, UnnamedLock};
 use crate::terraform::logged_lock::Phase;
@@ -82,11 +82,11 @@ const DIGEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum time between two attempts.
 const MAX_RETRY_INTERVAL: Duration = Duration::from_secs(4);
 
-/// The maximum time to wait for [`QUIET_WINDOW`]. There is a limit because a process may keep writing the state without
-/// a lock.
-const MAX_QUIET_TIMEOUT: Duration = Duration::from_secs(6 * QUIET_WINDOW.as_secs());
+/// The maximum time of a [`QuietWait`], in windows. There is a limit because a process may keep writing the state
+/// without a lock.
+const MAX_QUIET_TIMEOUT_IN_WINDOWS: u32 = 6;
 
-/// The maximum number of waits for [`QUIET_WINDOW`] in one attempt. Another wait is needed if the lock was absent
+/// The maximum number of times that one attempt begins a [`QuietWait`]. Another wait is needed if the lock was absent
 /// during the previous wait and exists again.
 const MAX_QUIET_WINDOWS: u32 = 3;
 
@@ -103,6 +103,9 @@ pub(crate) struct ReleaseContext {
     pub(crate) request_may_land: bool,
     /// Whether a write request of the run may still be in flight.
     pub(crate) write_may_land: bool,
+    /// Whether terraform's connections were in the network namespace of this process, so that
+    /// [`StillSending`] sees what the kernel still sends for it.
+    pub(crate) is_network_shared: bool,
     /// The identities with which the run reached its backends. If a lock is not found with another identity, it may
     /// still exist in the run's account.
     pub(crate) reached: Reached,
@@ -619,7 +622,7 @@ struct Attempt<'a> {
     has_waited: bool,
     /// The claim of another host that was deleted with a part.
     claim: Option<Claim>,
-    /// The result of the wait for a write. `None` until nothing has changed for a whole [`QUIET_WINDOW`].
+    /// The result of the wait for a write. `None` until a [`QuietWait`] has ended.
     write: Option<Write>,
     /// Whether a delete needs no further consent: the table is not a global table, or the user has set
     /// `TFW_RELEASE=auto`.
@@ -658,7 +661,7 @@ impl Attempt<'_> {
                     if windows > MAX_QUIET_WINDOWS {
                         return Ok(Outcome::later(COMES_AND_GOES));
                     }
-                    self.write = wait_for_quiet(&services, self.recorded, &self.release_context.run).await?;
+                    self.write = wait_for_quiet(&services, self.recorded, self.release_context).await?;
                     // The services responded during the wait, so the time limit starts again.
                     self.begun = Instant::now();
                     before = None;
@@ -903,46 +906,52 @@ async fn digest_mismatch_now(services: &Services<'_>) -> Option<Comparison> {
     timeout(DIGEST_TIMEOUT, look).await.ok()?
 }
 
-/// Waits until nothing that a write of the dead terraform would change has changed for [`QUIET_WINDOW`], and the kernel
-/// of this host has delivered or given up what ended processes had sent. Returns whether the state changed during the
-/// wait. `None` if the lock disappears during the wait: then there is no lock to release, and nothing is known about a
-/// write.
+/// Waits until nothing that a write of the dead terraform would change has changed for the window of a [`QuietWait`],
+/// and the kernel of this host has delivered or given up what ended processes had sent. Returns whether the state
+/// changed during the wait. `None` if the lock disappears during the wait: then there is no lock to release, and nothing
+/// is known about a write.
 ///
 /// # Errors
 /// Returns a [`Failure`] if a service does not respond for [`SERVICE_TIMEOUT`], or if something still changes
-/// [`MAX_QUIET_TIMEOUT`] after everything was delivered.
-async fn wait_for_quiet(services: &Services<'_>, recorded: &RecordedLock, run: &Run) -> Result<Option<Write>, Failure> {
+/// [`MAX_QUIET_TIMEOUT_IN_WINDOWS`] after everything was delivered.
+async fn wait_for_quiet(
+    services: &Services<'_>,
+    recorded: &RecordedLock,
+    ReleaseContext { run, is_network_shared, .. }: &ReleaseContext,
+) -> Result<Option<Write>, Failure> {
     trace!("waiting for a write that may be on its way");
+    // The kernel gives up after four minutes at the latest, so this wait ends.
+    let mut sending = StillSending::begin(*is_network_shared);
+    let window = quiet_window(sending.is_seen());
     let is_write = recorded.progress.may_be_writing();
-    console::say(&if is_write { waiting_for_write(QUIET_WINDOW) } else { waiting_for_undo(QUIET_WINDOW) });
-    // Terraform is dead, so what the kernel begins to send later is not terraform's. The kernel gives up after four
-    // minutes at the latest, so this wait ends.
-    let mut sending = UnconfirmedBytes::read();
-    if !sending.is_empty() {
+    console::say(&if is_write { waiting_for_write(window) } else { waiting_for_undo(window) });
+    if !sending.is_seen() {
+        console::say(SENDING_IS_UNSEEN);
+    } else if sending.has_bytes() {
         console::say(STILL_SENDING);
     }
-    let mut wait = QuietWait::begin(within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?);
+    let first = within(SERVICE_TIMEOUT, "AWS", services.look(recorded, run)).await?;
+    let mut wait = QuietWait::begin(first, window);
     // The first read shows everything that has arrived until it was completed, so the wait begins only now.
     let begun = Instant::now();
     let mut seen = begun;
     let mut delivered = begun;
     loop {
-        if delivered.elapsed() > MAX_QUIET_TIMEOUT {
+        if delivered.elapsed() > wait.window() * MAX_QUIET_TIMEOUT_IN_WINDOWS {
             return Err(Failure::refusal("S3", "the state keeps changing: something writes it without locking it"));
         }
         sleep(POLL_INTERVAL).await;
-        if !sending.is_empty() {
+        if sending.look() {
             // The last bytes may arrive until this look at the connections, so the wait begins with the read after it.
-            sending = sending.still();
             delivered = Instant::now();
-            wait.miss();
+            wait.begin_anew(quiet_window(sending.is_seen()));
         }
         let now = match within(remaining(SERVICE_TIMEOUT, seen), "AWS", services.look(recorded, run)).await {
             Ok(now) => now,
             // Continue after a failed read. The wait begins anew with the next successful one.
             Err(failure) if !failure.is_final() && seen.elapsed() < SERVICE_TIMEOUT => {
                 trace!("not seen: {failure}");
-                wait.miss();
+                wait.begin_anew(wait.window());
                 continue;
             }
             Err(failure) => return Err(failure),
@@ -973,6 +982,10 @@ fn describe_global_table(table: &str, replicas: &[String]) -> String {
 /// The message that the wait lasts longer, because the kernel has not delivered everything.
 const STILL_SENDING: &str = "this host is still sending data of a process that has ended; waiting until it has arrived, \
                              for 4 min at most";
+
+/// The message why the wait is long: `tf` does not see the connections that terraform had.
+const SENDING_IS_UNSEEN: &str = "tf cannot see whether the system is still sending data of that terraform, so it waits \
+                                 longer than the system sends";
 
 /// Returns the message that a write may be in flight, and that `tf` waits for it.
 fn waiting_for_write(quiet: Duration) -> String {
@@ -1147,6 +1160,7 @@ mod tests {
             run: run(),
             request_may_land: may_land,
             write_may_land: false,
+            is_network_shared: true,
             reached: Reached::default(),
         };
         let unnamed = UnnamedLock { identity: LockIdentity::Workspace("default".into()), progress };

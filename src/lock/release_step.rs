@@ -8,17 +8,19 @@ use super::proof::Match;
 use super::stores::StoredLock;
 use crate::aws::failure::Failure;
 use crate::lease::takeover::MAX_READ_GAP;
-use crate::sys::connections::UNSEEN_PAUSE;
+use crate::sys::connections::UNSEEN_BYTES_TIMEOUT;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockParts, RecordedLock};
 
-/// If terraform died while it was writing, its lock is released only after nothing has changed for this time. Where
-/// `tf` cannot see what the kernel still sends, this is longer than the kernel waits between two attempts: the service
-/// has answered at the begin of this time, so the network works, and the next attempt succeeds.
-pub(crate) const QUIET_WINDOW: Duration = match UNSEEN_PAUSE {
-    None => Duration::from_secs(10),
-    Some(pause) => Duration::from_secs(10 + pause.as_secs()),
-};
+/// If terraform died while it was writing, its lock is released only after nothing has changed for this time, if `tf`
+/// sees what the kernel still sends.
+pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
+
+/// Returns how long nothing may change before the lock of a terraform is released that died while it was writing.
+/// `is_sending_seen` is whether `tf` sees what the kernel still sends for a dead terraform.
+pub(crate) const fn quiet_window(is_sending_seen: bool) -> Duration {
+    if is_sending_seen { QUIET_WINDOW } else { QUIET_WINDOW.saturating_add(UNSEEN_BYTES_TIMEOUT) }
+}
 
 /// The reason for not releasing a lock if two reads in a row had different results.
 pub(crate) const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";
@@ -302,19 +304,22 @@ impl Look {
     }
 }
 
-/// The wait for a write that may be in flight. It ends when nothing has changed for [`QUIET_WINDOW`], and the service
-/// could be reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
+/// The wait for a write that may be in flight. It ends when nothing has changed for the window, and the service could be
+/// reached all that time: while the network is away, the kernel holds back what a dead process has sent, and
 /// sends it after the network is back. It doubles the time between two attempts, so after an outage of more than about
 /// 25 s, that can be later than [`QUIET_WINDOW`]. So the wait also begins anew as long as the kernel holds such bytes
-/// ([`crate::sys::connections::UnconfirmedBytes`]).
+/// ([`crate::sys::connections::StillSending`]). If `tf` cannot see these bytes, it waits as long as they may exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QuietWait {
+    /// How long nothing may change ([`quiet_window`]).
+    window: Duration,
     last: Look,
     /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
     /// When the last read was completed. `None` if the wait begins anew with the next one.
     read: Option<Duration>,
-    write: Write,
+    /// Whether the state or its digest has changed.
+    has_landed: bool,
 }
 
 /// The result of one more read during the wait.
@@ -324,21 +329,27 @@ pub(crate) enum QuietStep {
     Wait,
     /// Something has changed, so the wait begins anew.
     Changed,
-    /// Nothing has changed for [`QUIET_WINDOW`].
+    /// Nothing has changed for the window.
     Quiet(Write),
     /// The lock has disappeared, so there is nothing to release.
     Gone,
 }
 
 impl QuietWait {
-    /// Begins the wait. `first` is the first read.
-    pub(crate) fn begin(first: Look) -> Self {
-        Self { last: first, since: Duration::ZERO, read: Some(Duration::ZERO), write: Write::Quiet }
+    /// Begins the wait. `first` is the first read. `window` is how long nothing may change ([`quiet_window`]).
+    pub(crate) fn begin(first: Look, window: Duration) -> Self {
+        Self { window, last: first, since: Duration::ZERO, read: Some(Duration::ZERO), has_landed: false }
     }
 
-    /// Takes note that the wait begins anew with the next read: one has failed, or this host's kernel was still sending
+    /// How long nothing may change.
+    pub(crate) fn window(&self) -> Duration {
+        self.window
+    }
+
+    /// Begins the wait anew with the next read, for `window`: a read has failed, or this host's kernel was still sending
     /// what a dead process had handed to it.
-    pub(crate) fn miss(&mut self) {
+    pub(crate) fn begin_anew(&mut self, window: Duration) {
+        self.window = window;
         self.read = None;
     }
 
@@ -352,12 +363,11 @@ impl QuietWait {
         }
         self.read = Some(elapsed);
         if now == self.last {
-            let is_over = elapsed.saturating_sub(self.since) >= QUIET_WINDOW;
-            return if is_over { QuietStep::Quiet(self.write) } else { QuietStep::Wait };
+            let is_over = elapsed.saturating_sub(self.since) >= self.window;
+            let write = if self.has_landed { Write::Landed } else { Write::Quiet { waited: self.window } };
+            return if is_over { QuietStep::Quiet(write) } else { QuietStep::Wait };
         }
-        if now.state != self.last.state {
-            self.write = Write::Landed;
-        }
+        self.has_landed |= now.state != self.last.state;
         self.last = now;
         self.since = elapsed;
         QuietStep::Changed
@@ -511,6 +521,7 @@ mod tests {
     }
 
     const MILLISECOND: Duration = Duration::from_millis(1);
+    const NOTHING_ARRIVED: Write = Write::Quiet { waited: QUIET_WINDOW };
 
     /// Reads the same once a second after `from`, and then at `to`. Returns the last step. All others must be
     /// [`QuietStep::Wait`].
@@ -526,10 +537,10 @@ mod tests {
     #[test]
     fn the_wait_ends_when_nothing_has_changed_for_the_whole_window() {
         let same = look("s", "l", true);
-        let mut wait = QuietWait::begin(same.clone());
+        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
         let just_before = QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+        assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(NOTHING_ARRIVED));
     }
 
     /// While the network is away, the kernel holds back what the dead terraform has sent.
@@ -538,15 +549,15 @@ mod tests {
         let same = look("s", "l", true);
         let at = Duration::from_secs(9);
         for (fails, next) in [(true, at + MILLISECOND), (false, at + MAX_READ_GAP + MILLISECOND), (true, at * 2)] {
-            let mut wait = QuietWait::begin(same.clone());
+            let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at), QuietStep::Wait);
             if fails {
-                wait.miss();
+                wait.begin_anew(QUIET_WINDOW);
             }
             assert_eq!(wait.see(same.clone(), next), QuietStep::Wait);
             let just_before = next + QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, next, just_before), QuietStep::Wait, "{fails} {next:?}");
-            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+            assert_eq!(wait.see(same.clone(), next + QUIET_WINDOW), QuietStep::Quiet(NOTHING_ARRIVED));
         }
     }
 
@@ -554,25 +565,46 @@ mod tests {
     #[test]
     fn the_window_begins_after_the_kernel_has_delivered_what_the_dead_process_sent() {
         let same = look("s", "l", true);
-        let mut wait = QuietWait::begin(same.clone());
+        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
         for second in 1..200 {
-            wait.miss();
+            wait.begin_anew(QUIET_WINDOW);
             assert_eq!(wait.see(same.clone(), Duration::from_secs(second)), QuietStep::Wait);
         }
         // Just before this read, it was seen to have arrived.
-        wait.miss();
+        wait.begin_anew(QUIET_WINDOW);
         let at = Duration::from_secs(200);
         assert_eq!(wait.see(same.clone(), at), QuietStep::Wait);
         let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, at, just_before), QuietStep::Wait);
-        assert_eq!(wait.see(same, at + QUIET_WINDOW), QuietStep::Quiet(Write::Quiet));
+        assert_eq!(wait.see(same, at + QUIET_WINDOW), QuietStep::Quiet(NOTHING_ARRIVED));
+    }
+
+    /// The kernel gives up 4 min after the death of the process at the latest.
+    #[test]
+    fn where_what_the_kernel_sends_is_not_seen_the_wait_is_longer_than_the_kernel_sends() {
+        let same = look("s", "l", true);
+        let longest = QUIET_WINDOW + UNSEEN_BYTES_TIMEOUT;
+        let nothing_arrived = QuietStep::Quiet(Write::Quiet { waited: longest });
+        let mut wait = QuietWait::begin(same.clone(), quiet_window(false));
+        assert_eq!(wait.window(), longest);
+        assert_eq!(see_until(&mut wait, &same, Duration::ZERO, longest.saturating_sub(MILLISECOND)), QuietStep::Wait);
+        assert_eq!(wait.see(same.clone(), longest), nothing_arrived);
+        // It was seen until shortly before the end of the wait.
+        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+        let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
+        assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at), QuietStep::Wait);
+        wait.begin_anew(quiet_window(false));
+        assert_eq!(wait.see(same.clone(), QUIET_WINDOW), QuietStep::Wait);
+        let end = QUIET_WINDOW + longest;
+        assert_eq!(see_until(&mut wait, &same, QUIET_WINDOW, end.saturating_sub(MILLISECOND)), QuietStep::Wait);
+        assert_eq!(wait.see(same, end), nothing_arrived);
     }
 
     #[test]
     fn each_change_begins_the_window_anew_and_a_change_of_the_state_is_a_write() {
         let same = look("s", "l", true);
-        for (changed, write) in [(look("t", "l", true), Write::Landed), (look("s", "m", true), Write::Quiet)] {
-            let mut wait = QuietWait::begin(same.clone());
+        for (changed, write) in [(look("t", "l", true), Write::Landed), (look("s", "m", true), NOTHING_ARRIVED)] {
+            let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
             let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at.saturating_sub(MILLISECOND)), QuietStep::Wait);
             assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
@@ -584,14 +616,14 @@ mod tests {
 
     #[test]
     fn the_wait_ends_at_once_where_two_reads_in_a_row_do_not_find_the_lock() {
-        let mut wait = QuietWait::begin(look("s", "l", true));
+        let mut wait = QuietWait::begin(look("s", "l", true), QUIET_WINDOW);
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
-        let mut wait = QuietWait::begin(look("s", "-", false));
+        let mut wait = QuietWait::begin(look("s", "-", false), QUIET_WINDOW);
         let there = look("s", "l", true);
         assert_eq!(wait.see(there.clone(), MILLISECOND), QuietStep::Changed, "it is there again");
         let step = see_until(&mut wait, &there, MILLISECOND, QUIET_WINDOW + MILLISECOND);
-        assert_eq!(step, QuietStep::Quiet(Write::Quiet));
+        assert_eq!(step, QuietStep::Quiet(NOTHING_ARRIVED));
     }
 
     /// Returns every result that a part can have.

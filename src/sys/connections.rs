@@ -2,6 +2,7 @@
 //! sending these bytes after their process was stopped, and even after it has ended.
 
 use std::collections::HashSet;
+use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -13,13 +14,18 @@ use nix::unistd::Pid;
 /// two attempts doubles from 0.2 s to at most 2 min, and is as long as the last outage was (tcp(7),
 /// net/ipv4/tcp_timer.c).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct UnconfirmedBytes(HashSet<Connection>);
+struct UnconfirmedBytes(HashSet<Connection>);
 
-/// The longest time between two attempts of the kernel to send what a process has left, on a system where
-/// [`UnconfirmedBytes`] does not see these bytes (`TCPTV_REXMTMAX`, bsd/netinet/tcp_timer.h of xnu). `None` where it
-/// sees them.
-pub(crate) const UNSEEN_PAUSE: Option<Duration> =
-    if cfg!(target_os = "linux") { None } else { Some(Duration::from_secs(64)) };
+/// How long the kernel may go on sending what a process has left, if [`UnconfirmedBytes`] cannot show these bytes.
+///
+/// On Linux, this is the time after which the kernel gives up (see [`UnconfirmedBytes`]). The bytes may be in another
+/// network namespace, so it proves nothing about their network that a service answers here.
+///
+/// On macOS, which has no network namespaces, it is the longest time between two attempts (`TCPTV_REXMTMAX`,
+/// bsd/netinet/tcp_timer.h of xnu). The caller waits that long while a service answers. So the network works, and the
+/// next attempt succeeds.
+pub(crate) const UNSEEN_BYTES_TIMEOUT: Duration =
+    if cfg!(target_os = "linux") { Duration::from_mins(4) } else { Duration::from_secs(64) };
 
 /// The local and the remote address of a TCP connection, as the kernel prints them. While the connection exists, no
 /// other one has the same two.
@@ -31,23 +37,76 @@ struct Connection {
 
 impl UnconfirmedBytes {
     /// Reads the connections of this network namespace. Only connections that this host has begun count, so a server on
-    /// this host whose clients are slow does not. Empty on systems other than Linux ([`UNSEEN_PAUSE`]), and where /proc
-    /// cannot be read.
-    pub(crate) fn read() -> Self {
-        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
-        let ports = read("/proc/sys/net/ipv4/ip_local_port_range");
+    /// this host whose clients are slow does not. `None` if the kernel does not list them: on systems other than Linux,
+    /// and if `/proc/net` cannot be read, for example because /proc is mounted with `subset=pid` (proc(5)).
+    fn read() -> Option<Self> {
+        let read = |path| std::fs::read_to_string(path);
+        let ports = read("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
         let ports = parse_port_range(&ports).unwrap_or(DEFAULT_PORTS);
-        let lists = [read("/proc/net/tcp"), read("/proc/net/tcp6")];
-        Self(lists.iter().flat_map(|list| list.lines()).filter_map(|line| unconfirmed(line, ports)).collect())
+        let lists = [read("/proc/net/tcp").ok()?, sixth(read("/proc/net/tcp6")).ok()?];
+        Some(Self(lists.iter().flat_map(|list| list.lines()).filter_map(|line| unconfirmed(line, ports)).collect()))
     }
 
-    /// Reads again. Returns those of these connections that still hold unconfirmed bytes.
-    pub(crate) fn still(&self) -> Self {
-        Self(self.0.intersection(&Self::read().0).cloned().collect())
+    /// Reads again. Returns those of these connections that still hold unconfirmed bytes. `None` as in [`Self::read`].
+    fn still(&self) -> Option<Self> {
+        Some(Self(self.0.intersection(&Self::read()?.0).cloned().collect()))
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+/// What the kernel still sends for processes that had ended when this value was made. A process ends before the caller
+/// makes this value, so what the kernel begins to send later is not that process's.
+#[derive(Debug)]
+pub(crate) struct StillSending(Option<UnconfirmedBytes>);
+
+impl StillSending {
+    /// Begins to look. `is_network_shared` is whether the processes were in the network namespace of this process.
+    pub(crate) fn begin(is_network_shared: bool) -> Self {
+        Self(UnconfirmedBytes::read().filter(|_| is_network_shared))
+    }
+
+    /// Whether the bytes are seen. If not, they may be sent for [`UNSEEN_BYTES_TIMEOUT`].
+    pub(crate) fn is_seen(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Whether there were bytes at the last look.
+    pub(crate) fn has_bytes(&self) -> bool {
+        self.0.as_ref().is_some_and(|bytes| !bytes.is_empty())
+    }
+
+    /// Looks again. Returns whether there were bytes at the look before: some of them may have arrived just now. After
+    /// that, the bytes may also be unseen, if the connections could not be read.
+    pub(crate) fn look(&mut self) -> bool {
+        let had_bytes = self.has_bytes();
+        if had_bytes {
+            self.0 = self.0.as_ref().and_then(UnconfirmedBytes::still);
+        }
+        had_bytes
+    }
+}
+
+/// Returns the number of the network namespace of this process. While a connection of a namespace exists, no other
+/// namespace has its number (network_namespaces(7)). `None` on systems other than Linux, and if /proc does not show it.
+pub(crate) fn network_namespace() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::unix::fs::MetadataExt;
+        Some(std::fs::metadata("/proc/self/ns/net").ok()?.ino())
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
+/// Returns the list of the IPv6 connections, from the result of reading it. It does not exist if the kernel has no IPv6
+/// (`ipv6.disable=1`), so it is empty then.
+fn sixth(list: io::Result<String>) -> io::Result<String> {
+    match list {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        list => list,
     }
 }
 
@@ -193,6 +252,15 @@ mod tests {
         assert!(Barred::new(pid).is_none());
     }
 
+    #[test]
+    fn a_list_that_cannot_be_read_is_not_an_empty_one() {
+        assert_eq!(sixth(Ok("text".to_owned())).unwrap(), "text");
+        assert_eq!(sixth(Err(io::ErrorKind::NotFound.into())).unwrap(), "", "the kernel has no IPv6");
+        for error in [libc::EACCES, libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
+            assert!(sixth(Err(io::Error::from_raw_os_error(error))).is_err(), "{error}");
+        }
+    }
+
     const LINE: &str = "  12: 0100007F:8F2B 0200007F:01BB 04 00000A00:00000000 01:00000062 00000004     0        0 0 3 \
                         0000000000000000 1600 4 1 10 -1";
 
@@ -277,21 +345,20 @@ mod tests {
                 let Ok(listener) = TcpListener::bind((address, 0)) else { continue };
                 let (client, server) = full_connection(&listener);
                 let port = format!(":{:04X}", client.local_addr().unwrap().port());
-                let of_client = |bytes: UnconfirmedBytes| {
-                    UnconfirmedBytes(
-                        bytes.0.into_iter().filter(|connection| connection.local.ends_with(&port)).collect(),
-                    )
+                let of_client = |bytes: Option<UnconfirmedBytes>| {
+                    let all = bytes.unwrap().0.into_iter();
+                    UnconfirmedBytes(all.filter(|connection| connection.local.ends_with(&port)).collect())
                 };
                 assert!(of_client(UnconfirmedBytes::read()).is_empty(), "a process has it");
                 drop(client);
                 // A child that another test has just forked has the connection too, until it has called execve(2).
                 wait_until(|| of_client(UnconfirmedBytes::read()).0.len() == 1);
                 let seen = of_client(UnconfirmedBytes::read());
-                assert_eq!(seen.still(), seen);
+                assert_eq!(seen.still(), Some(seen.clone()));
                 drain(&server).unwrap();
-                wait_until(|| seen.still().is_empty());
+                wait_until(|| seen.still().unwrap().is_empty());
             }
-            assert!(UnconfirmedBytes::default().still().is_empty());
+            assert!(UnconfirmedBytes::default().still().unwrap().is_empty());
         }
 
         #[test]

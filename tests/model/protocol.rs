@@ -944,7 +944,7 @@ impl Protocol {
         let (store, writes) = (state.store, state.writes);
         let release = Self::release(state, who)?;
         let At::Quiet(last_store, last_writes) = release.at else { return None };
-        let mut wait = QuietWait::begin(look(last_store, last_writes));
+        let mut wait = QuietWait::begin(look(last_store, last_writes), QUIET_WINDOW);
         // The service is read more often than the network could have been away.
         let times = [QUIET_WINDOW / 3, QUIET_WINDOW * 2 / 3, QUIET_WINDOW];
         let mut seen = times.into_iter().map(|elapsed| wait.see(now.clone(), elapsed));

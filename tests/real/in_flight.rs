@@ -290,6 +290,40 @@ fn a_recovery_waits_for_the_write_of_a_run_whose_log_has_long_been_silent() {
     });
 }
 
+/// A recovery in another network namespace does not see what the kernel still sends for the dead terraform.
+#[test]
+fn a_recovery_in_another_network_namespace_waits_as_long_as_the_kernel_sends() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let _kill = KillOnDrop(home(&env));
+    let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &APPLY);
+    proxy.wait_until_held();
+    wait_for_recorded_write(&env);
+    kill_all(&env);
+    drop(run);
+    env.assert_locked();
+    let mut network = Value::Null;
+    edit(&env, |record| network = record["host"]["network"].take());
+    assert!(network.is_u64(), "{network}");
+    let next = env.start(Subject::Tf, &["plan", "-no-color"]);
+    let is_unseen = "tf cannot see whether the system is still sending data of that terraform";
+    wait_for(
+        "the wait for a write, or a release",
+        || (next.err().contains(is_unseen) || env.locks().is_empty()).then_some(()),
+        || format!("{}{}", next.err(), env.trace()),
+    );
+    env.assert_locked();
+    assert!(next.err().contains("until nothing has arrived for 250 s"), "{}{}", next.err(), env.trace());
+    kill_all(&env);
+    drop(next);
+    edit(&env, |record| record["host"]["network"] = network.clone());
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("until nothing has arrived for 10 s"), "{}", env.dump(&end));
+    assert!(!end.err.contains(is_unseen), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 /// Whether this is terraform's own delete of the lock object, which has no condition.
 fn unlocks_file(request: &Message) -> bool {
     request.start.starts_with("DELETE ") && request.header("if-match").is_none()

@@ -77,7 +77,7 @@ pub fn assert_nothing_left(env: &TestEnv) {
 }
 
 /// Changes the only record of a [`TestEnv`].
-pub fn edit(env: &TestEnv, change: impl Fn(&mut Value)) {
+pub fn edit(env: &TestEnv, change: impl FnOnce(&mut Value)) {
     let [path] = records(env).try_into().expect("one record");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     change(&mut record);
