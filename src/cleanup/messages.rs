@@ -908,7 +908,7 @@ pub(crate) const MAY_BE_CLAIMED: &str =
 
 /// Returns how long a request may still land.
 fn pending_time() -> String {
-    format!("{} min", PENDING_WINDOW.as_mins())
+    format!("{} min", PENDING_WINDOW.as_secs() / 60)
 }
 
 /// Reports that a lock was requested and not found, and that the request may still land. `kept` is true if the next

@@ -31,6 +31,7 @@ use crate::cleanup::recovery_plan::{DeadRun, Facts, Mode, Sight, Treatment, Turn
 use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending, may_land};
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::{messages, recovery_plan, working_directory};
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::history::By;
 use crate::journal::host::Standpoint;
 use crate::journal::kept_locks::KeptLocks;
@@ -42,7 +43,7 @@ use crate::journal::runs::{
 use crate::journal::state_directory::{Durability, StateDirectory};
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, ReleaseContext, SERVICE_TIMEOUT};
-use crate::sys::process::{self, Process};
+use crate::sys::process::Process;
 use crate::sys::signals::Signals;
 use crate::sys::{detached, environment, poll};
 use crate::terraform::binary;
@@ -133,9 +134,9 @@ impl<'a> DueWork<'a> {
     fn find(states: &'a [StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Self {
         let mut work = Self::default();
         for state in states {
-            let now = Timestamp::now();
-            let pending = PendingRequests::of(state).read(now).into_iter();
-            for pending in pending.filter(|pending| !pending.was_just_tried(now)) {
+            let now = ClockReading::now();
+            let pending = PendingRequests::of(state).read(&now).into_iter();
+            for pending in pending.filter(|pending| !pending.was_just_tried(now.time)) {
                 match relation(&pending, here) {
                     Relation::SameLocation => work.late.push((state, pending)),
                     Relation::SameDirectory => work.others_late.push((state, pending)),
@@ -464,7 +465,7 @@ impl Everything<'_> {
     fn check_pending_requests(&mut self, state: &StateDirectory, signals: &mut Signals) {
         // All requests that were most likely refused share one time limit.
         let until = Instant::now() + EXPLANATION_TIMEOUT;
-        for pending in PendingRequests::of(state).read(Timestamp::now()) {
+        for pending in PendingRequests::of(state).read(&ClockReading::now()) {
             // If a request was most likely refused, its lock most likely does not exist, so the wait is short.
             let limit =
                 if pending.abandoned { until.saturating_duration_since(Instant::now()) } else { SERVICE_TIMEOUT };
@@ -876,8 +877,9 @@ fn finish(dead: Dead, audience: Audience) -> Finished {
     }
     enter(&record);
     let sent_until = match last_sign(standpoint, record.over) {
-        LastSign::RecordClosed => entry.written_at(),
-        LastSign::Boot => process::boot_time(),
+        // A record of an earlier version does not say when it was closed.
+        LastSign::RecordClosed => record.closed.clone().or_else(|| entry.written_at().map(ClockReading::of_time)),
+        LastSign::Boot => Some(ClockReading::now().at_boot()),
         LastSign::None => None,
     };
     let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, sent_until };
@@ -918,8 +920,8 @@ enum LastSign {
 /// Returns the event before which every request of a dead run was sent. `over` is whether the record was closed.
 fn last_sign(standpoint: Standpoint, over: bool) -> LastSign {
     match standpoint {
-        _ if over => LastSign::RecordClosed,
         Standpoint::EarlierBoot => LastSign::Boot,
+        Standpoint::ThisBoot if over => LastSign::RecordClosed,
         // The time of the last log record says nothing: terraform may have been frozen since then, or the host asleep,
         // and it may have sent a request just before it was killed.
         Standpoint::ThisBoot | Standpoint::Foreign(_) => LastSign::None,
@@ -927,12 +929,12 @@ fn last_sign(standpoint: Standpoint, over: bool) -> LastSign {
 }
 
 /// What a recovery knows about a run beside its record.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct CleanUpContext<'a> {
     journal: &'a Journal,
     pending_requests: &'a PendingRequests,
     /// The time after which no process of the run can have sent a request. `None` if that is not known.
-    sent_until: Option<Timestamp>,
+    sent_until: Option<ClockReading>,
 }
 
 fn clean_up_after(
@@ -968,7 +970,7 @@ fn clean_up_after(
             run: record.proof(),
             // The location is read only once: if the request lands later, it is handled as a pending request.
             request_may_land: false,
-            write_may_land: may_land(sent_until, now),
+            write_may_land: may_land(sent_until.as_ref(), &ClockReading::now()),
             is_network_shared: record.host.shows_its_connections(),
             reached: record.reached(),
         },
@@ -1493,8 +1495,9 @@ mod tests {
     fn the_last_request_was_sent_before_the_record_was_closed_or_before_the_boot() {
         for (standpoint, over, expected) in [
             (Standpoint::ThisBoot, true, LastSign::RecordClosed),
-            (Standpoint::EarlierBoot, true, LastSign::RecordClosed),
-            (Standpoint::Foreign("x"), true, LastSign::RecordClosed),
+            // How long ago the record was closed depends on the time of day, which may have been wrong.
+            (Standpoint::EarlierBoot, true, LastSign::Boot),
+            (Standpoint::Foreign("x"), true, LastSign::None),
             (Standpoint::ThisBoot, false, LastSign::None),
             (Standpoint::EarlierBoot, false, LastSign::Boot),
             (Standpoint::Foreign("x"), false, LastSign::None),

@@ -11,6 +11,7 @@ use crate::cleanup::messages;
 use crate::cleanup::waiter::Waiter;
 use crate::cleanup::working_directory::Within;
 use crate::crash_point;
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::history;
 use crate::journal::history::{By, LockEvent, What};
 use crate::journal::pending_requests::{PENDING_WINDOW, PendingRequest, PendingRequests};
@@ -68,7 +69,7 @@ impl CandidateLocks {
                 continue;
             }
             if unnamed.progress.held.is_none() {
-                if !candidates.is_empty() && may_land(Some(unnamed.progress.asked), Timestamp::now()) {
+                if !candidates.is_empty() && release_context.write_may_land {
                     locks.awaited.push(unnamed.clone());
                 }
             } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&candidates, release_context, waiter) {
@@ -428,7 +429,7 @@ pub(crate) fn check_pending(
     let _there = Within::enter(&candidates.working_directory);
     // If the lock was held, a write of its terraform may still be in flight. Only a caller with [`Purpose::Work`] waits
     // for it.
-    let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(pending.since), Timestamp::now());
+    let write_may_land = pending.lock.progress.held.is_some() && may_land(Some(&pending.since), &ClockReading::now());
     if write_may_land && effort.purpose == Purpose::Explanation {
         return None;
     }
@@ -470,8 +471,8 @@ pub(crate) fn record_in_history(results: &[ReleaseResult], by: By, why: &str, re
 
 /// Whether a request that was signed at `then` can still land. It cannot land after its signature has expired, because
 /// the service then rejects it. True if `then` is `None`, that is, unknown.
-pub(crate) fn may_land(then: Option<Timestamp>, now: Timestamp) -> bool {
-    then.is_none_or(|then| now.duration_since(then) < PENDING_WINDOW)
+pub(crate) fn may_land(then: Option<&ClockReading>, now: &ClockReading) -> bool {
+    then.is_none_or(|then| then.age(now) < PENDING_WINDOW)
 }
 
 #[cfg(test)]
@@ -642,10 +643,10 @@ mod tests {
     #[test]
     fn a_request_can_land_until_its_signature_has_expired() {
         let then: Timestamp = "2026-11-23T01:46:07Z".parse().unwrap();
-        let after = |seconds: i64| then + jiff::SignedDuration::from_secs(seconds);
+        let after = |seconds: i64| ClockReading::of_time(then + jiff::SignedDuration::from_secs(seconds));
         for (seconds, expected) in [(-60, true), (0, true), (20 * 60 - 1, true), (20 * 60, false), (86_400, false)] {
-            assert_eq!(may_land(Some(then), after(seconds)), expected, "{seconds} s");
-            assert!(may_land(None, after(seconds)), "nobody knows when it was signed");
+            assert_eq!(may_land(Some(&after(0)), &after(seconds)), expected, "{seconds} s");
+            assert!(may_land(None, &after(seconds)), "nobody knows when it was signed");
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::cleanup::working_directory::Within;
 use crate::console;
 use crate::holder::evidence::Verdict;
 use crate::holder::host::HostView;
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::runs::Replaced;
 use crate::lock::leased::{StoredPart, locks_of};
 use crate::lock::location::LockLocation;
@@ -264,7 +265,7 @@ impl TerminalReporter<'_> {
     /// Releases the lock `id`, which terraform found held, if a late request of a dead run has created that lock.
     fn release_late(&self, waiter: &mut Waiter<'_>, id: &str, candidates: &CandidateBackends) {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
-        for pending in pending_requests.read(Timestamp::now()).iter().filter(|pending| pending.lock.id == id) {
+        for pending in pending_requests.read(&ClockReading::now()).iter().filter(|pending| pending.lock.id == id) {
             if let Some(Outcome::Released(_)) = check_pending(pending, candidates, Effort::EXPLANATION, waiter) {
                 console::say(&messages::came_late(&pending.lock));
                 console::say(messages::TRY_AGAIN);

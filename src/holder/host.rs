@@ -8,10 +8,10 @@ use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::io;
 
-use jiff::Timestamp;
 use nix::unistd::Pid;
 
 use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, judge};
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::kept_locks::KeptLocks;
 use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{FoundRun, Journal, JournalRecord, UNLISTED};
@@ -124,7 +124,7 @@ impl HostView {
         let (mut has_unread_run, mut has_unread_kept) = (false, false);
         let mut late = HashMap::new();
         for directory in StateDirectory::existing() {
-            let pending = PendingRequests::of(&directory).read(Timestamp::now());
+            let pending = PendingRequests::of(&directory).read(&ClockReading::now());
             late.extend(pending.into_iter().map(|pending| (pending.lock.id.clone(), (pending.run, pending.lock))));
             match KeptLocks::of(&directory).ids() {
                 Ok(ids) => kept.extend(ids),

@@ -1,6 +1,7 @@
 //! The files that `tf` stores: the records of runs, their pending requests, the locks that stay on purpose, terraform's
 //! log, the known programs, and the history of releases.
 
+pub(crate) mod clock_reading;
 pub(crate) mod event_command;
 pub(crate) mod history;
 pub(crate) mod host;

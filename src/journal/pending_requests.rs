@@ -16,10 +16,12 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::runs::JournalRecord;
 use crate::journal::state_directory::{
     Durability, StateDirectory, clear_unfinished, is_private, open_private, replace,
@@ -31,10 +33,10 @@ use crate::trace::trace;
 
 /// How long a request may still land. This time is longer than the signature of any request is valid: S3 accepts a
 /// signature for 15 min, DynamoDB for 5 min.
-pub(crate) const PENDING_WINDOW: SignedDuration = SignedDuration::from_mins(20);
+pub(crate) const PENDING_WINDOW: Duration = Duration::from_mins(20);
 
 /// How long a pending request is stored if the service has never responded to a read of the lock.
-const UNSEEN_PENDING_WINDOW: SignedDuration = SignedDuration::from_hours(24);
+const UNSEEN_PENDING_WINDOW: Duration = Duration::from_hours(24);
 
 /// The largest file that is read. A larger one is never written.
 const MAX_BYTES: u64 = 1 << 20;
@@ -43,7 +45,8 @@ const MAX_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct PendingRequest {
     /// When `tf` found that the terraform which sent the request was dead.
-    pub(crate) since: Timestamp,
+    #[serde(flatten)]
+    pub(crate) since: ClockReading,
     /// The facts about the lock from the log.
     pub(crate) lock: RecordedLock,
     /// The facts about the run.
@@ -69,7 +72,7 @@ impl PendingRequest {
     /// Returns the pending request of `lock`, whose terraform was found dead just now.
     pub(crate) fn new(lock: &RecordedLock, run: &Run) -> Self {
         Self {
-            since: Timestamp::now(),
+            since: ClockReading::now(),
             lock: lock.clone(),
             run: run.clone(),
             abandoned: false,
@@ -87,8 +90,8 @@ impl PendingRequest {
     }
 
     /// Whether the time for which the request is stored is over at `now`.
-    fn is_over(&self, now: Timestamp) -> bool {
-        now.duration_since(self.since) > if self.unseen { UNSEEN_PENDING_WINDOW } else { PENDING_WINDOW }
+    fn is_over(&self, now: &ClockReading) -> bool {
+        self.since.age(now) > if self.unseen { UNSEEN_PENDING_WINDOW } else { PENDING_WINDOW }
     }
 }
 
@@ -115,7 +118,7 @@ impl PendingRequests {
     /// Returns the pending requests whose time is not over at `now`, and deletes the files of the others, and files
     /// that were not written to their end. A file that cannot be read is skipped and not deleted. Empty if the
     /// directory does not exist or is not private to this user.
-    pub(crate) fn read(&self, now: Timestamp) -> Vec<PendingRequest> {
+    pub(crate) fn read(&self, now: &ClockReading) -> Vec<PendingRequest> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         if !is_private(&self.path) {
             return Vec::new();
@@ -203,9 +206,8 @@ mod tests {
             excessive: false,
             program: None,
         };
-        let since = "2026-11-23T01:47:00Z".parse().unwrap();
         PendingRequest {
-            since,
+            since: after(0),
             lock: log.named().next().unwrap().clone(),
             run,
             abandoned: false,
@@ -213,6 +215,12 @@ mod tests {
             tried: None,
             record: None,
         }
+    }
+
+    /// Returns what the clocks show `minutes` after [`pending`]'s terraform was found dead.
+    fn after(minutes: i64) -> ClockReading {
+        let since: Timestamp = "2026-11-23T01:47:00Z".parse().unwrap();
+        ClockReading::of_time(since + SignedDuration::from_mins(minutes))
     }
 
     fn pending_requests() -> (tempfile::TempDir, PendingRequests) {
@@ -225,7 +233,7 @@ mod tests {
     fn a_pending_request_is_remembered_for_its_time() {
         let (_directory, pending_requests) = pending_requests();
         pending_requests.put(&pending()).unwrap();
-        let at = |minutes: i64| pending_requests.read(pending().since + SignedDuration::from_mins(minutes)).len();
+        let at = |minutes: i64| pending_requests.read(&after(minutes)).len();
         assert_eq!((at(0), at(20), at(21), at(0)), (1, 1, 0, 0));
     }
 
@@ -234,7 +242,7 @@ mod tests {
         let (_directory, pending_requests) = pending_requests();
         let unseen = PendingRequest { unseen: true, ..pending() };
         pending_requests.put(&unseen).unwrap();
-        let at = |minutes: i64| pending_requests.read(pending().since + SignedDuration::from_mins(minutes)).len();
+        let at = |minutes: i64| pending_requests.read(&after(minutes)).len();
         assert_eq!((at(21), at(24 * 60)), (1, 1));
         pending_requests.was_seen(&unseen);
         assert_eq!((at(20), at(21)), (1, 0));
@@ -247,7 +255,7 @@ mod tests {
         let whole = fs::read(pending_requests.path(ID)).unwrap();
         for length in 0..whole.len() {
             fs::write(pending_requests.path(ID), &whole[..length]).unwrap();
-            assert!(pending_requests.read(pending().since).is_empty(), "cut at {length}");
+            assert!(pending_requests.read(&after(0)).is_empty(), "cut at {length}");
         }
         fs::remove_file(pending_requests.path(ID)).unwrap();
         // The file has another name, or is a symbolic link.
@@ -255,7 +263,7 @@ mod tests {
         fs::write(pending_requests.path(other), &whole).unwrap();
         fs::write(pending_requests.path.join("elsewhere"), &whole).unwrap();
         std::os::unix::fs::symlink(pending_requests.path.join("elsewhere"), pending_requests.path(ID)).unwrap();
-        assert!(pending_requests.read(pending().since).is_empty());
+        assert!(pending_requests.read(&after(0)).is_empty());
     }
 
     #[test]
@@ -264,7 +272,7 @@ mod tests {
         let (_directory, pending_requests) = pending_requests();
         pending_requests.put(&pending()).unwrap();
         fs::set_permissions(&pending_requests.path, fs::Permissions::from_mode(0o777)).unwrap();
-        assert!(pending_requests.read(pending().since).is_empty());
+        assert!(pending_requests.read(&after(0)).is_empty());
         assert!(pending_requests.put(&pending()).is_err());
     }
 
@@ -300,7 +308,7 @@ mod tests {
         let old = file(&format!("{ID}.4711"), 3700);
         let new = file(&format!("{ID}.4712"), 60);
         let other = file("notes.1", 3700);
-        assert_eq!(requests.read(pending().since).len(), 1);
+        assert_eq!(requests.read(&after(0)).len(), 1);
         assert!(!old.exists() && new.exists() && other.exists());
     }
 }

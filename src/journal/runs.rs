@@ -30,6 +30,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::aws::redacted_backend::{AwsEnvironment, RedactedBackend};
+use crate::journal::clock_reading::ClockReading;
 use crate::journal::host::{HostIdentity, Standpoint};
 use crate::journal::kept_locks::KeptLocks;
 use crate::journal::membership::TreeIdentity;
@@ -158,6 +159,10 @@ pub(crate) struct JournalRecord {
     pub(crate) offset: u64,
     /// Whether the run has ended and has left work that could not be done at that time ([`Unfinished`]).
     pub(crate) over: bool,
+    /// When the record was closed: no process of the run was alive then. `None` if the run is not over, and in the
+    /// records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) closed: Option<ClockReading>,
     /// Whether `tf` must only report the run's locks and not release them (`TFW_RELEASE=never`).
     #[serde(default)]
     pub(crate) named_only: bool,
@@ -195,6 +200,7 @@ impl JournalRecord {
             log: Log::default(),
             offset: 0,
             over: false,
+            closed: None,
             named_only: false,
             unlogged: false,
             replaced: Vec::new(),
@@ -235,7 +241,9 @@ impl JournalRecord {
         self.log.set_locks(named.chain(left.unnamed.into_iter().map(LoggedLock::Unnamed)));
         self.unlogged = left.unlogged;
         self.replaced = left.replaced;
-        self.over = true;
+        if !std::mem::replace(&mut self.over, true) {
+            self.closed = Some(ClockReading::now());
+        }
     }
 
     /// Whether the record is valid and belongs to the run `name`. If not, it must not be used.

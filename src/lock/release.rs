@@ -101,7 +101,7 @@ pub(crate) struct ReleaseContext {
     /// Whether a lock request may still be in flight. That is so only if terraform has just died: a terraform that
     /// exits by itself has received every response.
     pub(crate) request_may_land: bool,
-    /// Whether a write request of the run may still be in flight.
+    /// Whether a write request of the run may still be in flight, or a lock request for a lock that is not found.
     pub(crate) write_may_land: bool,
     /// Whether terraform's connections were in the network namespace of this process, so that
     /// [`StillSending`] sees what the kernel still sends for it.

@@ -255,6 +255,34 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
     }
 }
 
+/// The file of a request that was remembered a moment ago looks two days old if the clock was set forward by two days.
+#[test]
+fn a_clock_that_is_set_forward_lets_no_lock_request_be_forgotten() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let direct = env.environment();
+    let proxy = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    proxy.wait_until_held();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("the next tf in this directory releases it"), "{}", env.dump(&end));
+    let requests = std::fs::read_dir(super::survived::journal(&env).join("tombstones")).unwrap();
+    let [path] = requests.map(|entry| entry.unwrap().path()).collect::<Vec<_>>().try_into().unwrap();
+    let mut request: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let since: jiff::Timestamp = request["since"].as_str().unwrap().parse().unwrap();
+    request["since"] = (since - jiff::SignedDuration::from_hours(48)).to_string().into();
+    std::fs::write(&path, request.to_string()).unwrap();
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    env.assert_locked();
+    let mut next = env.command(env.bin().join("tf"));
+    next.args(["plan", "-no-color"]).env_clear().envs(direct);
+    let end = Run::start(next).wait();
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 #[test]
 fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
