@@ -237,6 +237,21 @@ impl AfterRun<'_> {
         permission
     }
 
+    /// Whether a process of the run may still be working, given its `permission`. Such a process may still write into the
+    /// run's log, and request, use or release a lock. So the record of the run must then stay open, with its log.
+    pub(crate) fn may_still_work(&self, permission: &Permission) -> bool {
+        match permission {
+            Permission::Release => false,
+            Permission::Keep(Outcome::Kept { because: Because::StillRunning { .. } | Because::Unseen, .. }) => true,
+            // The processes were not looked for.
+            Permission::Keep(_) | Permission::NameOnly => {
+                let living = self.tree.living();
+                self.tree.note_survivors(&living);
+                process::list() != ProcessList::Available || !living.is_empty()
+            }
+        }
+    }
+
     /// Releases the locks that the run has left, if `permission` allows it, and reports the results to `reporter`.
     /// Returns what is left.
     pub(crate) fn clean_up(

@@ -650,7 +650,7 @@ pub(crate) fn cannot_be_finished(record: &JournalRecord, why: &str) -> String {
 
 /// The reason why a lock was not released: there is no process list.
 pub(crate) const UNSEEN: &str = "cannot tell whether terraform's child processes are still running: \
-     /proc is not mounted, or belongs to another pid namespace";
+     /proc is not mounted, cannot be read, or belongs to another pid namespace";
 
 /// Reports that a recovery is taking more than 1 s.
 pub(crate) fn recovering() -> String {

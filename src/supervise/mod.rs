@@ -270,12 +270,11 @@ impl<'a> Prepared<'a> {
         }
         crash_point::reached("tf: terraform ended");
         let all_written = self.pipes.flush();
-        let closed = self.clean_up(ended, &started, waiting, signals);
+        let needs_recorder = self.clean_up(ended, &started, waiting, signals);
         write_the_rest(&mut self.pipes, all_written, signals);
         say_the_rest(signals);
         self.write_step_outputs(ended);
-        if closed.is_err() {
-            // If the disk is full, only the recorder shows the lock.
+        if needs_recorder {
             self.recorder.leave();
         }
         Ok(ended)
@@ -350,13 +349,12 @@ impl<'a> Prepared<'a> {
     }
 
     /// Reports how terraform ended, releases its locks, ends the lease, and closes the run's record. `waiting` has the
-    /// processes of `tf` that have worked while terraform waited for a lock.
+    /// processes of `tf` that have worked while terraform waited for a lock. Returns whether the next `tf` needs the
+    /// recorder: because what is left could not be written to the run's record (the disk is full), or because a process
+    /// of the run may still write into the recorder.
     ///
     /// The fence of the lease may stay after the end of `tf` ([`CleanupPoint`]).
-    ///
-    /// # Errors
-    /// If what is left for the next `tf` cannot be written to the run's record.
-    fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) -> io::Result<()> {
+    fn clean_up(&mut self, ended: Ended, started: &Started, waiting: Waiting, signals: &mut Signals) -> bool {
         let out_of_memory =
             ended == Ended::Killed(Signal::SIGKILL) && started.memory_kills < process::out_of_memory_kills();
         let mut log = self.recorder.read().clone();
@@ -424,6 +422,7 @@ impl<'a> Prepared<'a> {
         {
             console::say(&messages::cannot_renew(reason));
         }
+        let may_still_work = permission.as_ref().is_some_and(|permission| after.may_still_work(permission));
         let unfinished = if let Some(permission) = permission {
             let left = after.clean_up(ending, &candidates, (By::Tf, permission), &mut reporter, waiter);
             // Nobody may take a lock that is kept on purpose without being asked.
@@ -439,9 +438,14 @@ impl<'a> Prepared<'a> {
             Unfinished::default()
         };
         crash_point::reached("tf: cleaned up");
-        let closed = self.run_record.close(unfinished, &log, self.tree.survivors());
+        let survivors = self.tree.survivors();
+        let needs_recorder = if may_still_work {
+            self.run_record.leave_open(&self.recorder, survivors)
+        } else {
+            self.run_record.close(unfinished, &log, survivors).is_err()
+        };
         crash_point::reached("tf: closed");
-        closed
+        needs_recorder
     }
 
     fn write_step_outputs(&self, ended: Ended) {

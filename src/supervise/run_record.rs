@@ -281,6 +281,25 @@ impl RunRecord {
         recorder.forget();
     }
 
+    /// Leaves the record open, with the log of `recorder`, because a process of the run may still be working. A later
+    /// `tf` finishes the run after the death of its processes, as if the supervision had died with them. `survivors` are
+    /// the processes that are known ([`Self::close`]). Returns whether there is a record. Only then will a `tf` read the
+    /// recorder.
+    pub(crate) fn leave_open(&mut self, recorder: &Recorder, survivors: Vec<(i32, u64)>) -> bool {
+        if let Some(guardian) = &mut self.guardian {
+            guardian.over();
+        }
+        if let Some(guardian) = self.guardian.take() {
+            guardian.wait();
+        }
+        if let Some((_, record)) = &mut self.entry {
+            record.tree.survivors = survivors;
+        }
+        // If this fails, a later `tf` uses the previous record and reads the rest of the log in the recorder.
+        self.write(recorder);
+        self.entry.take().is_some()
+    }
+
     /// Closes the record ([`JournalEntry::close`]), with `log` and `survivors` if something is unfinished. `survivors`
     /// are the run's processes that are still running, by pid and start time in clock ticks since boot.
     ///

@@ -2,12 +2,14 @@
 //! while its provisioners and its requests continue.
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
 use super::interrupted_once::slow_to_plan;
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
 use crate::support::proxy::ProxyAction;
+use crate::support::test_env::terraform;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
@@ -205,6 +207,49 @@ fn a_lock_whose_unlock_was_refused_is_kept_as_long_as_something_of_the_run_lives
         },
         || env.trace(),
     );
+}
+
+/// A provisioner starts terraform without `tf`, and leaves it running while it waits for the lock of the run. That
+/// terraform writes into the log of the run, after the `tf` of the run has ended.
+#[test]
+fn the_write_of_a_terraform_that_outlives_its_tf_is_waited_for() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.write_main(
+        "",
+        &format!(
+            "if test -n \"$NESTED\"; then touch began; while test -e began && ! test -e go; do sleep 0.02; done; exit; fi\n\
+             NESTED=1 '{}' apply -auto-approve -no-color -replace terraform_data.a -lock-timeout 60s > nested.out 2>&1 &\n\
+             echo $! > nested.pid\n\
+             while ! grep -q 'Acquiring state lock' nested.out; do sleep 0.02; done\n",
+            terraform().display()
+        ),
+    );
+    // The first write of the state is that of the run itself.
+    let is_nested = env.directory.join("began");
+    let proxy = through(&mut env, move |request| {
+        if writes_state(request) && is_nested.exists() { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = env.start(Subject::Tf, &APPLY);
+    let end = run.wait();
+    assert_eq!(end.code(), Some(0), "{}{}", env.dump(&end), env.read("nested.out"));
+    env.wait_for_file("began");
+    env.unblock();
+    proxy.wait_until_held();
+    let nested = Pid::from_raw(env.read("nested.pid").trim().parse().unwrap());
+    kill(nested, Signal::SIGKILL).unwrap();
+    let next = env.start(Subject::Tf, &["plan", "-no-color"]);
+    wait_for(
+        "the wait for a write, or a release",
+        || (env.trace().contains("waiting for a write") || env.locks().is_empty()).then_some(()),
+        || format!("{}{}", next.err(), env.trace()),
+    );
+    env.assert_locked();
+    proxy.let_go();
+    assert!(proxy.wait_until_delivered().contains(" 200 "));
+    env.assert_locked();
+    let end = next.wait();
+    assert!(end.err.contains("released the lock that an earlier run left"), "{}", env.dump(&end));
+    env.assert_unlocked();
 }
 
 const REFUSED: &str = r#"{"__type":"com.amazonaws.dynamodb.v20120810#AccessDeniedException","Message":"no"}"#;

@@ -408,15 +408,21 @@ impl<'a> GuardianProcess<'a> {
         }
         trace!("guardian: terraform ended: {ended:?}");
         crash_point::reached("guardian: terraform ended");
-        let unfinished = self.clean_up(ended);
-        let mut closed = Ok(());
+        let CleanedUp { unfinished, may_still_work } = self.clean_up(ended);
+        // As at the end of `tf` (`Supervision::clean_up`).
+        let mut needs_recorder = false;
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             record.log = self.context.recorder.log().clone();
             record.tree.survivors = self.context.tree.survivors();
-            closed = entry.close(record, unfinished);
+            if may_still_work {
+                record.offset = self.context.recorder.whole_until();
+                let _ = entry.write(&record, Durability::PowerLoss);
+                needs_recorder = true;
+            } else {
+                needs_recorder = entry.close(record, unfinished).is_err();
+            }
         }
-        // If the disk is full, only the recorder shows the lock.
-        if closed.is_ok() {
+        if !needs_recorder {
             self.context.recorder.remove();
         }
         crash_point::reached("guardian: done");
@@ -552,8 +558,8 @@ impl<'a> GuardianProcess<'a> {
         trace!("guardian: interrupted terraform: {}", sent.is_ok());
     }
 
-    /// Releases the locks that terraform has left. Returns the work that is left for the next `tf`.
-    fn clean_up(&mut self, ended: Option<Ended>) -> Unfinished {
+    /// Releases the locks that terraform has left.
+    fn clean_up(&mut self, ended: Option<Ended>) -> CleanedUp {
         let GuardianContext { run, tree, recorder, record, entry, stop, lease, .. } = &mut self.context;
         let mut log = recorder.read().clone();
         if ended == Some(Ended::Exited(0)) && !stop.was_forced() {
@@ -577,7 +583,7 @@ impl<'a> GuardianProcess<'a> {
             lease.end_at(CleanupPoint::Judged { has_died: ending.died, may_hold }, ended, tree);
         }
         if !may_hold {
-            return Unfinished::default();
+            return CleanedUp::default();
         }
         if !run.release {
             // The locks must only be reported, and nobody reads the messages of the guardian. So the next `tf` reports
@@ -587,13 +593,14 @@ impl<'a> GuardianProcess<'a> {
                 let withdrawal = lease.withdraw_or_remember(&kept, run.journal(), &mut Waiter::Unattended);
                 lease.end_at(CleanupPoint::CleanedUp(withdrawal), ended, tree);
             }
-            return Unfinished {
+            let unfinished = Unfinished {
                 locks: log.unreleased().cloned().collect(),
                 unnamed: log.unreleased_unnamed().cloned().collect(),
                 elsewhere: ending.non_s3,
                 unlogged: ending.log_state == LogState::NeverBegun,
                 replaced: Vec::new(),
             };
+            return CleanedUp { unfinished, may_still_work: after.may_still_work(&Permission::NameOnly) };
         }
         let (fence, waiter) = (run_lease::fence_of(lease.as_deref()), &mut Waiter::Unattended);
         let permission = after.permission(ending, &candidates, By::Guardian, fence, waiter);
@@ -601,14 +608,24 @@ impl<'a> GuardianProcess<'a> {
             let may_release = matches!(permission, Permission::Release);
             lease.end_at(CleanupPoint::TreeEnded { may_release }, ended, tree);
         }
+        let may_still_work = after.may_still_work(&permission);
         let left = after.clean_up(ending, &candidates, (By::Guardian, permission), &mut SilentReporter, waiter);
         if let Some(lease) = lease {
             // If the promise stays, nobody reads what the guardian says about it.
             let withdrawal = lease.withdraw_or_remember(&left.kept_on_purpose, run.journal(), waiter);
             lease.end_at(CleanupPoint::CleanedUp(withdrawal), ended, tree);
         }
-        left.unfinished
+        CleanedUp { unfinished: left.unfinished, may_still_work }
     }
+}
+
+/// The result of [`GuardianProcess::clean_up`].
+#[derive(Debug, Default)]
+struct CleanedUp {
+    /// The work that is left for the next `tf`.
+    unfinished: Unfinished,
+    /// See [`AfterRun::may_still_work`].
+    may_still_work: bool,
 }
 
 /// Writes the processes that may outlive terraform to the journal, if they have changed. Without a lock, no later `tf`
