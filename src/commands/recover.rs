@@ -5,8 +5,8 @@ use clap::Args;
 
 use super::Finding;
 use super::connection::Trouble;
-use crate::cleanup::recovery;
-use crate::cleanup::recovery::{Forgotten, Request};
+use crate::cleanup::recovery::every_run::{Request, every_run};
+use crate::cleanup::recovery::forget::{self, Forgotten};
 use crate::console::visible;
 use crate::sys::signals::Signals;
 use crate::{another_tf, console};
@@ -53,7 +53,7 @@ impl Recover {
             again: self.again,
             reason: self.reason.as_deref(),
         };
-        let recovered = recovery::everything(request, say, &mut signals);
+        let recovered = every_run(request, say, &mut signals);
         Ok(match recovered.asked {
             Some(signal) => Finding::Stopped(signal),
             // The `tf` that started this process waits longer before it tries again.
@@ -70,7 +70,7 @@ impl Recover {
 /// # Errors
 /// Fails if the run is still alive, if no run has such a record, or if the journal cannot be changed.
 fn forget(what: &str) -> Result<Finding, Trouble> {
-    match recovery::forget(what) {
+    match forget::forget(what) {
         Forgotten::Yes(pid) => {
             console::print(&format!(
                 "dropped the record of {what}, left by a run on this host (pid {pid}); nothing was released"
