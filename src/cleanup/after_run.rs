@@ -21,7 +21,7 @@ use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{self, ReleaseContext};
+use crate::lock::release::{ReleaseContext, stored};
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
@@ -320,7 +320,7 @@ pub(crate) fn unlock_is_begun(log: &Log, candidates: &CandidateBackends, waiter:
 /// Whether the lock `id` exists at `location`. Also true if that cannot be determined.
 fn exists(id: &str, location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> bool {
     let _there = Within::enter(&candidates.working_directory);
-    waiter.block_on(release::may_exist(location, id)).unwrap_or(true)
+    waiter.block_on(stored::may_exist(location, id)).unwrap_or(true)
 }
 
 /// Whether the program of `process` is named `terraform` or `tofu`, possibly followed by a version.

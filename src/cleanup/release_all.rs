@@ -20,7 +20,8 @@ use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
-use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, IdentifiedLock, ReleaseContext, SERVICE_TIMEOUT};
+use crate::lock::release::unnamed_lock::{IdentifiedLock, identify_unnamed_lock};
+use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, ReleaseContext, SERVICE_TIMEOUT, stored};
 use crate::sys::wait::Ended;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -62,7 +63,7 @@ impl CandidateLocks {
             let candidates = candidates.of_unnamed(unnamed);
             let mut unseen = true;
             for location in &candidates {
-                let looked = release::identify_unnamed_lock(unnamed, location, release_context, died);
+                let looked = identify_unnamed_lock(unnamed, location, release_context, died);
                 unseen &= matches!(locks.add(unnamed, waiter.block_on(looked)), Ok(Ok(IdentifiedLock::None)));
             }
             if !died || !unseen {
@@ -202,7 +203,7 @@ pub(crate) fn only_name(
     let results = locks.iter().rev().map(|recorded| {
         let candidates = candidates.of(recorded);
         let may_exist = |location: &LockLocation, waiter: &mut Waiter<'_>| {
-            waiter.block_on(release::may_exist(location, &recorded.id)).unwrap_or(true)
+            waiter.block_on(stored::may_exist(location, &recorded.id)).unwrap_or(true)
         };
         let outcome = if candidates.is_empty() {
             no_place()
@@ -244,7 +245,7 @@ pub(crate) fn replaced(
         let Some(Outcome::Absent { anothers: Some(anothers), .. }) = outcome else { continue };
         let mut locks = Vec::new();
         for location in candidates.of(lock) {
-            locks.extend(waiter.block_on(release::stored(&location)).unwrap_or_default());
+            locks.extend(waiter.block_on(stored::stored(&location)).unwrap_or_default());
         }
         let other = locks.iter().filter_map(|part| part.stored.info()).find(|info| info.id == anothers.id);
         if let Some(info) = other.filter(|info| worked_at_once(lock, info, died, until)) {

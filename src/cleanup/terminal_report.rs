@@ -24,8 +24,7 @@ use crate::journal::runs::Replaced;
 use crate::lock::leased::{StoredPart, locks_of};
 use crate::lock::location::LockLocation;
 use crate::lock::outcome::{Because, Outcome};
-use crate::lock::release;
-use crate::lock::release::Effort;
+use crate::lock::release::{Effort, stored, unnamed_lock};
 use crate::sys::poll;
 use crate::sys::wait::Ended;
 use crate::terraform::data_directory::{CommandDirectories, DataDirectory};
@@ -163,7 +162,7 @@ impl Reporter for TerminalReporter<'_> {
         let never_begun = run.log_state == LogState::NeverBegun;
         let Some(location) = run.candidates.selected() else { return false };
         let list = self.locks_command("", run.candidates.workspace_of(&location), run.candidates);
-        match waiter.block_on(release::suspect(&location, &run.release_context.run, never_begun)) {
+        match waiter.block_on(unnamed_lock::suspect(&location, &run.release_context.run, never_begun)) {
             Ok(Ok(Some(info))) if run.release_context.run.is_of(&info.who) => {
                 let workspace = run.candidates.workspace_of(&location);
                 let unlock = self.unlock_command_of(workspace, run.candidates);
@@ -238,7 +237,7 @@ impl TerminalReporter<'_> {
         let Some((bucket, key)) = &self.after.log.mismatch else { return };
         let _there = Within::enter(&candidates.working_directory);
         for location in candidates.of_state(bucket, key) {
-            if let Ok(Some(digest_mismatch)) = waiter.block_on(release::state_mismatch(&location)) {
+            if let Ok(Some(digest_mismatch)) = waiter.block_on(stored::state_mismatch(&location)) {
                 let workspace = candidates.workspace_of(&location);
                 console::say(
                     &self.in_directories(None, |there| messages::digest_mismatch(&digest_mismatch, workspace, there)),
@@ -411,7 +410,7 @@ fn workspace_to_name<'a>(
 /// exist or cannot be read.
 fn stored_locks(location: &LockLocation, candidates: &CandidateBackends, waiter: &mut Waiter<'_>) -> Vec<StoredPart> {
     let _there = Within::enter(&candidates.working_directory);
-    waiter.block_on(release::stored(location)).unwrap_or_default()
+    waiter.block_on(stored::stored(location)).unwrap_or_default()
 }
 
 /// What may still appear after terraform has exited by itself without its lock.

@@ -20,7 +20,7 @@ use crate::cleanup::working_directory;
 use crate::holder::host::HostView;
 use crate::lock::leased::locks_of;
 use crate::lock::location::LockLocation;
-use crate::lock::release::{self, Unread};
+use crate::lock::release::stored::{self, Unread};
 use crate::sys::session;
 use crate::terraform::log::RecordedLock;
 use crate::trace::trace;
@@ -130,7 +130,7 @@ async fn explain(location: &LockLocation, asked: &str) -> Ended {
     let begun = Instant::now();
     let mut said: Option<Said> = None;
     loop {
-        let parts = match release::read_stored(location).await {
+        let parts = match stored::read_stored(location).await {
             Ok(parts) => parts,
             Err(Unread::Unreachable(unreachable)) => {
                 trace!("explanation of the wait: {unreachable}");

@@ -15,7 +15,9 @@ use tokio::time::{Instant, sleep, timeout};
 use super::deleted::noted;
 use super::leased::{LeaseRead, LeasedLock, ObjectPart};
 use super::location::LockLocation;
-use super::release::{self, EXPLANATION_TIMEOUT, SERVICE_TIMEOUT, nothing_if_excluded};
+use super::release::consent::global_table;
+use super::release::services::nothing_if_excluded;
+use super::release::{EXPLANATION_TIMEOUT, SERVICE_TIMEOUT};
 use super::stores::{Removed, StoreKey, StoredLock, Stores};
 use crate::aws::connect;
 use crate::aws::credentials::Purpose;
@@ -166,7 +168,7 @@ impl<'a> Progress<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Reason {
     Obstacle(Obstacle),
-    /// As [`release::global_table`] says it.
+    /// As [`global_table`] says it.
     GlobalTable(String),
     /// A read has failed after the lock was seen.
     Failure(Failure),
@@ -416,7 +418,7 @@ enum Reported {
 enum TableCheck {
     Unknown,
     Usable,
-    /// The text is the reason against it ([`release::global_table`]).
+    /// The text is the reason against it ([`global_table`]).
     Global(String),
 }
 
@@ -852,7 +854,7 @@ impl<'a> Watch<'a> {
             TableCheck::Usable => Ok(None),
             TableCheck::Global(reason) => Ok(Some(reason.clone())),
             TableCheck::Unknown => {
-                let asked = self.within(SERVICE_TIMEOUT, release::global_table(self.stores, self.location)).await?;
+                let asked = self.within(SERVICE_TIMEOUT, global_table(self.stores, self.location)).await?;
                 self.table = asked.clone().map_or(TableCheck::Usable, TableCheck::Global);
                 Ok(asked)
             }

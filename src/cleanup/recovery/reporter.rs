@@ -12,7 +12,7 @@ use crate::cleanup::release_all::{CandidateLocks, ReleaseResult};
 use crate::cleanup::waiter::Waiter;
 use crate::journal::runs::{JournalRecord, Replaced};
 use crate::lock::outcome::{Because, Outcome};
-use crate::lock::release::{self};
+use crate::lock::release::unnamed_lock;
 use crate::terraform::data_directory::CommandDirectories;
 
 /// Who reads the messages of a recovery.
@@ -91,19 +91,20 @@ impl Reporter for RecoveryReporter<'_> {
     /// nobody reads the report. Returns false if there is no such lock, or if the search could not be made at all.
     fn lost_log(&mut self, run: &EndedRun<'_>, waiter: &mut Waiter<'_>) -> bool {
         let Some(location) = run.candidates.selected() else { return false };
-        let (message, is_unread) = match waiter.block_on(release::suspect(&location, &run.release_context.run, true)) {
-            Ok(Ok(Some(info))) => {
-                let message = |there: CommandDirectories<'_>| messages::unlogged(run.ending, Some(&info), there);
-                let message = messages::in_directories_of(self.record, likely_workspace(self.record), message);
-                self.suspect = Some(info.id);
-                (message, false)
-            }
-            Ok(Err(failure)) => {
-                let list = messages::locks_command_of(self.record, "", likely_workspace(self.record));
-                (messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list), true)
-            }
-            Ok(Ok(None)) | Err(_) => return false,
-        };
+        let (message, is_unread) =
+            match waiter.block_on(unnamed_lock::suspect(&location, &run.release_context.run, true)) {
+                Ok(Ok(Some(info))) => {
+                    let message = |there: CommandDirectories<'_>| messages::unlogged(run.ending, Some(&info), there);
+                    let message = messages::in_directories_of(self.record, likely_workspace(self.record), message);
+                    self.suspect = Some(info.id);
+                    (message, false)
+                }
+                Ok(Err(failure)) => {
+                    let list = messages::locks_command_of(self.record, "", likely_workspace(self.record));
+                    (messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list), true)
+                }
+                Ok(Ok(None)) | Err(_) => return false,
+            };
         self.messages.push(message);
         self.left = self.left.max(Left::Lock);
         is_unread || !self.is_read()
