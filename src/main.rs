@@ -109,11 +109,11 @@ fn become_terraform(invocation: &Invocation) -> ExitCode {
 }
 
 fn could_not_run(invocation: &Invocation, error: &std::io::Error) -> ExitCode {
-    console::say(&messages::cannot_run(&invocation.terraform.path, error));
+    console::say(&messages::run::cannot_run(&invocation.terraform.path, error));
     ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN })
 }
 
 fn refuse(reason: &dyn std::fmt::Display, code: u8) -> ExitCode {
-    console::say(&messages::cannot_start(reason));
+    console::say(&messages::run::cannot_start(reason));
     ExitCode::from(code)
 }

@@ -93,14 +93,14 @@ fn reason_to_keep(
         let other = living.iter().find(|process| is_terraform(process) || logging.contains(process));
         if let Some(process) = other {
             tree.note_survivors(&living);
-            return Some(still_running(messages::another_terraform(process), false));
+            return Some(still_running(messages::run::another_terraform(process), false));
         }
     }
     if died {
         return match tree.end(waiter, policy, record) {
             Termination::Dead(_) => None,
-            Termination::Alive(processes) => Some(still_running(messages::still_alive(&processes), true)),
-            Termination::LifelineHeld => Some(still_running(messages::LIFELINE_HELD, false)),
+            Termination::Alive(processes) => Some(still_running(messages::run::still_alive(&processes), true)),
+            Termination::LifelineHeld => Some(still_running(messages::run::LIFELINE_HELD, false)),
             Termination::Unseen => Some(unseen()),
         };
     }
@@ -115,7 +115,7 @@ fn still_running(reason: impl Into<String>, several: bool) -> Outcome {
 
 /// Returns the outcome "not released, because there is no process list".
 fn unseen() -> Outcome {
-    Outcome::Kept { reason: messages::UNSEEN.to_owned(), because: Because::Unseen }
+    Outcome::Kept { reason: messages::run::UNSEEN.to_owned(), because: Because::Unseen }
 }
 
 /// Waits until no process of the tree is running, for at most [`PROVIDER_EXIT_TIMEOUT`]. Kills no process, because
@@ -134,7 +134,7 @@ fn wait_for_tree(tree: &Tree, waiter: &mut Waiter<'_>) -> Option<Outcome> {
         }
         if begun.elapsed() > PROVIDER_EXIT_TIMEOUT {
             tree.note_survivors(&living);
-            return Some(still_running(messages::still_alive(&living), true));
+            return Some(still_running(messages::run::still_alive(&living), true));
         }
         waiter.wait(Duration::from_millis(10));
     }
@@ -227,7 +227,7 @@ impl AfterRun<'_> {
             reason_to_keep(self.tree, operation, policy, self.survivor_record, waiter)
                 .map_or(Permission::Release, Permission::Keep)
         } else {
-            Permission::Keep(Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never })
+            Permission::Keep(Outcome::Kept { reason: messages::release::NEVER.to_owned(), because: Because::Never })
         };
         trace!("{by:?}: a lock may be held; died: {died}; log: {log_state:?}; {permission:?}");
         match by {
@@ -237,8 +237,8 @@ impl AfterRun<'_> {
         permission
     }
 
-    /// Whether a process of the run may still be working, given its `permission`. Such a process may still write into the
-    /// run's log, and request, use or release a lock. So the record of the run must then stay open, with its log.
+    /// Whether a process of the run may still be working, given its `permission`. Such a process may still write into
+    /// the run's log, and request, use or release a lock. So the record of the run must then stay open, with its log.
     pub(crate) fn may_still_work(&self, permission: &Permission) -> bool {
         match permission {
             Permission::Release => false,
@@ -263,7 +263,7 @@ impl AfterRun<'_> {
         waiter: &mut Waiter<'_>,
     ) -> CleanUpResult {
         let context = self.context;
-        let ending = messages::ending(&self.end);
+        let ending = messages::run::ending(&self.end);
         let command_line = &context.invocation.command_line;
         let program = &context.invocation.terraform.path;
         let non_s3 = non_s3.then(|| {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages;
-use crate::cleanup::messages::Wording;
+use crate::cleanup::messages::release::Wording;
 use crate::cleanup::other_backend::{NonS3Release, NonS3Result};
 use crate::cleanup::release_all::{
     CandidateLocks, ReleaseRequest, ReleaseResult, abandoned_requests, only_name, record_in_history, release_locks,
@@ -45,7 +45,7 @@ impl Permission {
         match self {
             Self::Keep(Outcome::Kept { reason, because }) => Some((reason, *because)),
             Self::Release | Self::Keep(_) => None,
-            Self::NameOnly => Some((messages::NEVER, Because::Never)),
+            Self::NameOnly => Some((messages::release::NEVER, Because::Never)),
         }
     }
 }
@@ -533,6 +533,6 @@ mod tests {
         let kept = Outcome::Kept { reason: "a process is alive".to_owned(), because: Because::Unseen };
         assert_eq!(Permission::Release.reason(), None);
         assert_eq!(Permission::Keep(kept).reason(), Some(("a process is alive", Because::Unseen)));
-        assert_eq!(Permission::NameOnly.reason(), Some((messages::NEVER, Because::Never)));
+        assert_eq!(Permission::NameOnly.reason(), Some((messages::release::NEVER, Because::Never)));
     }
 }

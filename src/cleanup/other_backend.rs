@@ -17,7 +17,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::messages::{self, Wording};
+use crate::cleanup::messages::release::Wording;
+use crate::cleanup::messages::{self};
 use crate::cleanup::waiter::Waiter;
 use crate::console;
 use crate::journal::history;
@@ -144,7 +145,7 @@ impl<'a> NonS3Release<'a> {
         }
         let place = self.kind.place(self.backend);
         let named = |why: &str, because: Because, info: Option<&LockInfo>| NonS3Result {
-            messages: vec![messages::left_elsewhere(wording, self.kind, &place, (why, because), info)],
+            messages: vec![messages::release::left_elsewhere(wording, self.kind, &place, (why, because), info)],
             ..NonS3Result::default()
         };
         if unlock_policy == UnlockPolicy::Name {
@@ -185,17 +186,23 @@ impl<'a> NonS3Release<'a> {
         let Wording { ending, by, .. } = wording;
         let place = self.kind.place(self.backend);
         let named = |why: &str| NonS3Result {
-            messages: vec![messages::left_elsewhere(wording, self.kind, &place, (why, Because::NotYet), Some(info))],
+            messages: vec![messages::release::left_elsewhere(
+                wording,
+                self.kind,
+                &place,
+                (why, Because::NotYet),
+                Some(info),
+            )],
             later: true,
             released: false,
         };
         // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it
         // arrives.
-        console::say(&messages::waiting_blindly(quiet_window(sending.is_seen())));
+        console::say(&messages::release::waiting_blindly(quiet_window(sending.is_seen())));
         let mut begun = Instant::now();
         while begun.elapsed() < quiet_window(sending.is_seen()) {
             if waiter.interrupts() > 0 {
-                return named(messages::INTERRUPTED);
+                return named(messages::release::INTERRUPTED);
             }
             waiter.wait(POLL_INTERVAL);
             if sending.look() {
@@ -212,7 +219,7 @@ impl<'a> NonS3Release<'a> {
             Err(why) => named(&why),
             Ok(_) => {
                 history::record(&LockEvent::of_lock(What::Released, by, info, &info.path, ending, None));
-                let message = messages::released_elsewhere(ending, self.kind, info);
+                let message = messages::release::released_elsewhere(ending, self.kind, info);
                 NonS3Result { messages: vec![message], later: false, released: true }
             }
         }

@@ -153,9 +153,9 @@ pub(crate) fn release_locks(
         } else if is_claimed == Some(true) {
             // The journal has recorded this lock for another run, which is or may be alive. So it is the lock of that
             // run, and this log contains its ID only because a process of this run has written the ID into the log.
-            named(Outcome::Kept { reason: messages::CLAIMED.to_owned(), because: Because::Claimed })
+            named(Outcome::Kept { reason: messages::release::CLAIMED.to_owned(), because: Because::Claimed })
         } else if is_claimed.is_none() {
-            named(Outcome::later(messages::MAY_BE_CLAIMED))
+            named(Outcome::later(messages::release::MAY_BE_CLAIMED))
         } else {
             let candidates = candidates.of(recorded);
             match release_where_found(recorded, &candidates, release_context, Effort { limit, purpose }, waiter) {
@@ -208,7 +208,7 @@ pub(crate) fn only_name(
         let outcome = if candidates.is_empty() {
             no_place()
         } else if candidates.iter().any(|location| may_exist(location, waiter)) {
-            Outcome::Kept { reason: messages::NEVER.to_owned(), because: Because::Never }
+            Outcome::Kept { reason: messages::release::NEVER.to_owned(), because: Because::Never }
         } else {
             let absent = Outcome::Absent { anothers: None, excluded: false };
             not_believed(&candidates, release_context, waiter).unwrap_or(absent)
@@ -277,9 +277,10 @@ fn not_believed(
         .block_on(async { tokio::time::timeout(SERVICE_TIMEOUT, release_context.reached.believes(candidates)).await })
     {
         Ok(Ok(true)) => None,
-        Ok(Ok(false) | Err(_)) => {
-            Some(Outcome::Kept { reason: messages::ANOTHER_ACCOUNT.to_owned(), because: Because::OtherAccount })
-        }
+        Ok(Ok(false) | Err(_)) => Some(Outcome::Kept {
+            reason: messages::release::ANOTHER_ACCOUNT.to_owned(),
+            because: Because::OtherAccount,
+        }),
         Err(reason) => Some(Outcome::later(reason)),
     }
 }
@@ -460,7 +461,7 @@ pub(crate) fn check_pending(
 /// Returns the outcome for a lock whose place is not known. A later `tf` may know it, in another directory or after an
 /// `init`.
 fn no_place() -> Outcome {
-    Outcome::Kept { reason: messages::NO_PLACE.to_owned(), because: Because::Settings }
+    Outcome::Kept { reason: messages::release::NO_PLACE.to_owned(), because: Because::Settings }
 }
 
 /// Writes the releases among `results` into the history.

@@ -307,9 +307,9 @@ fn chdir(current: Option<&Path>, directory: &Path) -> Option<String> {
 fn note(progress: Progress<'_>, chdir: Option<&str>) {
     trace!("takeover: {progress:?}");
     if let Progress::Took(lapsed) | Progress::MayHaveTaken(lapsed) = progress {
-        let mut why = messages::lapsed_lease(lapsed);
+        let mut why = messages::lease::lapsed_lease(lapsed);
         if matches!(progress, Progress::MayHaveTaken(_)) {
-            why = format!("{why}; {}", messages::DELETE_UNANSWERED);
+            why = format!("{why}; {}", messages::lease::DELETE_UNANSWERED);
         }
         history::record(&LockEvent::of_lock(What::TakenOver, By::Recovery, &lapsed.info, &lapsed.path, &why, None));
     }
@@ -317,7 +317,7 @@ fn note(progress: Progress<'_>, chdir: Option<&str>) {
     let workspace = std::env::var("TF_WORKSPACE").ok();
     let data = DataDirectory::named_here();
     let directories = CommandDirectories { chdir, data: data.as_deref(), workspace: workspace.as_deref() };
-    console::say(&messages::takeover(progress, |words| directories.locks(words)));
+    console::say(&messages::lease::takeover(progress, |words| directories.locks(words)));
 }
 
 #[cfg(test)]

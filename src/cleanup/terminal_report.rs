@@ -10,7 +10,9 @@ use jiff::{SignedDuration, Timestamp};
 use crate::cleanup::after_run::{AfterRun, Ending};
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::clean_up::{EndedRun, LogState, Reporter};
-use crate::cleanup::messages::{self, Refusal, Removal};
+use crate::cleanup::messages::next_step::Removal;
+use crate::cleanup::messages::refused::Refusal;
+use crate::cleanup::messages::{self};
 use crate::cleanup::other_backend::NonS3Result;
 use crate::cleanup::recovery_process;
 use crate::cleanup::release_all::{CandidateLocks, ReleaseResult, check_pending};
@@ -52,21 +54,22 @@ impl Reporter for TerminalReporter<'_> {
         let has_journal = self.unprotected.is_none();
         match outcome {
             Some(Outcome::Released(released)) => {
-                console::say(&messages::released(ending, lock, released, Timestamp::now()));
+                console::say(&messages::release::released(ending, lock, released, Timestamp::now()));
                 if released.is_partial && *may_still_come {
                     let unlock = self.unlock_command_of(candidates.workspace_of_lock(lock), candidates);
-                    console::say(&messages::other_part_may_land(lock, is_remembered, &unlock));
+                    console::say(&messages::late::other_part_may_land(lock, is_remembered, &unlock));
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = candidates.workspace_of_lock(lock);
-                    let message = |there: CommandDirectories<'_>| messages::digest_mismatch(mismatch, workspace, there);
+                    let message =
+                        |there: CommandDirectories<'_>| messages::release::digest_mismatch(mismatch, workspace, there);
                     console::say(&self.in_directories(None, message));
                 }
             }
             // Terraform was refused the lock, and has reported that itself.
             Some(Outcome::Kept { .. }) if !may_exist => {}
             Some(Outcome::Kept { because: Because::OtherAccount, .. }) if has_journal => {
-                console::say(&messages::not_seen(ending, lock, run.release_context.reached.needs()));
+                console::say(&messages::release::not_seen(ending, lock, run.release_context.reached.needs()));
             }
             Some(Outcome::Kept { reason, because }) => {
                 let later = has_journal
@@ -75,17 +78,17 @@ impl Reporter for TerminalReporter<'_> {
                 let workspace = location.as_ref().and_then(|location| candidates.workspace_of(location));
                 let removal = Removal {
                     unlock: self.unlock_command_of(workspace, candidates),
-                    release: self.locks_command(messages::RELEASE_NO_LOCK, workspace, candidates),
+                    release: self.locks_command(messages::next_step::RELEASE_NO_LOCK, workspace, candidates),
                     show: self.locks_command("show", workspace, candidates),
                 };
-                console::say(&messages::kept(ending, lock, reason, *because, later, &removal));
+                console::say(&messages::release::kept(ending, lock, reason, *because, later, &removal));
             }
             Some(Outcome::Absent { excluded: true, .. }) if *may_still_come && lock.progress.held.is_some() => {
-                console::say(&messages::place_is_away(ending, lock, is_remembered));
+                console::say(&messages::late::place_is_away(ending, lock, is_remembered));
             }
             Some(Outcome::Absent { excluded: false, .. }) if *may_still_come => {
                 let unlock = self.unlock_command_of(candidates.workspace_of_lock(lock), candidates);
-                console::say(&messages::may_still_come(ending, lock, is_remembered, &unlock));
+                console::say(&messages::late::may_still_come(ending, lock, is_remembered, &unlock));
             }
             Some(Outcome::Absent { .. }) | None => {}
         }
@@ -96,8 +99,8 @@ impl Reporter for TerminalReporter<'_> {
         let Some(awaited) = awaited(lock, outcome.as_ref(), self.ended_at) else { return };
         let unlock = self.unlock_command_of(run.candidates.workspace_of_lock(lock), run.candidates);
         console::say(&match awaited {
-            Awaited::Lock => messages::may_still_come(run.ending, lock, is_remembered, &unlock),
-            Awaited::OtherPart => messages::other_part_may_land(lock, is_remembered, &unlock),
+            Awaited::Lock => messages::late::may_still_come(run.ending, lock, is_remembered, &unlock),
+            Awaited::OtherPart => messages::late::other_part_may_land(lock, is_remembered, &unlock),
         });
     }
 
@@ -105,7 +108,7 @@ impl Reporter for TerminalReporter<'_> {
         let Replaced { own, by } = replaced;
         let workspace = named_workspace(run.candidates.workspace_of_lock(own), run.candidates);
         console::say(&self.in_directories(workspace.as_deref(), |there| {
-            messages::replaced(run.ending, own, by, &self.program(), there)
+            messages::release::replaced(run.ending, own, by, &self.program(), there)
         }));
     }
 
@@ -144,15 +147,20 @@ impl Reporter for TerminalReporter<'_> {
             let workspace = run.candidates.workspace_of_path(&info.path);
             let show = self.locks_command("show", workspace, run.candidates);
             let unlock = self.unlock_command_of(workspace, run.candidates);
-            console::say(&messages::suspected(run.ending, info, Some(reason), &show, &unlock));
+            console::say(&messages::release::suspected(run.ending, info, Some(reason), &show, &unlock));
         }
         for unnamed in &locks.awaited {
             let has_journal = self.unprotected.is_none();
             let list = self.locks_command("", run.candidates.workspaces.first().map(String::as_str), run.candidates);
-            console::say(&messages::unnamed_may_still_come(run.ending, unnamed.progress.asked, has_journal, &list));
+            console::say(&messages::late::unnamed_may_still_come(
+                run.ending,
+                unnamed.progress.asked,
+                has_journal,
+                &list,
+            ));
         }
         for (_, reason) in &locks.unread {
-            console::say(&messages::not_looked_for(run.ending, reason));
+            console::say(&messages::release::not_looked_for(run.ending, reason));
         }
     }
 
@@ -167,18 +175,18 @@ impl Reporter for TerminalReporter<'_> {
                 let workspace = run.candidates.workspace_of(&location);
                 let unlock = self.unlock_command_of(workspace, run.candidates);
                 let show = self.locks_command("show", workspace, run.candidates);
-                console::say(&messages::suspected(run.ending, &info, None, &show, &unlock));
+                console::say(&messages::release::suspected(run.ending, &info, None, &show, &unlock));
             }
             Ok(Ok(suspect)) if never_begun => {
                 let workspace = named_workspace(run.candidates.workspace_of(&location), run.candidates);
                 console::say(&self.in_directories(workspace.as_deref(), |there| {
-                    messages::unlogged(run.ending, suspect.as_ref(), there)
+                    messages::release::unlogged(run.ending, suspect.as_ref(), there)
                 }));
             }
             Ok(Err(failure)) => {
-                console::say(&messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list));
+                console::say(&messages::release::suspect_not_looked_for(run.ending, &failure.to_string(), &list));
             }
-            Err(reason) => console::say(&messages::suspect_not_looked_for(run.ending, reason, &list)),
+            Err(reason) => console::say(&messages::release::suspect_not_looked_for(run.ending, reason, &list)),
             Ok(Ok(_)) => {}
         }
         false
@@ -188,7 +196,7 @@ impl Reporter for TerminalReporter<'_> {
         if run.died {
             self.name_errored_state(run.candidates);
             if let Some(why) = self.unprotected {
-                console::say(&messages::unprotected(why, self.wants_lease && run.non_s3.is_none()));
+                console::say(&messages::run::unprotected(why, self.wants_lease && run.non_s3.is_none()));
             }
         }
         result.messages.iter().for_each(|message| console::say(message));
@@ -239,9 +247,9 @@ impl TerminalReporter<'_> {
         for location in candidates.of_state(bucket, key) {
             if let Ok(Some(digest_mismatch)) = waiter.block_on(stored::state_mismatch(&location)) {
                 let workspace = candidates.workspace_of(&location);
-                console::say(
-                    &self.in_directories(None, |there| messages::digest_mismatch(&digest_mismatch, workspace, there)),
-                );
+                console::say(&self.in_directories(None, |there| {
+                    messages::release::digest_mismatch(&digest_mismatch, workspace, there)
+                }));
                 return;
             }
         }
@@ -257,7 +265,7 @@ impl TerminalReporter<'_> {
             living.retain(|process| later.iter().any(|other| other.pid == process.pid));
         }
         if !living.is_empty() {
-            console::say(&messages::survivors(&living));
+            console::say(&messages::run::survivors(&living));
         }
     }
 
@@ -266,8 +274,8 @@ impl TerminalReporter<'_> {
         let Some(pending_requests) = &self.after.context.pending_requests else { return };
         for pending in pending_requests.read(&ClockReading::now()).iter().filter(|pending| pending.lock.id == id) {
             if let Some(Outcome::Released(_)) = check_pending(pending, candidates, Effort::EXPLANATION, waiter) {
-                console::say(&messages::came_late(&pending.lock));
-                console::say(messages::TRY_AGAIN);
+                console::say(&messages::late::came_late(&pending.lock));
+                console::say(messages::late::TRY_AGAIN);
             }
         }
     }
@@ -285,8 +293,12 @@ impl TerminalReporter<'_> {
         let command = |words: &str| self.locks_command(words, candidates.workspace_of(location), candidates);
         for StoredPart { store_key, stored, .. } in found.iter().filter(|part| part.stored.info().is_none()) {
             let what = stored.describe_no_lock();
-            let found = messages::NoLock { place: &store_key.describe(), what: &what, path: &location.lock_path() };
-            console::say(&messages::refused_by_no_lock(&found, &command(messages::RELEASE_NO_LOCK)));
+            let found =
+                messages::next_step::NoLock { place: &store_key.describe(), what: &what, path: &location.lock_path() };
+            console::say(&messages::next_step::refused_by_no_lock(
+                &found,
+                &command(messages::next_step::RELEASE_NO_LOCK),
+            ));
         }
         for (info, lease) in locks_of(&found).into_iter().filter(|(info, _)| info.id != asked.id) {
             let host = HostView::look();
@@ -301,13 +313,13 @@ impl TerminalReporter<'_> {
             let lapses_after = lease.as_ref().and_then(|lease| lease.lapses_after(self.after.context.begun.elapsed()));
             let is_released_after = lapses_after.filter(|_| takes_over && !host.stays(&info));
             let refusal = Refusal { info: &info, lease: lease.as_ref(), judgement: &judgement, is_released_after };
-            console::say(&messages::refused(&refusal, Timestamp::now(), command, dead.is_some()));
+            console::say(&messages::refused::refused(&refusal, Timestamp::now(), command, dead.is_some()));
             let Some(run) = dead else { continue };
             if let Ok(child) = recovery_process::start(run, false) {
                 recovery_process::wait_for(child, recovery_process::RECOVERY_TIMEOUT, waiter);
                 let left = self::stored_locks(location, candidates, waiter);
                 if !left.iter().filter_map(|left| left.stored.info()).any(|left| left.id == info.id) {
-                    console::say(messages::TRY_AGAIN);
+                    console::say(messages::late::TRY_AGAIN);
                 }
             }
         }
@@ -340,11 +352,9 @@ impl TerminalReporter<'_> {
         let directory = self.after.context.invocation.command_line.working_directory(&self.after.context.current);
         if let Some(path) = errored_state(&directory, self.after.context.started) {
             let workspace = named_workspace(candidates.workspaces.first().map(String::as_str), candidates);
-            console::say(
-                &self.in_directories(workspace.as_deref(), |there| {
-                    messages::errored_state(&path, &self.program(), there)
-                }),
-            );
+            console::say(&self.in_directories(workspace.as_deref(), |there| {
+                messages::run::errored_state(&path, &self.program(), there)
+            }));
         }
     }
 
@@ -363,7 +373,7 @@ impl TerminalReporter<'_> {
     /// Returns terraform's own command that removes a lock of `workspace`, without the lock's ID.
     fn force_unlock(&self, workspace: Option<&str>, candidates: &CandidateBackends) -> String {
         let workspace = named_workspace(workspace, candidates);
-        self.in_directories(workspace.as_deref(), |there| messages::unlock_command(&self.program(), there))
+        self.in_directories(workspace.as_deref(), |there| messages::next_step::unlock_command(&self.program(), there))
     }
 
     /// As [`Self::force_unlock`], for a lock in S3 or DynamoDB. After a `workspace` command, the workspace may have no

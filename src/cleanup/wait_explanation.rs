@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
-use crate::cleanup::messages::{self, Refusal};
+use crate::cleanup::messages::refused::Refusal;
+use crate::cleanup::messages::{self};
 use crate::cleanup::ordered_process::{OrderedProcess, Orders};
 use crate::cleanup::working_directory;
 use crate::holder::host::HostView;
@@ -161,7 +162,7 @@ async fn explain(location: &LockLocation, asked: &str) -> Ended {
                 let judgement = host.judge(info, lease.as_ref());
                 let (lease, judgement) = (lease.as_ref(), &judgement);
                 let refusal = Refusal { info, lease, judgement, is_released_after: None };
-                console::say(&messages::waits(occasion, &refusal, Timestamp::now()));
+                console::say(&messages::refused::waits(occasion, &refusal, Timestamp::now()));
                 said = Some(Said { id: info.id.clone(), waited });
             }
             _ => {}
@@ -193,7 +194,7 @@ struct Said {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Nothing,
-    Say(messages::Occasion),
+    Say(messages::refused::Occasion),
     End,
 }
 
@@ -202,10 +203,10 @@ enum Step {
 fn next_step(seen: Seen<'_>, said: Option<&Said>, waited: Duration) -> Step {
     match (seen, said) {
         (Seen::Own, _) => Step::End,
-        (Seen::Other(_), None) => Step::Say(messages::Occasion::First),
-        (Seen::Other(id), Some(said)) if said.id != id => Step::Say(messages::Occasion::Changed),
+        (Seen::Other(_), None) => Step::Say(messages::refused::Occasion::First),
+        (Seen::Other(id), Some(said)) if said.id != id => Step::Say(messages::refused::Occasion::Changed),
         (Seen::Other(_), Some(said)) if waited.saturating_sub(said.waited) >= REPEAT_INTERVAL => {
-            Step::Say(messages::Occasion::Again)
+            Step::Say(messages::refused::Occasion::Again)
         }
         (Seen::Other(_), Some(_)) | (Seen::Nothing, _) => Step::Nothing,
     }
@@ -218,7 +219,7 @@ fn look_interval(waited: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use messages::Occasion;
+    use messages::refused::Occasion;
 
     use super::*;
 

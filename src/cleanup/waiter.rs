@@ -61,12 +61,12 @@ impl Waiter<'_> {
             })
         });
         match finished {
-            Some(Ok(finished)) => finished.ok_or(messages::INTERRUPTED),
+            Some(Ok(finished)) => finished.ok_or(messages::release::INTERRUPTED),
             Some(Err(error)) => {
                 trace!("no runtime: {error}");
-                Err(messages::NO_RESOURCES)
+                Err(messages::release::NO_RESOURCES)
             }
-            None => Err(messages::CLIENT_FAILED),
+            None => Err(messages::release::CLIENT_FAILED),
         }
     }
 
@@ -76,7 +76,7 @@ impl Waiter<'_> {
         loop {
             let more = self.interrupts();
             if asked == 0 && more > 0 {
-                console::say(&messages::still_releasing());
+                console::say(&messages::run::still_releasing());
             }
             asked += more;
             if asked > 1 {

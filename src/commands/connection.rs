@@ -242,11 +242,12 @@ impl LocationArgs {
         let data = DataDirectory::named_here();
         let workspace = std::env::var("TF_WORKSPACE").ok();
         let (chdir, data, workspace) = (chdir.as_deref(), data.as_deref(), workspace.as_deref());
-        let unlock = messages::unlock_command(&binary::name_to_type(), CommandDirectories { chdir, data, workspace });
+        let unlock =
+            messages::next_step::unlock_command(&binary::name_to_type(), CommandDirectories { chdir, data, workspace });
         format!(
             "when a lock refuses terraform, terraform prints the ID of that lock\n\
              {}, replace ID with that ID and type: {unlock} ID",
-            messages::UNUSED
+            messages::next_step::UNUSED
         )
     }
 

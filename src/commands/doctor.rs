@@ -480,7 +480,7 @@ fn lock_place(
             ),
             Next::Do(&format!(
                 "once you know that nobody needs it, type: {} {}",
-                in_directories(directory, |there| there.locks(messages::RELEASE_NO_LOCK)),
+                in_directories(directory, |there| there.locks(messages::next_step::RELEASE_NO_LOCK)),
                 console::argument(&place.path())
             )),
         );

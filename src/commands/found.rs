@@ -5,7 +5,7 @@ use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
 use super::lease_view::LeaseView;
-use crate::cleanup::messages::CLOCK_SLACK_WINDOW;
+use crate::cleanup::messages::refused::CLOCK_SLACK_WINDOW;
 use crate::console::visible;
 use crate::holder::evidence::{Judgement, Verdict};
 use crate::lease::observed::ObservedLease;

@@ -287,7 +287,7 @@ fn block_on(work: impl Future<Output = Result<Finding, Trouble>>) -> Result<Find
     match panics::caught(|| runtime::block_on(work)) {
         Some(Ok(found)) => found,
         Some(Err(error)) => Err(Trouble::Said(format!("could not start the AWS client: {error}"))),
-        None => Err(Trouble::Said(messages::CLIENT_FAILED.to_owned())),
+        None => Err(Trouble::Said(messages::release::CLIENT_FAILED.to_owned())),
     }
 }
 

@@ -203,12 +203,15 @@ impl Release {
             match (released, junk.first()) {
                 // The lock is released, but the entry that is not a lock still blocks every run.
                 (Ok(Finding::Nothing), Some(first)) => {
-                    let found = messages::NoLock {
+                    let found = messages::next_step::NoLock {
                         place: &first.place.describe(),
                         what: &first.reason,
                         path: &first.place.path(),
                     };
-                    console::say(&messages::refused_by_no_lock(&found, &self.place.command(messages::RELEASE_NO_LOCK)));
+                    console::say(&messages::next_step::refused_by_no_lock(
+                        &found,
+                        &self.place.command(messages::next_step::RELEASE_NO_LOCK),
+                    ));
                     Ok(Finding::Failed)
                 }
                 (Ok(Finding::Nothing), None) if let Some(rival) = &lock.rival => {

@@ -101,7 +101,7 @@ impl TestObjects {
             1 => ("1 object in the bucket is".to_owned(), "it"),
             count => (format!("{count} objects in the bucket are"), "the first of them"),
         };
-        let remove = command(messages::RELEASE_NO_LOCK);
+        let remove = command(messages::next_step::RELEASE_NO_LOCK);
         Some(format!(
             "{what} not a lock: tf puts such an object to test the service, and removes it within seconds\n\
              if it stays there, nobody needs it; to remove {which}, type: {remove} {path}"

@@ -10,7 +10,8 @@ use super::found::{FoundLock, ListedEntry, UnreadableLock};
 use super::output::{End, Output, Widths};
 use super::stop_requests::{StopRequests, unless_stopped};
 use super::{Finding, lease_view};
-use crate::cleanup::messages::{self, LockName};
+use crate::cleanup::messages::refused::LockName;
+use crate::cleanup::messages::{self};
 use crate::console;
 use crate::console::{argument, length_of_time, visible};
 use crate::holder::next_step::{self, ReportKind};
@@ -71,7 +72,10 @@ impl Show {
                     } else {
                         "every run is refused because of it\nonce you know that nobody needs it"
                     };
-                    console::print(&format!("{why}, type: {} {path}", self.place.command(messages::RELEASE_NO_LOCK)));
+                    console::print(&format!(
+                        "{why}, type: {} {path}",
+                        self.place.command(messages::next_step::RELEASE_NO_LOCK)
+                    ));
                 }
             }
             Ok(if stale { Finding::Stale } else { Finding::Nothing })
@@ -90,7 +94,7 @@ pub(super) fn next_step(lock: &FoundLock, kind: ReportKind, place: &LocationArgs
     // In a table or a bucket, a lock is found by its path.
     let name = if place.is_outside() { LockName::of_path(&lock.path()) } else { LockName::of_id(&lock.info.id) };
     let step = next_step::next_step(lock.verdict(), kind);
-    messages::lock_step(step, &lock.info, &name, |words| place.command(words)).unwrap_or_default()
+    messages::refused::lock_step(step, &lock.info, &name, |words| place.command(words)).unwrap_or_default()
 }
 
 /// Describes a lock completely: one line for each fact, with its name first.

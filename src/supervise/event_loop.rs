@@ -308,7 +308,7 @@ impl Supervision<'_> {
         match route(signal, origin, circumstances) {
             Route::Ask(StopEvent::Keyboard) => {
                 if let Some(keys) = self.lease.as_mut().and_then(|lease| lease.note_key()) {
-                    console::say(&messages::key_while_stopped(keys));
+                    console::say(&messages::lease::key_while_stopped(keys));
                     self.asked(StopEvent::KeyboardWhileStopped);
                 } else {
                     self.asked(StopEvent::Keyboard);
@@ -385,9 +385,9 @@ impl Supervision<'_> {
                 Effect::Kill(_) => self.tree.kill(),
                 Effect::SayStopping(since) => {
                     let holds = self.recorder.read().unreleased().any(|lock| lock.progress.held.is_some());
-                    console::say(&messages::stopping(since, THIRD_KEY_WINDOW, holds));
+                    console::say(&messages::run::stopping(since, THIRD_KEY_WINDOW, holds));
                 }
-                Effect::SayForcing => console::say(&messages::forcing()),
+                Effect::SayForcing => console::say(&messages::run::forcing()),
             }
         }
     }
@@ -508,10 +508,10 @@ impl Supervision<'_> {
         match lease.follow(self.recorder.log(), candidates, self.tree) {
             Followed::Nothing => {}
             Followed::Begun => self.run_record.tell_lease(lease.orders(), self.recorder),
-            Followed::NoLease(reason) => console::say(&messages::no_lease(&reason)),
+            Followed::NoLease(reason) => console::say(&messages::lease::no_lease(&reason)),
         }
         if let Some(lock) = lease.lock_without_lease(self.recorder.log()) {
-            console::say(&messages::lock_without_lease(&lock.path));
+            console::say(&messages::lease::lock_without_lease(&lock.path));
         }
     }
 
@@ -541,14 +541,14 @@ impl Supervision<'_> {
             match effect {
                 LeaseEffect::Stopped(cause) => {
                     self.foreground.take_from_stopped();
-                    console::say(&messages::lease_stopped(cause, has_person));
+                    console::say(&messages::lease::lease_stopped(cause, has_person));
                 }
-                LeaseEffect::CannotRenew(reason) => console::say(&messages::cannot_renew(&reason)),
+                LeaseEffect::CannotRenew(reason) => console::say(&messages::lease::cannot_renew(&reason)),
                 LeaseEffect::Continue => {
                     self.foreground.give_back_to_stopped();
                     if self.lease.as_mut().is_some_and(|lease| lease.go_on(self.tree)) {
                         self.run_record.late_stop.continued();
-                        console::say(messages::lease_continued());
+                        console::say(messages::lease::lease_continued());
                     } else {
                         self.foreground.take_from_stopped();
                     }
@@ -557,11 +557,11 @@ impl Supervision<'_> {
                     self.foreground.give_back_to_stopped();
                     if self.lease.as_mut().is_some_and(|lease| lease.go_on_without_lock()) {
                         self.run_record.late_stop.continued();
-                        console::say(messages::released_while_stopped());
+                        console::say(messages::lease::released_while_stopped());
                     }
                 }
                 LeaseEffect::Interrupt(trouble) => {
-                    console::say(&messages::lease_interrupts(&trouble));
+                    console::say(&messages::lease::lease_interrupts(&trouble));
                     if !self.is_being_asked() {
                         self.asked(StopEvent::LeaseEnds);
                     }
@@ -569,8 +569,8 @@ impl Supervision<'_> {
                 LeaseEffect::HostEnds(notice) => self.host_ends(notice),
                 LeaseEffect::Kill(reason) => self.asked(StopEvent::LeaseEnded(reason)),
                 LeaseEffect::NewHelper(pid) => self.tree.exclude(pid),
-                LeaseEffect::KeepersFail(how) => console::say(&messages::keepers_fail(&how)),
-                LeaseEffect::NoLease(reason) => console::say(&messages::no_lease(&reason)),
+                LeaseEffect::KeepersFail(how) => console::say(&messages::lease::keepers_fail(&how)),
+                LeaseEffect::NoLease(reason) => console::say(&messages::lease::no_lease(&reason)),
             }
         }
         if let Some(lease) = &mut self.lease
@@ -594,7 +594,7 @@ impl Supervision<'_> {
             is_being_asked: self.is_being_asked(),
             is_stopped: self.is_stopped_for_lease(),
         });
-        console::say(&messages::host_ends(notice, step));
+        console::say(&messages::lease::host_ends(notice, step));
         if step != NoticeStep::SayOnly {
             self.asked(StopEvent::HostEnds);
         }

@@ -412,15 +412,15 @@ impl<'a> Prepared<'a> {
             let write = lease.map_or(LateWrite::No, |lease| lease.late_write(log.written, has_exited));
             let plan = reporter.plan_command(&candidates);
             if lease.is_some_and(RunLease::is_lost_in_unlock) {
-                console::say(&messages::lost_in_unlock(&plan));
+                console::say(&messages::lease::lost_in_unlock(&plan));
             } else {
-                console::say(&messages::lock_lost(lease.and_then(RunLease::loss), write, &plan));
+                console::say(&messages::lease::lock_lost(lease.and_then(RunLease::loss), write, &plan));
             }
         }
         if self.stop.killed() == Some(Why::LeaseUnknown)
             && let Some(reason) = self.lease.as_ref().and_then(RunLease::reason)
         {
-            console::say(&messages::cannot_renew(reason));
+            console::say(&messages::lease::cannot_renew(reason));
         }
         let may_still_work = permission.as_ref().is_some_and(|permission| after.may_still_work(permission));
         let unfinished = if let Some(permission) = permission {
@@ -430,7 +430,7 @@ impl<'a> Prepared<'a> {
                 let withdrawal = lease.withdraw_or_remember(&left.kept_on_purpose, self.context.journal(), waiter);
                 lease.end_at(CleanupPoint::CleanedUp(withdrawal), Some(ended), &self.tree);
                 if withdrawal == Withdrawal::Failed {
-                    console::say(messages::LEASE_STANDS);
+                    console::say(messages::lease::LEASE_STANDS);
                 }
             }
             left.unfinished
@@ -454,7 +454,7 @@ impl<'a> Prepared<'a> {
         if let Some(path) = path
             && let Err(error) = step_outputs::write(&path, self.pipes.copies(), ended)
         {
-            console::say(&messages::no_outputs(&path, &error));
+            console::say(&messages::run::no_outputs(&path, &error));
         }
     }
 }

@@ -230,7 +230,7 @@ impl Waiting {
                     Attempt::Again => true,
                 };
                 if !before {
-                    console::say(&messages::waiting_for_the_dead(pid));
+                    console::say(&messages::recovery::waiting_for_the_dead(pid));
                 }
                 match recovery_process::start(&name, before) {
                     Ok(child) => {

@@ -111,15 +111,16 @@ impl EveryRun<'_> {
             (Treatment::Announce, FoundRun::Dead(record, ..)) => {
                 self.recovered.left += usize::from(record.log.may_hold());
                 for lock in record.log.unreleased() {
-                    (self.say)(&messages::would_recover(&record, lock));
+                    (self.say)(&messages::recovery::would_recover(&record, lock));
                 }
                 for lock in record.log.unreleased_unnamed() {
-                    (self.say)(&messages::would_look_for(&record, lock.progress.asked));
+                    (self.say)(&messages::recovery::would_look_for(&record, lock.progress.asked));
                 }
             }
             (Treatment::SetAside, FoundRun::Broken(path)) => {
                 let moved = path.file_name().and_then(OsStr::to_str).and_then(|name| journal.set_aside(name));
-                let text = moved.map_or_else(|| messages::broken(&path), |path| messages::set_aside(&path));
+                let text = moved
+                    .map_or_else(|| messages::recovery::broken(&path), |path| messages::recovery::set_aside(&path));
                 console::say(&text);
                 self.recovered.left += 1;
             }
@@ -159,22 +160,22 @@ impl EveryRun<'_> {
     /// Reports why a run is not finished.
     fn report(&self, found: &FoundRun, journal: &Journal) {
         match found {
-            FoundRun::Broken(path) => console::say(&messages::broken(path)),
-            FoundRun::Unread { path, error } => console::say(&messages::unread(path, error)),
+            FoundRun::Broken(path) => console::say(&messages::recovery::broken(path)),
+            FoundRun::Unread { path, error } => console::say(&messages::recovery::unread(path, error)),
             FoundRun::Foreign(why @ (READ_ONLY | LOCK_NOT_OPENED), Some(record)) => {
-                (self.say)(&messages::cannot_be_finished(record, why));
+                (self.say)(&messages::recovery::cannot_be_finished(record, why));
             }
             FoundRun::Foreign(why, Some(record)) => {
                 let (candidates, _) = candidates_of(record);
                 let workspace_of = |lock: &RecordedLock| workspace_of_lock(record, &candidates, lock);
-                (self.say)(&messages::cannot_be_judged(record, why, workspace_of));
+                (self.say)(&messages::recovery::cannot_be_judged(record, why, workspace_of));
             }
-            FoundRun::Doubtful(record, processes) => (self.say)(&messages::may_be_alive(record, processes)),
+            FoundRun::Doubtful(record, processes) => (self.say)(&messages::recovery::may_be_alive(record, processes)),
             FoundRun::Living(record) => {
                 let is_left = ending(record, journal) == Some(NearEnd::Left);
-                console::say(&messages::still_ending(record, is_left, &journal.members(record)));
+                console::say(&messages::recovery::still_ending(record, is_left, &journal.members(record)));
             }
-            FoundRun::Recovering(record) => console::say(&messages::still_recovering(record)),
+            FoundRun::Recovering(record) => console::say(&messages::recovery::still_recovering(record)),
             FoundRun::Foreign(_, None) | FoundRun::Dead(..) | FoundRun::Gone => {}
         }
     }

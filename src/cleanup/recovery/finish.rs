@@ -131,7 +131,7 @@ fn clean_up_after(
     }
     let now = Timestamp::now();
     let (candidates, missing) = candidates_of(record);
-    let ending = messages::earlier_run(record);
+    let ending = messages::recovery::earlier_run(record);
     let program = binary::find(binary::name(Some(OsStr::new(&record.program)))).map_err(|error| error.to_string());
     let run = EndedRun {
         by: By::Recovery,
@@ -157,7 +157,8 @@ fn clean_up_after(
             reached: record.reached(),
         },
         permission: if is_never(record) { Permission::NameOnly } else { Permission::Release },
-        unknown_backends: (!missing.is_empty()).then(|| messages::missing(&missing.join(", "), &record.data_directory)),
+        unknown_backends: (!missing.is_empty())
+            .then(|| messages::release::missing(&missing.join(", "), &record.data_directory)),
         journal: Some(journal),
         pending_requests: Some(pending_requests),
         non_s3: non_s3.then(|| non_s3_cleanup(record, &candidates, program.as_ref())).flatten(),
@@ -175,8 +176,8 @@ fn clean_up_after(
     }
     let RecoveryReporter { mut messages, left, .. } = reporter;
     if let Some(path) = errored_state(Path::new(&record.working_directory()), record.started) {
-        let message = |there: CommandDirectories<'_>| messages::errored_state(&path, &record.program, there);
-        messages.push(messages::in_directories_of(record, likely_workspace(record), message));
+        let message = |there: CommandDirectories<'_>| messages::run::errored_state(&path, &record.program, there);
+        messages.push(messages::next_step::in_directories_of(record, likely_workspace(record), message));
     }
     (Finished { messages, left }, unfinished)
 }
@@ -195,7 +196,7 @@ fn non_s3_cleanup<'a>(
         Err(reason) => Err(reason.clone()),
     };
     let workspace = release.as_ref().map_or_else(|_| likely_workspace(record), |release| Some(release.workspace()));
-    let unlock = messages::unlock_command_of(record, workspace);
+    let unlock = messages::next_step::unlock_command_of(record, workspace);
     Some(NonS3Cleanup { release, is_logged: logs_its_lock(&record.command), unlock })
 }
 

@@ -133,7 +133,7 @@ impl<'a> DueWork<'a> {
             }
             FoundRun::Broken(_) => {
                 if let Some(path) = journal.set_aside(name) {
-                    console::say(&messages::set_aside(&path));
+                    console::say(&messages::recovery::set_aside(&path));
                 }
             }
             FoundRun::Unread { path, error } => {
@@ -174,7 +174,7 @@ fn oldest(mut far: Vec<(Option<Timestamp>, Entry<'_>)>) -> Vec<Dead> {
 pub(crate) fn before_run(states: &[StateDirectory], here: &CandidateBackends, signals: &mut Signals) -> Before {
     let DueWork { near, far, unread, late, others_late } = DueWork::find(states, here, signals);
     if let Some((path, error)) = unread {
-        console::say(&messages::unread(&path, &error));
+        console::say(&messages::recovery::unread(&path, &error));
     }
     let far = oldest(far);
     if !far.is_empty() {

@@ -41,22 +41,23 @@ impl Reporter for RecoveryReporter<'_> {
         let (record, lock) = (self.record, &result.lock);
         match &result.outcome {
             Some(Outcome::Released(released)) => {
-                self.messages.push(messages::recovered(record, lock, released.claim.as_ref(), self.now));
+                self.messages.push(messages::recovery::recovered(record, lock, released.claim.as_ref(), self.now));
                 if released.is_partial && is_remembered {
-                    self.messages.push(messages::other_part_may_land(lock, true, ""));
+                    self.messages.push(messages::late::other_part_may_land(lock, true, ""));
                 }
                 if let Some(mismatch) = &released.digest_mismatch {
                     let workspace = run.candidates.workspace_of_lock(lock);
-                    let message = |there: CommandDirectories<'_>| messages::digest_mismatch(mismatch, workspace, there);
-                    self.messages.push(messages::in_directories_of(record, None, message));
+                    let message =
+                        |there: CommandDirectories<'_>| messages::release::digest_mismatch(mismatch, workspace, there);
+                    self.messages.push(messages::next_step::in_directories_of(record, None, message));
                 }
             }
             Some(Outcome::Kept { reason, because }) => {
                 self.messages.push(if *because == Because::OtherAccount {
-                    messages::not_seen(run.ending, lock, run.release_context.reached.needs())
+                    messages::release::not_seen(run.ending, lock, run.release_context.reached.needs())
                 } else {
                     let workspace = workspace_of_lock(record, run.candidates, lock);
-                    messages::not_recovered(record, lock, workspace, (reason, *because))
+                    messages::recovery::not_recovered(record, lock, workspace, (reason, *because))
                 });
                 self.left = self.left.max(left_because(*because));
             }
@@ -69,7 +70,7 @@ impl Reporter for RecoveryReporter<'_> {
 
     fn replaced(&mut self, run: &EndedRun<'_>, replaced: &Replaced) {
         let workspace = workspace_of_lock(self.record, run.candidates, &replaced.own);
-        self.messages.push(messages::replaced_earlier(self.record, &replaced.own, &replaced.by, workspace));
+        self.messages.push(messages::recovery::replaced_earlier(self.record, &replaced.own, &replaced.by, workspace));
     }
 
     /// Reports nothing, because the terraform of the dead run has reported the refusal itself.
@@ -78,11 +79,11 @@ impl Reporter for RecoveryReporter<'_> {
     fn unidentified(&mut self, run: &EndedRun<'_>, locks: &CandidateLocks) {
         for (info, reason) in &locks.suspects {
             let workspace = run.candidates.workspace_of_path(&info.path).or_else(|| likely_workspace(self.record));
-            self.messages.push(messages::may_be_its(self.record, info, workspace, reason));
+            self.messages.push(messages::recovery::may_be_its(self.record, info, workspace, reason));
             self.left = self.left.max(Left::Lock);
         }
         for (_, reason) in &locks.unread {
-            self.messages.push(messages::not_looked_for_again(self.record, reason));
+            self.messages.push(messages::recovery::not_looked_for_again(self.record, reason));
         }
     }
 
@@ -94,14 +95,16 @@ impl Reporter for RecoveryReporter<'_> {
         let (message, is_unread) =
             match waiter.block_on(unnamed_lock::suspect(&location, &run.release_context.run, true)) {
                 Ok(Ok(Some(info))) => {
-                    let message = |there: CommandDirectories<'_>| messages::unlogged(run.ending, Some(&info), there);
-                    let message = messages::in_directories_of(self.record, likely_workspace(self.record), message);
+                    let message =
+                        |there: CommandDirectories<'_>| messages::release::unlogged(run.ending, Some(&info), there);
+                    let message =
+                        messages::next_step::in_directories_of(self.record, likely_workspace(self.record), message);
                     self.suspect = Some(info.id);
                     (message, false)
                 }
                 Ok(Err(failure)) => {
-                    let list = messages::locks_command_of(self.record, "", likely_workspace(self.record));
-                    (messages::suspect_not_looked_for(run.ending, &failure.to_string(), &list), true)
+                    let list = messages::next_step::locks_command_of(self.record, "", likely_workspace(self.record));
+                    (messages::release::suspect_not_looked_for(run.ending, &failure.to_string(), &list), true)
                 }
                 Ok(Ok(None)) | Err(_) => return false,
             };
@@ -118,7 +121,7 @@ impl Reporter for RecoveryReporter<'_> {
     }
 
     fn unlock_command(&self, _: &CandidateBackends, workspace: &str) -> String {
-        messages::unlock_command_of(self.record, Some(workspace))
+        messages::next_step::unlock_command_of(self.record, Some(workspace))
     }
 
     fn has_journal(&self) -> bool {

@@ -41,7 +41,7 @@ pub(super) fn check_pending_requests(
             };
             let come = late.iter().filter(has_arrived);
             Finished {
-                messages: come.map(|(_, pending)| messages::came_late(&pending.lock)).collect(),
+                messages: come.map(|(_, pending)| messages::late::came_late(&pending.lock)).collect(),
                 left: Left::Nothing,
             }
         };
@@ -98,11 +98,11 @@ fn report_of_check(
 ) -> Finished {
     match visited {
         Some(Outcome::Released(_)) => {
-            Finished { messages: vec![messages::came_late(&pending.lock)], left: Left::Nothing }
+            Finished { messages: vec![messages::late::came_late(&pending.lock)], left: Left::Nothing }
         }
         Some(Outcome::Kept { .. }) if pending.abandoned => Finished::default(),
         Some(Outcome::Kept { reason, because }) => Finished {
-            messages: vec![messages::not_recovered(record, &pending.lock, workspace, (&reason, because))],
+            messages: vec![messages::recovery::not_recovered(record, &pending.lock, workspace, (&reason, because))],
             left: Left::Lock,
         },
         Some(Outcome::Absent { .. }) | None => Finished::default(),

@@ -16,7 +16,7 @@ use crate::aws::credentials::Purpose;
 use crate::aws::failure::{Cause, Failure};
 use crate::aws::identity::AccountIdentity;
 use crate::aws::settings::Unreachable;
-use crate::cleanup::messages::ANOTHER_ACCOUNT;
+use crate::cleanup::messages::release::ANOTHER_ACCOUNT;
 use crate::lease::fence::{Look, Loss, Withdrawal};
 use crate::lease::keeper::{
     self, Answer, BeforeRenewal, History, KeeperStep, NextRenewal, Response, Setback, after_answer, next_renewal,
