@@ -19,7 +19,7 @@ use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
 use crate::support::processes::{kill_all, named, wait_until_ours_are_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{UNSET, WAITS, id_of};
+use crate::support::test_env::{APPLY, UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// Account IDs, which are also access keys in MiniStack.
@@ -367,7 +367,7 @@ fn where_aws_itself_says_that_it_is_gone_no_account_must_be_known() {
         env.init();
         if has_state {
             env.unblock();
-            let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+            let end = env.run(Subject::Bare, &APPLY);
             assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
             for name in ["go", "began"] {
                 fs::remove_file(env.directory.join(name)).unwrap();

@@ -15,7 +15,7 @@ use crate::support::http::Message;
 use crate::support::process::{Run, tree};
 use crate::support::processes::kill_all;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, lock_json, who};
+use crate::support::test_env::{APPLY, WAITS, lock_json, who};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// Returns a response that a proxy or a captive portal sends in place of a service.
@@ -144,7 +144,7 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
             }
             let mut env = TestEnv::new(lock, "true");
             let write = HeldWrite::new(&mut env, answer);
-            let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+            let run = env.start(Subject::Tf, &APPLY);
             write.proxy.wait_until_held();
             write.is_terraform_dead.store(true, Ordering::SeqCst);
             run.kill_terraform();
@@ -165,7 +165,7 @@ fn one_bad_answer_does_not_end_the_wait_for_a_write() {
 fn one_absence_does_not_end_the_wait_of_a_recovery() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let write = HeldWrite::new(&mut env, Message::answer("200 OK", "{}"));
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     write.proxy.wait_until_held();
     wait_for_record(&env, "\"uploading\":true");
     kill_all(&env);
@@ -310,7 +310,7 @@ fn an_undo_of_half_a_lock_in_flight_never_hits_the_next_holder() {
         let undo = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
         if undo { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     assert_eq!(env.locks().len(), 2);
     run.kill_terraform();
@@ -333,7 +333,7 @@ fn the_other_half_of_a_lock_that_lands_late_is_gone_in_the_end() {
         let direct = env.environment();
         let proxy =
             through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let run = env.start(Subject::Tf, &APPLY);
         proxy.wait_until_held();
         assert_eq!(env.locks().len(), 1);
         if recovered {

@@ -3,9 +3,8 @@
 use serde_json::Value;
 
 use super::locks_release::locks;
+use crate::support::test_env::APPLY;
 use crate::support::{Lock, Subject, TestEnv};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// A provisioner's command that kills its terraform.
 const DIES: &str = "kill -9 $PPID; sleep 60";

@@ -6,7 +6,7 @@ use super::terminal::shell;
 use crate::support::lease::record;
 use crate::support::process::{Run, state, tree};
 use crate::support::processes::named;
-use crate::support::test_env::{WAITS, id_of};
+use crate::support::test_env::{APPLY, WAITS, id_of};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Returns a directory with the lock of a host that is gone. A run watches it for more than a minute before it releases
@@ -50,7 +50,7 @@ fn in_ci_terraform_is_not_started_after_the_death_of_our_parent() {
 #[test]
 fn a_stopped_taker_does_not_keep_tf_from_ending() {
     let env = with_a_lapsed_lease();
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     run.wait_for_err(WATCHES);
     kill(named(&env, "tf-takeover"), Signal::SIGSTOP).unwrap();
     run.send(Signal::SIGTERM);

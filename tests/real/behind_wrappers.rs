@@ -13,10 +13,8 @@ use crate::support::cloud::tool;
 use crate::support::process::{copy_program, terraform_below};
 use crate::support::processes::{KillOnDrop, home, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::proxy::ProxyAction;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 #[test]
 fn a_terraform_in_a_group_of_its_own_is_interrupted_once_by_tf_and_by_the_guardian() {

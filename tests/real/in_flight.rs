@@ -20,10 +20,9 @@ use crate::support::process::Run;
 use crate::support::processes::{KillOnDrop, home, kill_all};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::relay::Relay;
-use crate::support::test_env::lock_json;
+use crate::support::test_env::{APPLY, lock_json};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const OTHER: &str = "22222222-3333-4444-5555-666666666666";
 
 /// The quiet window of `tf`: `QUIET_WINDOW` in src/lock/release_step.rs.

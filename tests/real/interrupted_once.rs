@@ -12,7 +12,7 @@ use crate::support::process::{Run, SystemCall, state, waits_in};
 use crate::support::processes::{KillOnDrop, guardian_of, home, wait_until_ours_are_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::IS_LINUX;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 /// Records each signal, and writes more and more locks to terraform's log when the test creates `lock`.
@@ -267,7 +267,7 @@ pub fn slow_to_plan() -> (TestEnv, Proxy) {
 #[test]
 fn bare_terraform_leaves_its_lock_at_the_second_interrupt_while_planning() {
     let (env, proxy) = slow_to_plan();
-    let run = env.start(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Bare, &APPLY);
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
@@ -280,7 +280,7 @@ fn bare_terraform_leaves_its_lock_at_the_second_interrupt_while_planning() {
 #[test]
 fn a_second_interrupt_while_planning_leaves_no_lock() {
     let (env, proxy) = slow_to_plan();
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     run.send(Signal::SIGINT);
     run.wait_for_out("Interrupt received");
@@ -326,11 +326,7 @@ const TALKS: &str = "touch began; while test -e began && ! test -e go; do echo t
 fn apply_whose_reader_leaves(subject: Subject) -> (TestEnv, Ended) {
     let env = TestEnv::new(Lock::Both, TALKS);
     let mut command = env.command(subject.name());
-    command
-        .args(["apply", "-auto-approve", "-no-color"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(APPLY).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut reader = child.stdout.take().unwrap();
     let mut text = String::new();

@@ -13,7 +13,7 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 
 use crate::support::process::{copy_program, tree};
 use crate::support::system::IS_LINUX;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Ended, Lock, Run, Subject, TestEnv, wait_for};
 
 #[track_caller]
@@ -343,7 +343,7 @@ fn two_wrappers_in_a_row_are_one() {
     let path =
         std::env::join_paths([first.as_path(), env.bin().as_path(), Path::new("/usr/bin"), Path::new("/bin")]).unwrap();
     let mut command = env.command(env.bin().join("tf"));
-    command.args(["apply", "-auto-approve", "-no-color"]).env("PATH", path);
+    command.args(APPLY).env("PATH", path);
     let run = Run::start(command);
     env.wait_for_began(&run);
     // Until then, a keeper may have the name of `tf`.
@@ -456,7 +456,7 @@ fn the_users_logging_keeps_its_whole_effect() {
 #[test]
 fn a_run_that_ends_well_touches_no_network_of_ours_and_leaves_no_file() {
     let env = TestEnv::new(Lock::Both, "true");
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(0));
     assert!(end.err.is_empty(), "{}", end.err);
     assert!(!env.trace().contains("a lock may be held"), "{}", env.trace());
@@ -552,7 +552,7 @@ fn a_caller_that_reads_only_at_the_end_gets_everything_and_does_not_wait_for_eve
     for program in ["terraform", "tf"] {
         let env = TestEnv::new(Lock::Both, "for i in $(seq 60); do echo line $i; sleep 0.01; done");
         let mut command = env.command(if program == "tf" { env.bin().join("tf") } else { program.into() });
-        command.args(["apply", "-auto-approve", "-no-color"]);
+        command.args(APPLY);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
         let end = wait_for("the end", || child.try_wait().unwrap(), || format!("{:?}\n{}", tree(pid), env.trace()));

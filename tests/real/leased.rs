@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::given_back::{holds_state, is_dynamodb, through, through_changing, writes_state};
 use super::in_flight::with_large_state;
 use super::slow_credentials;
-use super::terminal::{APPLY, line_of, shell};
+use super::terminal::{APPLY_LINE, line_of, shell};
 use super::two_hosts::{random, trials};
 use crate::support::cgroup::Cgroup;
 use crate::support::cloud::cloud;
@@ -30,7 +30,7 @@ use crate::support::processes::{
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::relay::Relay;
 use crate::support::terminal::Terminal;
-use crate::support::test_env::{WAITS, terraform};
+use crate::support::test_env::{APPLY, WAITS, terraform};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Returns a directory in which runs have a lease of `length`.
@@ -394,7 +394,7 @@ fn a_suspended_run_that_goes_on_without_a_lease_writes_no_record() {
             ProxyAction::Pass
         });
         let mut terminal = shell(&env);
-        terminal.type_in(&line_of("tf", APPLY));
+        terminal.type_in(&line_of("tf", APPLY_LINE));
         terminal.wait_for("goes on without a lease");
         env.wait_for_file("began");
         is_denied.store(false, Ordering::SeqCst);
@@ -610,7 +610,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
         command.args(["-c", WITHOUT_PIDFD, "tf"]).args(arguments);
         Run::start(command)
     };
-    let run = start(&["apply", "-auto-approve", "-no-color"]);
+    let run = start(&APPLY);
     run.wait_for_err("tf: this run goes on without a lease: tf cannot see when terraform ends (pidfd_open): ");
     env.wait_for_began(&run);
     assert_eq!(record(&env), None);
@@ -828,7 +828,7 @@ fn a_tf_that_is_killed_while_terraform_is_stopped_takes_terraform_with_it() {
             let (mut env, go) = about_to_write(lock);
             let (_proxy, is_away) = network(&mut env);
             let mut command = env.command(program);
-            command.args((program == "nohup").then_some("tf")).args(["apply", "-auto-approve", "-no-color"]);
+            command.args((program == "nohup").then_some("tf")).args(APPLY);
             let run = Run::start(command);
             wait_for_renewal_after(&env, &Value::Null);
             env.wait_for_file("began");
@@ -1347,7 +1347,7 @@ pub fn suspended_at_a_terminal(env: &TestEnv) -> (Terminal, Pid) {
 
 /// Types an apply, and suspends it with ^Z when its lease was renewed. Returns terraform.
 pub fn suspended_at(terminal: &mut Terminal, env: &TestEnv) -> Pid {
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     wait_for_renewal_after(env, &Value::Null);
     let terraform = terraform_below(terminal.pid());
@@ -1370,7 +1370,7 @@ fn suspended_past_its_deadline(env: &TestEnv, is_away: &AtomicBool) -> (Terminal
 /// Starts an apply at a terminal, and takes the network away until the kernel has stopped terraform.
 fn stopped_at_a_terminal(env: &TestEnv, is_away: &AtomicBool) -> (Terminal, Pid) {
     let mut terminal = shell(env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     wait_for_renewal_after(env, &Value::Null);
     let terraform = terraform_below(terminal.pid());
@@ -1427,7 +1427,7 @@ fn a_ci_job_with_a_terminal_is_not_told_to_press_keys() {
     env.set("CI", "true");
     let (_proxy, is_away) = network(&mut env);
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     wait_for_renewal_after(&env, &Value::Null);
     is_away.store(true, Ordering::SeqCst);
@@ -1448,7 +1448,7 @@ fn a_prompt_without_echo_goes_on_after_a_stop_for_the_lease_and_the_terminal_ech
     env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
     let (_proxy, is_away) = network(&mut env);
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     wait_for_renewal_after(&env, &Value::Null);
     terminal.wait_for("secret? ");
     wait_for("no echo", || (!terminal.echoes()).then_some(()), || terminal.screen());
@@ -1691,7 +1691,7 @@ fn a_run_that_is_suspended_past_its_deadline_writes_nothing_before_a_look_whiche
 fn a_process_that_a_provisioner_left_runs_on_after_the_end() {
     let mut env = TestEnv::new(Lock::Both, "sleep 1000 >/dev/null 2>&1 & echo $! > left");
     env.set("TFW_LEASE", "3s").set("TFW_CLOCK", "steady");
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let left = Pid::from_raw(env.read("left").trim().parse().unwrap());
     let others = || marked(&home(&env)).into_iter().filter(|pid| *pid != left).collect::<Vec<_>>();

@@ -12,7 +12,7 @@ use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::processes::{kill_all, kill_without_guardian};
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, lock_json};
+use crate::support::test_env::{APPLY, WAITS, lock_json};
 use crate::support::{Lock, Subject, TestEnv};
 
 fn target(request: &Message) -> &str {
@@ -39,7 +39,7 @@ fn record(env: &mut TestEnv, rule: impl Fn(&Message) -> ProxyAction + Send + Syn
 fn a_run_that_ends_well_sends_no_request_of_ours(lock: Lock) {
     let mut env = TestEnv::new(lock, "true");
     let (_proxy, asked) = record(&mut env, |_| ProxyAction::Pass);
-    for words in [&["apply", "-auto-approve", "-no-color"][..], &["plan", "-no-color"], &["state", "list"]] {
+    for words in [&APPLY[..], &["plan", "-no-color"], &["state", "list"]] {
         let end = env.run(Subject::Tf, words);
         assert_eq!(end.code(), Some(0), "{lock:?} {words:?}: {}", env.dump(&end));
         assert!(asked.lock().unwrap().is_empty(), "{lock:?} {words:?}: {:?}", asked.lock().unwrap());
@@ -239,7 +239,7 @@ fn without_permission_to_read_the_state_the_lock_of_a_run_that_died_writing_stay
         }
     });
     env.set("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", proxy.port));
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     run.kill_terraform();
     let end = run.wait();

@@ -5,7 +5,7 @@ use super::given_back::through;
 use super::survived::killed_whole;
 use crate::support::http::Message;
 use crate::support::proxy::ProxyAction;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Lock, Subject, TestEnv};
 
 pub fn writes_digest(request: &Message) -> bool {
@@ -18,7 +18,7 @@ pub fn writes_digest(request: &Message) -> bool {
 fn a_digest_that_no_longer_fits_is_named_with_the_command_that_mends_it() {
     for lock in [Lock::DynamoDb, Lock::Both] {
         let mut env = TestEnv::new(lock, "true");
-        let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+        let end = env.run(Subject::Bare, &APPLY);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
         let proxy =
             through(&mut env, |request| if writes_digest(request) { ProxyAction::Hold } else { ProxyAction::Pass });

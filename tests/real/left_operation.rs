@@ -9,10 +9,8 @@ use super::interrupted_once::slow_to_plan;
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
 use crate::support::proxy::ProxyAction;
-use crate::support::test_env::terraform;
+use crate::support::test_env::{APPLY, terraform};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 fn writes_state(request: &Message) -> bool {
     request.start.starts_with("PUT ") && request.start.contains("prod.tfstate") && !request.start.contains(".tflock")

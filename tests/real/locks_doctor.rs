@@ -10,7 +10,7 @@ use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::id_of;
+use crate::support::test_env::{APPLY, id_of};
 use crate::support::{Lock, Subject, TestEnv};
 
 const WRONG: &str = "00000000000000000000000000000000";
@@ -18,7 +18,7 @@ const WRONG: &str = "00000000000000000000000000000000";
 /// Returns a directory with a state whose recorded digest is wrong.
 pub fn unfit(lock: Lock) -> TestEnv {
     let env = TestEnv::new(lock, "true");
-    let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Bare, &APPLY);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     set_digest(&env, WRONG);
     env
@@ -37,7 +37,7 @@ fn digest(env: &TestEnv) -> String {
 
 fn a_directory_in_which_all_is_well_is_told_so(lock: Lock) {
     let env = TestEnv::new(lock, "true");
-    assert_eq!(env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]).code(), Some(0));
+    assert_eq!(env.run(Subject::Bare, &APPLY).code(), Some(0));
     let end = locks(&env, &["doctor"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let lock_object = if lock == Lock::DynamoDb { "dynamodb:GetItem:" } else { "s3:GetObject:" };
@@ -296,7 +296,7 @@ fn a_fix_that_is_killed_keeps_terraform_out_and_is_recovered() {
         command.args(["locks", "doctor", "--fix-digest", "--yes"]);
         let fix = Run::start(command);
         proxy.wait_until_held();
-        let refused = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+        let refused = env.run(Subject::Bare, &APPLY);
         assert!(refused.err.contains("Error acquiring the state lock"), "{}", env.dump(&refused));
         let listed = locks(&env, &["list"]);
         assert!(listed.out.contains("alive"), "{}", env.dump(&listed));

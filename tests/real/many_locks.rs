@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::survived::{assert_nothing_left, records};
 use crate::support::process::{log_path, terraform_below};
 use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait_until_unlocked};
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// Writes 3,000 locks that were acquired and released to terraform's log, as a migration of so many workspaces does.
@@ -58,7 +58,7 @@ fn a_run_whose_log_named_thousands_of_locks_ends_its_guardian() {
     let python = crate::support::cloud::tool("python3");
     let env = TestEnv::new(Lock::DynamoDb, &format!("{} migrates.py", python.display()));
     env.write("migrates.py", MIGRATES);
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!((end.code(), end.err.as_str()), (Some(0), ""), "{}", env.dump(&end));
     assert!(!env.trace().contains("the guardian does not end"), "{}", env.trace());
 }

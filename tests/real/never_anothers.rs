@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, id_of, lock_json, who};
+use crate::support::test_env::{APPLY, WAITS, id_of, lock_json, who};
 use crate::support::{Lock, Subject, TestEnv};
 
 const OTHER: &str = "22222222-3333-4444-5555-666666666666";
@@ -32,7 +32,7 @@ for_each_lock!(the_lock_that_we_waited_for_stands_when_we_are_killed);
 fn a_refused_run_touches_nothing(lock: Lock) {
     let env = TestEnv::new(lock, "true");
     let theirs = env.lock_of_another();
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(1));
     // locks_release.rs checks what is reported about the holder.
     assert!(!end.err.contains("released"), "{}", env.dump(&end));
@@ -247,7 +247,7 @@ fn a_nested_terraform_that_goes_on_keeps_its_lock() {
         .read("main.tf")
         .replace("-auto-approve", "-auto-approve >/dev/null 2>&1 & while ! test -e began; do sleep 0.02; done; true");
     env.write("main.tf", &text);
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert_eq!(env.locks_at("inner.tfstate").len(), 2, "{}", env.dump(&end));
     env.unblock();

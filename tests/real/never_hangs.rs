@@ -11,10 +11,8 @@ use nix::unistd::mkfifo;
 
 use crate::interrupted_once::slow_to_stop;
 use crate::support::processes::{KillOnDrop, home, wait_until_ours_are_gone, wait_until_unlocked};
-use crate::support::test_env::{UNSET, WAITS};
+use crate::support::test_env::{APPLY, UNSET, WAITS};
 use crate::support::{Lock, Subject, TestEnv};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// A number of seconds can be any number of 64 bits.
 const FOR_EVER: [&str; 3] = ["9223372036854775807", "18446744073709551615", "18446744073709551615ms"];

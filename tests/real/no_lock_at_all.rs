@@ -12,10 +12,8 @@ use crate::support::cloud::cloud;
 use crate::support::process::Ended;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
-use crate::support::test_env::{WAITS, lock_json};
+use crate::support::test_env::{APPLY, WAITS, lock_json};
 use crate::support::{Lock, Subject, TestEnv};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// Runs in a shell the last command that a message says to type.
 #[track_caller]

@@ -9,10 +9,8 @@ use nix::unistd::{Uid, chown};
 
 use crate::support::process::{log_path, terraform_below};
 use crate::support::system::{IS_LINUX, is_root_on_linux};
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Lock, Subject, TestEnv};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// Returns a directory in memory, for one test.
 fn in_memory() -> tempfile::TempDir {

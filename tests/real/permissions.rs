@@ -13,7 +13,7 @@ use super::locks_release::locks;
 use crate::support::clean::clean;
 use crate::support::cloud::{Cloud, tool};
 use crate::support::process::Run;
-use crate::support::test_env::{WAITS, lock_json};
+use crate::support::test_env::{APPLY, WAITS, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const KEY: &str = "dir/prod.tfstate";
@@ -254,7 +254,7 @@ impl Place {
     fn terraform(&self) -> Result<(), Ended> {
         self.forget();
         for words in [
-            &["apply", "-auto-approve", "-no-color"][..],
+            &APPLY[..],
             &["workspace", "new", "green"],
             &["workspace", "select", "default"],
             &["workspace", "delete", "green"],

@@ -13,9 +13,8 @@ use crate::support::cloud::tool;
 use crate::support::process::{Run, copy_program, state, terraform_below, tree};
 use crate::support::processes::{KillOnDrop, guardian_of, home, is_gone, ours, wait_until_gone, wait_until_unlocked};
 use crate::support::system::{self, IS_LINUX, is_root_on_linux};
+use crate::support::test_env::APPLY;
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// A user that is not root and has no name.
 const USER: u32 = 54_321;

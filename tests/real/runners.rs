@@ -24,10 +24,8 @@ use crate::support::processes::{
 use crate::support::proxy::Proxy;
 use crate::support::system::{self, IS_LINUX, is_root_on_linux};
 use crate::support::terminal::Terminal;
-use crate::support::test_env::WAITS;
+use crate::support::test_env::{APPLY, WAITS};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 fn apply(subject: Subject) -> String {
     format!("{} {}", subject.name(), APPLY.join(" "))
@@ -926,7 +924,7 @@ fn in_the_place_of_setup_terraforms_wrapper_its_outputs_are_kept() {
     for (arguments, code, step) in [
         (&["plan", "-detailed-exitcode", "-no-color"][..], "2", 0),
         (&["version"], "0", 0),
-        (&["apply", "-auto-approve", "-no-color"], "0", 0),
+        (&APPLY, "0", 0),
         (&["plan", "-detailed-exitcode", "-no-color"], "0", 0),
         (&["state", "show", "nothing.here"], "1", 1),
     ] {
@@ -949,7 +947,7 @@ fn in_the_place_of_setup_terraforms_wrapper_a_cancelled_job_leaves_no_lock() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     set_up_as_the_action_does(&mut env);
     let mut command = env.command(env.bin().join("terraform"));
-    command.args(["apply", "-auto-approve", "-no-color"]);
+    command.args(APPLY);
     let run = Run::start(command);
     env.wait_for_began(&run);
     env.assert_locked();

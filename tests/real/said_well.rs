@@ -8,7 +8,7 @@ use super::survived::{edit, killed_whole};
 use crate::support::cloud::cloud;
 use crate::support::process::terraform_below;
 use crate::support::terminal::Terminal;
-use crate::support::test_env::{WAITS, id_of};
+use crate::support::test_env::{APPLY, WAITS, id_of};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
 #[test]
@@ -129,7 +129,7 @@ fn colour_is_for_a_terminal_that_wants_it() {
             env.set("NO_COLOR", value);
         }
         let mut command = env.command(env.bin().join("tf"));
-        command.args(["apply", "-auto-approve", "-no-color"]);
+        command.args(APPLY);
         let mut terminal = Terminal::start(command);
         env.wait_for_file("began");
         kill(terraform_below(terminal.pid()), Signal::SIGKILL).unwrap();
@@ -158,7 +158,7 @@ fn a_dead_stderr_never_stops_a_release() {
     // A terminal that was closed: every write to it fails with EIO.
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut command = env.command(env.bin().join("tf"));
-    command.args(["apply", "-auto-approve", "-no-color"]);
+    command.args(APPLY);
     let mut terminal = Terminal::start(command);
     env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
@@ -175,7 +175,7 @@ fn what_a_full_stderr_did_not_take_is_said_once_its_reader_goes_on() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("TFW_RELEASE", "never");
     let mut command = env.command(env.bin().join("tf"));
-    command.args(["apply", "-auto-approve", "-no-color"]);
+    command.args(APPLY);
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut filler = writer.try_clone().unwrap();
     command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(writer);

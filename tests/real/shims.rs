@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use crate::interrupted_once::slow_to_stop;
 use crate::support::cloud::tool;
 use crate::support::process::{copy_program, tree};
-use crate::support::test_env::{WAITS, terraform};
+use crate::support::test_env::{APPLY, WAITS, terraform};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
 /// Replaces terraform by a program that starts it and waits for it. It ignores an interrupt as tenv does (pkg/cmdproxy,
@@ -65,7 +65,7 @@ fn bare_a_shim_that_is_told_to_stop_leaves_terraform_alone_with_its_lock() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     stays_above(&mut env);
     let mut command = env.command(env.directory.join("tenv"));
-    command.args(["apply", "-auto-approve", "-no-color"]);
+    command.args(APPLY);
     let run = Run::start(command);
     env.wait_for_began(&run);
     let terraform = real_terraform_below(&run);

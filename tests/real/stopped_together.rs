@@ -16,9 +16,8 @@ use crate::support::process::{Run, terraform_below};
 use crate::support::processes::{KillOnDrop, home, tf_of, wait_until_all_is_gone, wait_until_unlocked};
 use crate::support::system::is_root_on_linux;
 use crate::support::terminal::Terminal;
+use crate::support::test_env::APPLY;
 use crate::support::{Lock, Subject, TestEnv, wait_for};
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// This is not a bash script, because bash continues after an INT if its child happens to exit by itself at that
 /// moment.

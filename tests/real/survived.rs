@@ -25,10 +25,9 @@ use crate::support::processes::{
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::is_root_on_linux;
 use crate::support::terminal::Terminal;
-use crate::support::test_env::{WAITS, id_of, lock_json};
+use crate::support::test_env::{APPLY, WAITS, id_of, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
 /// Returns the path of the journal of a [`TestEnv`].
@@ -982,7 +981,7 @@ fn a_lock_that_a_living_run_claims_is_not_taken_for_a_dead_ones() {
     env.delete_lock();
     forget_recorder(&env);
     let [dead] = records(&env).try_into().unwrap();
-    let living = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let living = env.start(Subject::Tf, &APPLY);
     env.wait_for_began(&living);
     let theirs = env.locks();
     let path = wait_for(

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use crate::support::process::{SystemCall, state, terraform_below, tree, waits_in};
 use crate::support::system::IS_LINUX;
 use crate::support::terminal::Terminal;
-use crate::support::test_env::{WAITS, which};
+use crate::support::test_env::{APPLY, WAITS, which};
 use crate::support::{Lock, Subject, TestEnv, wait_for};
 
 /// What the line editor of `terraform console` writes when it has the terminal: it clears what is below its prompt.
@@ -25,7 +25,7 @@ fn wait_for_result(terminal: &Terminal, result: &str) {
     );
 }
 
-pub const APPLY: &str = "apply -auto-approve -no-color";
+pub const APPLY_LINE: &str = "apply -auto-approve -no-color";
 
 /// The arguments of an interactive bash.
 pub const INTERACTIVE: [&str; 3] = ["--norc", "--noprofile", "-i"];
@@ -73,7 +73,7 @@ fn asks_for_a_passphrase() -> Option<(TestEnv, Terminal)> {
     env.write_main("", "touch began; ssh-keygen -y -f key > public");
     env.init();
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     terminal.wait_for("Enter passphrase");
     Some((env, terminal))
 }
@@ -94,7 +94,7 @@ fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform
     for subject in [Subject::Bare, Subject::Tf] {
         let env = TestEnv::new(Lock::Both, "(touch began; sleep 30; touch survived); true");
         let mut terminal = shell(&env);
-        terminal.type_in(&line_of(subject.name(), APPLY));
+        terminal.type_in(&line_of(subject.name(), APPLY_LINE));
         wait_for("the provisioner", || env.exists("began").then_some(()), || terminal.screen());
         let sleeping = wait_for(
             "sleep",
@@ -116,7 +116,7 @@ fn one_key_is_one_interrupt_and_the_grandchildren_get_it_as_under_bare_terraform
 fn two_keys_20_ms_apart_are_one_interrupt() {
     let (env, proxy) = crate::interrupted_once::slow_to_stop();
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     terminal.type_in("\x03");
     std::thread::sleep(std::time::Duration::from_millis(20));
@@ -132,7 +132,7 @@ fn two_keys_20_ms_apart_are_one_interrupt() {
 fn bare_terraform_takes_two_keys_for_two_interrupts() {
     let (env, proxy) = crate::interrupted_once::slow_to_stop();
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("terraform", APPLY));
+    terminal.type_in(&line_of("terraform", APPLY_LINE));
     env.wait_for_file("began");
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
@@ -146,7 +146,7 @@ fn bare_terraform_takes_two_keys_for_two_interrupts() {
 fn the_third_key_in_time_gives_terraform_its_second_interrupt() {
     let (env, proxy) = crate::interrupted_once::slow_to_stop();
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     terminal.type_in("\x03");
     terminal.wait_for("Interrupt received.");
@@ -198,7 +198,7 @@ fn the_third_key_kills_a_command_that_ignores_interrupts_and_its_lock_goes() {
 fn a_key_that_kills_tee_as_well_lets_terraform_end_gracefully() {
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut terminal = shell(&env);
-    terminal.type_in(&format!("tf {APPLY} | tee log\n"));
+    terminal.type_in(&format!("tf {APPLY_LINE} | tee log\n"));
     env.wait_for_file("began");
     terminal.type_in("\x03");
     env.wait_for_trace("terraform ended: Exited(1)");
@@ -282,7 +282,7 @@ fn a_window_closed_while_applying_stops_terraform_once_and_leaves_no_lock() {
 #[test]
 fn bare_terraform_leaves_its_lock_when_its_window_is_closed() {
     let env = TestEnv::new(Lock::Both, WAITS);
-    let mut terminal = alone(&env, Subject::Bare, APPLY);
+    let mut terminal = alone(&env, Subject::Bare, APPLY_LINE);
     env.wait_for_file("began");
     terminal.close();
     terminal.wait();
@@ -314,7 +314,7 @@ fn a_window_closed_at_the_approval_prompt_leaves_no_lock() {
 fn suspended_and_continued_terraform_is_really_stopped_in_between_and_keeps_its_lock() {
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x1a");
@@ -364,7 +364,7 @@ fn suspended_twice_and_then_in_the_background_it_goes_on() {
 fn a_session_leader_that_is_suspended_goes_on() {
     // No shell could continue it. The kernel discards the stop of bare terraform in this case, so tf must do the same.
     let env = TestEnv::new(Lock::Both, WAITS);
-    let mut terminal = alone(&env, Subject::Tf, APPLY);
+    let mut terminal = alone(&env, Subject::Tf, APPLY_LINE);
     env.wait_for_file("began");
     terminal.type_in("\x1a");
     env.wait_for_trace("stopped: false");
@@ -377,7 +377,7 @@ fn a_session_leader_that_is_suspended_goes_on() {
 fn a_terraform_stopped_by_somebody_stops_the_job_and_fg_mends_it() {
     let env = TestEnv::new(Lock::Both, WAITS);
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     kill(terraform, Signal::SIGSTOP).unwrap();
@@ -639,7 +639,7 @@ fn with_a_shared_terminal_it_is_as_bare() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("TFW_TTY", "shared");
     let mut terminal = shell(&env);
-    terminal.type_in(&line_of("tf", APPLY));
+    terminal.type_in(&line_of("tf", APPLY_LINE));
     env.wait_for_file("began");
     let terraform = terraform_below(terminal.pid());
     terminal.type_in("\x1a");
@@ -658,7 +658,7 @@ fn with_a_shared_terminal_it_is_as_bare() {
 fn an_interactive_shell_in_a_provisioner_gets_the_terminal() {
     let env = TestEnv::new(Lock::File, "PS1='inner> ' bash --norc -i </dev/tty >/dev/tty 2>&1; touch ended");
     let mut command = env.command(env.bin().join("tf"));
-    command.args(["apply", "-auto-approve", "-no-color"]);
+    command.args(APPLY);
     let mut terminal = Terminal::start(command);
     terminal.wait_for("inner> ");
     terminal.type_in("echo sum $((40+2))\r");

@@ -30,10 +30,9 @@ use crate::support::processes::{KillOnDrop, home, kill_all, named, wait_until_al
 use crate::support::proxy::ProxyAction;
 use crate::support::relay::Cable;
 use crate::support::system::is_root_on_linux;
-use crate::support::test_env::{FAKETIME, TEST_HOST, UNSET, WAITS, id_of};
+use crate::support::test_env::{APPLY, FAKETIME, TEST_HOST, UNSET, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, lease, wait_for};
 
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 const PLAN: [&str; 2] = ["plan", "-no-color"];
 
 /// What a host sets up in its own namespaces before it runs a program. $1 is its name, $2 and $3 are the files with its

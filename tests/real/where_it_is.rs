@@ -11,7 +11,7 @@ use crate::support::http::Message;
 use crate::support::process::terraform_below;
 use crate::support::processes::{KillOnDrop, guardian_of, home, kill_all, tf_of, wait_until_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::test_env::{WAITS, id_of};
+use crate::support::test_env::{APPLY, WAITS, id_of};
 use crate::support::{Lock, Run, Subject, TestEnv, wait_for};
 
 /// A second backend: a bucket, and a table in another region.
@@ -58,7 +58,7 @@ impl Destination {
 /// Returns a directory with a state in the first backend, and with a configuration for the second one.
 fn about_to_move() -> (TestEnv, Destination) {
     let env = TestEnv::new(Lock::Both, "true");
-    let end = env.run(Subject::Bare, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Bare, &APPLY);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let destination = Destination::new(&env);
     let text = env.read("main.tf").replace(&env.backend("dir/prod.tfstate"), &destination.block());
@@ -237,7 +237,7 @@ fn a_working_directory_that_is_removed_during_the_run_hides_no_lock() {
     let end = env.run(Subject::Bare, &["-chdir=sub", "init", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     let mut command = env.command(env.bin().join("tf"));
-    command.args(["apply", "-auto-approve", "-no-color"]).current_dir(&sub);
+    command.args(APPLY).current_dir(&sub);
     let run = Run::start(command);
     env.wait_for_began(&run);
     fs::remove_dir_all(&sub).unwrap();

@@ -51,6 +51,9 @@ pub struct TestEnv {
     _temporary: tempfile::TempDir,
 }
 
+/// The arguments of an apply that asks nothing and prints no colors.
+pub const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
+
 /// Returns the path of the real terraform: the program that `TF_TEST_TERRAFORM` names, or else the first one on PATH. A
 /// terraform that is only a wrapper, such as a script of a version manager or `tf` under that name, is skipped.
 pub fn terraform() -> PathBuf {

@@ -34,7 +34,7 @@ use crate::support::process::{Run, state};
 use crate::support::processes::{KillOnDrop, home, is_gone, marked, wait_until_all_is_gone};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::{IS_LINUX, name};
-use crate::support::test_env::{TEST_HOST, WAITS, id_of};
+use crate::support::test_env::{APPLY, TEST_HOST, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_within};
 
 /// Returns the length of the leases, in seconds: `TF_TEST_CRASH_LEASE`, or 5. A machine that is slow needs more.
@@ -64,8 +64,6 @@ fn latest_release() -> i64 {
 
 /// How often the processes of a run are looked at. To list them takes milliseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-const APPLY: [&str; 3] = ["apply", "-auto-approve", "-no-color"];
 
 /// The processes of a run that are killed together with the one at a point.
 const PROCESSES: [&str; 5] = ["tf", "tf-guardian", "tf-keeper", "tf-fuse", "terraform"];
