@@ -22,6 +22,7 @@ use crate::lock::outcome::{Because, Outcome};
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::lock::release::{ReleaseContext, stored};
+use crate::lock::release_step::LateWrites;
 use crate::sys::process::{self, Process, ProcessList};
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
@@ -288,7 +289,7 @@ impl AfterRun<'_> {
             release_context: ReleaseContext {
                 run: Run::recorded(&context.who, context.started, self.log),
                 request_may_land: died,
-                write_may_land: true,
+                late_writes: LateWrites::Logged,
                 // Terraform has inherited the namespace. A program that runs terraform in another one (`ip netns exec`)
                 // is not noticed.
                 is_network_shared: true,

@@ -26,7 +26,7 @@ use crate::journal::history::{LockEvent, What};
 use crate::lock::outcome::Because;
 use crate::lock::proof::{Match, judge_unnamed};
 use crate::lock::release::ReleaseContext;
-use crate::lock::release_step::quiet_window;
+use crate::lock::release_step::QuietLimits;
 use crate::sys::connections::StillSending;
 use crate::terraform::backend::CachedBackend;
 use crate::terraform::kubernetes_cluster::FINGERPRINT;
@@ -198,9 +198,9 @@ impl<'a> NonS3Release<'a> {
         };
         // A write of the dead terraform may still be in flight. In these backends, `tf` cannot check whether it
         // arrives.
-        console::say(&messages::release::waiting_blindly(quiet_window(sending.is_seen())));
+        console::say(&messages::release::waiting_blindly(QuietLimits::of(sending.is_seen()).shortest()));
         let mut begun = Instant::now();
-        while begun.elapsed() < quiet_window(sending.is_seen()) {
+        while begun.elapsed() < QuietLimits::of(sending.is_seen()).shortest() {
             if waiter.interrupts() > 0 {
                 return named(messages::release::INTERRUPTED);
             }
@@ -321,6 +321,7 @@ mod tests {
     use super::*;
     use crate::lock::proof::Run;
     use crate::lock::reached::Reached;
+    use crate::lock::release_step::LateWrites;
     use crate::terraform::data_directory::DataDirectory;
     use crate::terraform::log::LoggedLock;
     use crate::terraform::logged_lock::Progress;
@@ -376,7 +377,7 @@ mod tests {
         let context = ReleaseContext {
             run: run(false),
             request_may_land: false,
-            write_may_land: true,
+            late_writes: LateWrites::Logged,
             is_network_shared: true,
             reached: Reached::default(),
         };

@@ -22,6 +22,7 @@ use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
 use crate::lock::release::unnamed_lock::{IdentifiedLock, identify_unnamed_lock};
 use crate::lock::release::{self, EXPLANATION_TIMEOUT, Effort, ReleaseContext, SERVICE_TIMEOUT, stored};
+use crate::lock::release_step::LateWrites;
 use crate::sys::wait::Ended;
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{Log, RecordedLock, UnnamedLock};
@@ -70,7 +71,7 @@ impl CandidateLocks {
                 continue;
             }
             if unnamed.progress.held.is_none() {
-                if !candidates.is_empty() && release_context.write_may_land {
+                if !candidates.is_empty() && release_context.late_writes != LateWrites::None {
                     locks.awaited.push(unnamed.clone());
                 }
             } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&candidates, release_context, waiter) {
@@ -440,7 +441,7 @@ pub(crate) fn check_pending(
     let release_context = ReleaseContext {
         run: pending.run.clone(),
         request_may_land: false,
-        write_may_land,
+        late_writes: if write_may_land { LateWrites::Logged } else { LateWrites::None },
         is_network_shared: pending.record.as_ref().is_some_and(|record| record.host.shows_its_connections()),
         reached,
     };

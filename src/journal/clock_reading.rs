@@ -35,7 +35,8 @@ impl ClockReading {
         Self { time: Timestamp::now(), boot: machine::boot_id(), since_boot }
     }
 
-    /// Returns a reading of which only the time of day is known.
+    /// Returns a reading of which only the time of day is known, like those in the files of earlier versions.
+    #[cfg(test)]
     pub(crate) fn of_time(time: Timestamp) -> Self {
         Self { time, boot: None, since_boot: 0 }
     }

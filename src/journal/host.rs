@@ -77,14 +77,18 @@ impl HostIdentity {
     /// Whether this process would see what the kernel still sends for a run on this host whose processes have ended
     /// ([`connections::StillSending`]): both have the same network namespace, or the machine was rebooted since.
     pub(crate) fn shows_its_connections(&self) -> bool {
-        self.shows_connections_to(machine::boot_id().as_ref(), connections::network_namespace())
+        self.shows_connections_to(machine::id().as_ref(), machine::boot_id().as_ref(), connections::network_namespace())
     }
 
-    /// Does the same as [`Self::shows_its_connections`] for a process in the boot `boot` and the network namespace
-    /// `network`.
-    fn shows_connections_to(&self, boot: Option<&String>, network: Option<u64>) -> bool {
-        let is_rebooted = self.boot.as_ref().zip(boot).is_some_and(|(then, now)| then != now);
-        is_rebooted || (network.is_some() && self.network == network)
+    /// Does the same as [`Self::shows_its_connections`] for a process on the machine `machine`, in the boot `boot` and
+    /// the network namespace `network`.
+    fn shows_connections_to(&self, machine: Option<&String>, boot: Option<&String>, network: Option<u64>) -> bool {
+        match self.boot.as_ref().zip(boot) {
+            Some((then, now)) if then == now => network.is_some() && self.network == network,
+            // On every machine, the first network namespace has the same number.
+            Some(_) => machine.is_some() && self.machine.as_ref() == machine,
+            None => false,
+        }
     }
 
     /// Whether `self` and `here` have different hardware. True if, for some kind of identity, both have values and no
@@ -247,18 +251,20 @@ mod tests {
     #[test]
     fn what_the_kernel_still_sends_is_seen_only_in_the_same_network_namespace_or_after_a_reboot() {
         let boots = || [None, Some("b1".to_owned()), Some("b2".to_owned())];
-        for (boot, network) in
-            boots().into_iter().flat_map(|boot| [None, Some(9)].map(|network| (boot.clone(), network)))
-        {
-            for (boot_now, network_now) in
-                boots().into_iter().flat_map(|boot| [None, Some(9), Some(10)].map(|network| (boot.clone(), network)))
-            {
-                let then = HostIdentity { boot: boot.clone(), network, ..host() };
-                let is_rebooted = matches!((&boot, &boot_now), (Some(then), Some(now)) if then != now);
-                let is_same_network = network == Some(9) && network_now == Some(9);
-                let shows = then.shows_connections_to(boot_now.as_ref(), network_now);
-                assert_eq!(shows, is_rebooted || is_same_network, "{then:?} {boot_now:?} {network_now:?}");
-            }
+        let machines = || [None, Some("m1".to_owned()), Some("m2".to_owned())];
+        let networks = [None, Some(9), Some(10)];
+        let all = || {
+            let of = |boot: Option<String>| machines().into_iter().map(move |machine| (boot.clone(), machine));
+            boots().into_iter().flat_map(of).flat_map(move |(boot, machine)| {
+                networks.map(|network| HostIdentity { boot: boot.clone(), machine: machine.clone(), network, ..host() })
+            })
+        };
+        for (then, now) in all().flat_map(|then| all().map(move |now| (then.clone(), now))) {
+            let shows = then.shows_connections_to(now.machine.as_ref(), now.boot.as_ref(), now.network);
+            let are_boots_known = then.boot.is_some() && now.boot.is_some();
+            let is_rebooted = then.boot != now.boot && then.machine.is_some() && then.machine == now.machine;
+            let is_same = then.boot == now.boot && then.network.is_some() && then.network == now.network;
+            assert_eq!(shows, are_boots_known && (is_rebooted || is_same), "{then:?} {now:?}");
         }
     }
 

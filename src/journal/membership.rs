@@ -48,6 +48,16 @@ impl TreeIdentity {
             survivors: Vec::new(),
         }
     }
+
+    /// Adds `survivors` to those that are known. A process that is not seen now may still be running, because a search
+    /// may fail.
+    pub(crate) fn add_survivors(&mut self, survivors: Vec<(i32, u64)>) {
+        for survivor in survivors {
+            if !self.survivors.contains(&survivor) {
+                self.survivors.push(survivor);
+            }
+        }
+    }
 }
 
 /// Whether the environment of a process contains the mark of a run.

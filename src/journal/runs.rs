@@ -159,8 +159,8 @@ pub(crate) struct JournalRecord {
     pub(crate) offset: u64,
     /// Whether the run has ended and has left work that could not be done at that time ([`Unfinished`]).
     pub(crate) over: bool,
-    /// When the record was closed: no process of the run was alive then. `None` if the run is not over, and in the
-    /// records of earlier versions.
+    /// When the record was closed: `tf` then knew of no process of the run that might still be working. `None` if the
+    /// run is not over, and in the records of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) closed: Option<ClockReading>,
     /// Whether `tf` must only report the run's locks and not release them (`TFW_RELEASE=never`).
@@ -241,9 +241,8 @@ impl JournalRecord {
         self.log.set_locks(named.chain(left.unnamed.into_iter().map(LoggedLock::Unnamed)));
         self.unlogged = left.unlogged;
         self.replaced = left.replaced;
-        if !std::mem::replace(&mut self.over, true) {
-            self.closed = Some(ClockReading::now());
-        }
+        self.over = true;
+        self.closed.get_or_insert_with(ClockReading::now);
     }
 
     /// Whether the record is valid and belongs to the run `name`. If not, it must not be used.

@@ -8,7 +8,7 @@ use super::proof::Match;
 use super::stores::StoredLock;
 use crate::aws::failure::Failure;
 use crate::lease::takeover::MAX_READ_GAP;
-use crate::sys::connections::UNSEEN_BYTES_TIMEOUT;
+use crate::sys::connections::{UNSEEN_BYTES_TIMEOUT, UNSEEN_INTERVAL};
 use crate::terraform::lock_info::LockInfo;
 use crate::terraform::log::{LockParts, RecordedLock};
 
@@ -16,24 +16,57 @@ use crate::terraform::log::{LockParts, RecordedLock};
 /// sees what the kernel still sends.
 pub(crate) const QUIET_WINDOW: Duration = Duration::from_secs(10);
 
-/// Returns how long nothing may change before the lock of a terraform is released that died while it was writing.
-/// `is_sending_seen` is whether `tf` sees what the kernel still sends for a dead terraform.
-pub(crate) const fn quiet_window(is_sending_seen: bool) -> Duration {
-    if is_sending_seen { QUIET_WINDOW } else { QUIET_WINDOW.saturating_add(UNSEEN_BYTES_TIMEOUT) }
+/// The limits of the wait for a write of a dead terraform.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QuietLimits {
+    /// How long nothing may change.
+    pub(crate) window: Duration,
+    /// The time since the begin of the wait after which the window begins at the earliest.
+    pub(crate) not_before: Duration,
+}
+
+impl QuietLimits {
+    /// Returns the limits. `is_sending_seen` is whether `tf` sees what the kernel still sends for the dead terraform.
+    pub(crate) const fn of(is_sending_seen: bool) -> Self {
+        if is_sending_seen {
+            Self { window: QUIET_WINDOW, not_before: Duration::ZERO }
+        } else {
+            Self { window: QUIET_WINDOW.saturating_add(UNSEEN_INTERVAL), not_before: UNSEEN_BYTES_TIMEOUT }
+        }
+    }
+
+    /// Returns the length of a wait during which nothing changes.
+    pub(crate) const fn shortest(self) -> Duration {
+        self.not_before.saturating_add(self.window)
+    }
 }
 
 /// The reason for not releasing a lock if two reads in a row had different results.
 pub(crate) const COMES_AND_GOES: &str = "one read finds the lock, and the next read does not";
 
+/// Which writes of the state and deletes that a dead terraform has sent may still land.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LateWrites {
+    None,
+    /// Those that terraform's log shows as begun.
+    Logged,
+    /// Any: the end of the log is lost, so terraform may have begun a write that the log does not show.
+    Any,
+}
+
 /// Whether a write of the state or a delete may be in flight that the terraform with the lock `recorded` has sent.
-/// Always false if `write_may_land` is false. The log shows when writes and deletes begin, with one exception:
+/// `late` is what may land of this terraform at all. The log shows when writes and deletes begin, with one exception:
 /// terraform has put the S3 object, then finds that the DynamoDB item belongs to another run, and deletes the object
 /// unconditionally (backend/remote-state/s3/client.go, `Lock`). So the result is also true for a lock with two parts
 /// that terraform may not have acquired completely.
-pub(crate) fn needs_quiet(recorded: &RecordedLock, write_may_land: bool) -> bool {
+pub(crate) fn needs_quiet(recorded: &RecordedLock, late: LateWrites) -> bool {
     let LockParts { s3, dynamodb } = recorded.parts;
     let may_have_one_part = recorded.progress.held.is_none() && s3 && dynamodb;
-    write_may_land && (recorded.progress.may_be_writing() || may_have_one_part)
+    match late {
+        LateWrites::None => false,
+        LateWrites::Logged => recorded.progress.may_be_writing() || may_have_one_part,
+        LateWrites::Any => true,
+    }
 }
 
 /// The result for one part of a lock.
@@ -311,8 +344,7 @@ impl Look {
 /// ([`crate::sys::connections::StillSending`]). If `tf` cannot see these bytes, it waits as long as they may exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QuietWait {
-    /// How long nothing may change ([`quiet_window`]).
-    window: Duration,
+    limits: QuietLimits,
     last: Look,
     /// When the last change was seen, or the first read after an outage, counted from the begin of the wait.
     since: Duration,
@@ -336,20 +368,19 @@ pub(crate) enum QuietStep {
 }
 
 impl QuietWait {
-    /// Begins the wait. `first` is the first read. `window` is how long nothing may change ([`quiet_window`]).
-    pub(crate) fn begin(first: Look, window: Duration) -> Self {
-        Self { window, last: first, since: Duration::ZERO, read: Some(Duration::ZERO), has_landed: false }
+    /// Begins the wait. `first` is the first read.
+    pub(crate) fn begin(first: Look, limits: QuietLimits) -> Self {
+        Self { limits, last: first, since: Duration::ZERO, read: Some(Duration::ZERO), has_landed: false }
     }
 
-    /// How long nothing may change.
-    pub(crate) fn window(&self) -> Duration {
-        self.window
+    pub(crate) fn limits(&self) -> QuietLimits {
+        self.limits
     }
 
-    /// Begins the wait anew with the next read, for `window`: a read has failed, or this host's kernel was still sending
-    /// what a dead process had handed to it.
-    pub(crate) fn begin_anew(&mut self, window: Duration) {
-        self.window = window;
+    /// Begins the window anew with the next read, within `limits`: a read has failed, or this host's kernel was still
+    /// sending what a dead process had handed to it.
+    pub(crate) fn begin_anew(&mut self, limits: QuietLimits) {
+        self.limits = limits;
         self.read = None;
     }
 
@@ -363,8 +394,9 @@ impl QuietWait {
         }
         self.read = Some(elapsed);
         if now == self.last {
-            let is_over = elapsed.saturating_sub(self.since) >= self.window;
-            let write = if self.has_landed { Write::Landed } else { Write::Quiet { waited: self.window } };
+            let begun = self.since.max(self.limits.not_before);
+            let is_over = elapsed.saturating_sub(begun) >= self.limits.window;
+            let write = if self.has_landed { Write::Landed } else { Write::Quiet { waited: self.limits.shortest() } };
             return if is_over { QuietStep::Quiet(write) } else { QuietStep::Wait };
         }
         self.has_landed |= now.state != self.last.state;
@@ -380,7 +412,7 @@ mod tests {
     use crate::lock::dynamodb::InfoAttribute;
     use crate::terraform::logged_lock::Phase;
 
-    /// Tests all kinds of locks in all states that a log can report, with `write_may_land` true and false.
+    /// Tests all kinds of locks in all states that a log can report, with everything that may land.
     #[test]
     fn a_write_is_waited_for_where_one_can_be_on_its_way() {
         use crate::terraform::log::Log;
@@ -394,8 +426,8 @@ mod tests {
                     lock.progress.held = locked.then_some(lock.progress.asked);
                     lock.progress.phase = phase;
                     let expected = phase != Phase::Open || (kind.contains("and") && !locked);
-                    assert_eq!(needs_quiet(&lock, true), expected, "{kind} {locked} {phase:?}");
-                    assert!(!needs_quiet(&lock, false));
+                    assert_eq!(needs_quiet(&lock, LateWrites::Logged), expected, "{kind} {locked} {phase:?}");
+                    assert!(!needs_quiet(&lock, LateWrites::None) && needs_quiet(&lock, LateWrites::Any));
                 }
             }
         }
@@ -521,6 +553,7 @@ mod tests {
     }
 
     const MILLISECOND: Duration = Duration::from_millis(1);
+    const SEEN: QuietLimits = QuietLimits::of(true);
     const NOTHING_ARRIVED: Write = Write::Quiet { waited: QUIET_WINDOW };
 
     /// Reads the same once a second after `from`, and then at `to`. Returns the last step. All others must be
@@ -537,7 +570,7 @@ mod tests {
     #[test]
     fn the_wait_ends_when_nothing_has_changed_for_the_whole_window() {
         let same = look("s", "l", true);
-        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(same.clone(), SEEN);
         let just_before = QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, just_before), QuietStep::Wait);
         assert_eq!(wait.see(same, QUIET_WINDOW), QuietStep::Quiet(NOTHING_ARRIVED));
@@ -549,10 +582,10 @@ mod tests {
         let same = look("s", "l", true);
         let at = Duration::from_secs(9);
         for (fails, next) in [(true, at + MILLISECOND), (false, at + MAX_READ_GAP + MILLISECOND), (true, at * 2)] {
-            let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+            let mut wait = QuietWait::begin(same.clone(), SEEN);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at), QuietStep::Wait);
             if fails {
-                wait.begin_anew(QUIET_WINDOW);
+                wait.begin_anew(SEEN);
             }
             assert_eq!(wait.see(same.clone(), next), QuietStep::Wait);
             let just_before = next + QUIET_WINDOW.saturating_sub(MILLISECOND);
@@ -565,13 +598,13 @@ mod tests {
     #[test]
     fn the_window_begins_after_the_kernel_has_delivered_what_the_dead_process_sent() {
         let same = look("s", "l", true);
-        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(same.clone(), SEEN);
         for second in 1..200 {
-            wait.begin_anew(QUIET_WINDOW);
+            wait.begin_anew(SEEN);
             assert_eq!(wait.see(same.clone(), Duration::from_secs(second)), QuietStep::Wait);
         }
         // Just before this read, it was seen to have arrived.
-        wait.begin_anew(QUIET_WINDOW);
+        wait.begin_anew(SEEN);
         let at = Duration::from_secs(200);
         assert_eq!(wait.see(same.clone(), at), QuietStep::Wait);
         let just_before = at + QUIET_WINDOW.saturating_sub(MILLISECOND);
@@ -579,32 +612,49 @@ mod tests {
         assert_eq!(wait.see(same, at + QUIET_WINDOW), QuietStep::Quiet(NOTHING_ARRIVED));
     }
 
-    /// The kernel gives up 4 min after the death of the process at the latest.
+    /// The kernel of Linux gives up 4 min after the end of the process at the latest.
     #[test]
     fn where_what_the_kernel_sends_is_not_seen_the_wait_is_longer_than_the_kernel_sends() {
         let same = look("s", "l", true);
-        let longest = QUIET_WINDOW + UNSEEN_BYTES_TIMEOUT;
+        let unseen = QuietLimits::of(false);
+        let longest = unseen.shortest();
+        assert_eq!(longest, QUIET_WINDOW + UNSEEN_BYTES_TIMEOUT + UNSEEN_INTERVAL);
         let nothing_arrived = QuietStep::Quiet(Write::Quiet { waited: longest });
-        let mut wait = QuietWait::begin(same.clone(), quiet_window(false));
-        assert_eq!(wait.window(), longest);
+        let mut wait = QuietWait::begin(same.clone(), unseen);
+        assert_eq!(wait.limits(), unseen);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, longest.saturating_sub(MILLISECOND)), QuietStep::Wait);
         assert_eq!(wait.see(same.clone(), longest), nothing_arrived);
         // It was seen until shortly before the end of the wait.
-        let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(same.clone(), SEEN);
         let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
         assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at), QuietStep::Wait);
-        wait.begin_anew(quiet_window(false));
+        wait.begin_anew(unseen);
         assert_eq!(wait.see(same.clone(), QUIET_WINDOW), QuietStep::Wait);
-        let end = QUIET_WINDOW + longest;
+        let end = (QUIET_WINDOW + unseen.window).max(longest);
         assert_eq!(see_until(&mut wait, &same, QUIET_WINDOW, end.saturating_sub(MILLISECOND)), QuietStep::Wait);
         assert_eq!(wait.see(same, end), nothing_arrived);
+    }
+
+    /// Otherwise a read that fails once in 4 min would prolong the wait without end.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_failed_read_does_not_begin_the_time_anew_in_which_the_kernel_sends_unseen() {
+        let same = look("s", "l", true);
+        let unseen = QuietLimits::of(false);
+        let mut wait = QuietWait::begin(same.clone(), unseen);
+        let failed = UNSEEN_BYTES_TIMEOUT + Duration::from_secs(5);
+        assert_eq!(see_until(&mut wait, &same, Duration::ZERO, failed), QuietStep::Wait);
+        wait.begin_anew(unseen);
+        let end = failed + Duration::from_secs(1) + QUIET_WINDOW;
+        assert_eq!(see_until(&mut wait, &same, failed, end.saturating_sub(MILLISECOND)), QuietStep::Wait);
+        assert!(matches!(wait.see(same, end), QuietStep::Quiet(_)));
     }
 
     #[test]
     fn each_change_begins_the_window_anew_and_a_change_of_the_state_is_a_write() {
         let same = look("s", "l", true);
         for (changed, write) in [(look("t", "l", true), Write::Landed), (look("s", "m", true), NOTHING_ARRIVED)] {
-            let mut wait = QuietWait::begin(same.clone(), QUIET_WINDOW);
+            let mut wait = QuietWait::begin(same.clone(), SEEN);
             let at = QUIET_WINDOW.saturating_sub(MILLISECOND);
             assert_eq!(see_until(&mut wait, &same, Duration::ZERO, at.saturating_sub(MILLISECOND)), QuietStep::Wait);
             assert_eq!(wait.see(changed.clone(), at), QuietStep::Changed);
@@ -616,10 +666,10 @@ mod tests {
 
     #[test]
     fn the_wait_ends_at_once_where_two_reads_in_a_row_do_not_find_the_lock() {
-        let mut wait = QuietWait::begin(look("s", "l", true), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(look("s", "l", true), SEEN);
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Changed);
         assert_eq!(wait.see(look("s", "-", false), Duration::ZERO), QuietStep::Gone);
-        let mut wait = QuietWait::begin(look("s", "-", false), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(look("s", "-", false), SEEN);
         let there = look("s", "l", true);
         assert_eq!(wait.see(there.clone(), MILLISECOND), QuietStep::Changed, "it is there again");
         let step = see_until(&mut wait, &there, MILLISECOND, QUIET_WINDOW + MILLISECOND);

@@ -293,7 +293,7 @@ impl RunRecord {
             guardian.wait();
         }
         if let Some((_, record)) = &mut self.entry {
-            record.tree.survivors = survivors;
+            record.tree.add_survivors(survivors);
         }
         // If this fails, a later `tf` uses the previous record and reads the rest of the log in the recorder.
         self.write(recorder);

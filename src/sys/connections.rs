@@ -16,16 +16,17 @@ use nix::unistd::Pid;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct UnconfirmedBytes(HashSet<Connection>);
 
-/// How long the kernel may go on sending what a process has left, if [`UnconfirmedBytes`] cannot show these bytes.
-///
-/// On Linux, this is the time after which the kernel gives up (see [`UnconfirmedBytes`]). The bytes may be in another
-/// network namespace, so it proves nothing about their network that a service answers here.
-///
-/// On macOS, which has no network namespaces, it is the longest time between two attempts (`TCPTV_REXMTMAX`,
-/// bsd/netinet/tcp_timer.h of xnu). The caller waits that long while a service answers. So the network works, and the
-/// next attempt succeeds.
+/// The time after the end of a process after which the kernel of Linux has given up the bytes that the process has left
+/// ([`UnconfirmedBytes`]), for a caller that does not see them. They may be in another network namespace, so it proves
+/// nothing about their network that a service answers here. Zero on other systems, where [`UNSEEN_INTERVAL`] is enough.
 pub(crate) const UNSEEN_BYTES_TIMEOUT: Duration =
-    if cfg!(target_os = "linux") { Duration::from_mins(4) } else { Duration::from_secs(64) };
+    if cfg!(target_os = "linux") { Duration::from_mins(4) } else { Duration::ZERO };
+
+/// The longest time between two attempts of the kernel to send what a process has left, on a system without network
+/// namespaces that does not show these bytes (`TCPTV_REXMTMAX`, bsd/netinet/tcp_timer.h of xnu). If a service answers
+/// during all that time, the network works, and the next attempt succeeds. Zero on Linux ([`UNSEEN_BYTES_TIMEOUT`]).
+pub(crate) const UNSEEN_INTERVAL: Duration =
+    if cfg!(target_os = "linux") { Duration::ZERO } else { Duration::from_secs(64) };
 
 /// The local and the remote address of a TCP connection, as the kernel prints them. While the connection exists, no
 /// other one has the same two.
@@ -68,7 +69,7 @@ impl StillSending {
         Self(UnconfirmedBytes::read().filter(|_| is_network_shared))
     }
 
-    /// Whether the bytes are seen. If not, they may be sent for [`UNSEEN_BYTES_TIMEOUT`].
+    /// Whether the bytes are seen. If not, see [`UNSEEN_BYTES_TIMEOUT`] and [`UNSEEN_INTERVAL`].
     pub(crate) fn is_seen(&self) -> bool {
         self.0.is_some()
     }

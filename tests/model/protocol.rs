@@ -27,8 +27,8 @@ use crate::lock::dynamodb::InfoAttribute;
 use crate::lock::outcome::{AnothersLock, Because, Outcome, Released};
 use crate::lock::proof::{Match, Run, judge};
 use crate::lock::release_step::{
-    ItemHistory, Judged, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietStep, QuietWait, Step as ReleaseStep,
-    is_released_by_another, may_item_follow, must_be_read_again, needs_quiet,
+    ItemHistory, Judged, LateWrites, Look, PartRead, PartStep, PartsLook, QUIET_WINDOW, QuietLimits, QuietStep,
+    QuietWait, Step as ReleaseStep, is_released_by_another, may_item_follow, must_be_read_again, needs_quiet,
 };
 use crate::lock::stores::{Removed, StoredLock, removed};
 use crate::sys::process::Process;
@@ -478,7 +478,7 @@ pub(crate) enum Action {
 struct CleanUpFacts {
     died: bool,
     request_may_land: bool,
-    write_may_land: bool,
+    late_writes: LateWrites,
 }
 
 /// The model: the setting, and the values that the decisions of the program need.
@@ -579,14 +579,18 @@ impl Protocol {
         match (who, state.next) {
             (Who::Tf | Who::Guardian, _) => {
                 let died = self.died(state);
-                CleanUpFacts { died, request_may_land: died, write_may_land: true }
+                CleanUpFacts { died, request_may_land: died, late_writes: LateWrites::Logged }
             }
             (Who::Next, Next::Pending(..)) => {
                 // `check_pending`: a lock that was never held has no write in flight.
                 let held = self.recorded(state).progress.held.is_some();
-                CleanUpFacts { died: true, request_may_land: false, write_may_land: held }
+                CleanUpFacts {
+                    died: true,
+                    request_may_land: false,
+                    late_writes: if held { LateWrites::Logged } else { LateWrites::None },
+                }
             }
-            (Who::Next, _) => CleanUpFacts { died: true, request_may_land: false, write_may_land: true },
+            (Who::Next, _) => CleanUpFacts { died: true, request_may_land: false, late_writes: LateWrites::Logged },
         }
     }
 
@@ -800,7 +804,7 @@ impl Protocol {
             At::Read(place) => {
                 let part = order[place];
                 let must_wait =
-                    needs_quiet(&recorded, facts.write_may_land) && self.setup.fault != Some(Fault::NoQuietWindow);
+                    needs_quiet(&recorded, facts.late_writes) && self.setup.fault != Some(Fault::NoQuietWindow);
                 let step = match store[part].map(|owner| self.info(owner)) {
                     None => PartStep::Settled(Judged::of_no_part(release.asked_to_go[part])),
                     Some(info) => PartRead {
@@ -944,7 +948,7 @@ impl Protocol {
         let (store, writes) = (state.store, state.writes);
         let release = Self::release(state, who)?;
         let At::Quiet(last_store, last_writes) = release.at else { return None };
-        let mut wait = QuietWait::begin(look(last_store, last_writes), QUIET_WINDOW);
+        let mut wait = QuietWait::begin(look(last_store, last_writes), QuietLimits::of(true));
         // The service is read more often than the network could have been away.
         let times = [QUIET_WINDOW / 3, QUIET_WINDOW * 2 / 3, QUIET_WINDOW];
         let mut seen = times.into_iter().map(|elapsed| wait.see(now.clone(), elapsed));

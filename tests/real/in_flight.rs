@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
 use super::given_back::{through, unlocks_item, writes_state};
-use super::survived::{edit, forget_recorder, records};
+use super::survived::{edit, forget_recorder, killed_whole, records};
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::Run;
@@ -289,6 +289,18 @@ fn a_recovery_waits_for_the_write_of_a_run_whose_log_has_long_been_silent() {
     });
 }
 
+/// After a logout, the end of the log is lost. Terraform may have been writing when it was killed.
+#[test]
+fn a_recovery_without_the_end_of_the_log_waits_for_a_write() {
+    let env = killed_whole(Lock::DynamoDb);
+    forget_recorder(&env);
+    let end = env.run(Subject::Tf, &["plan", "-no-color"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("terraform's last write may still arrive"), "{}", env.dump(&end));
+    assert!(end.err.contains("released the lock that an earlier run left"), "{}", env.dump(&end));
+    env.assert_unlocked();
+}
+
 /// A recovery in another network namespace does not see what the kernel still sends for the dead terraform.
 #[test]
 fn a_recovery_in_another_network_namespace_waits_as_long_as_the_kernel_sends() {
@@ -312,7 +324,7 @@ fn a_recovery_in_another_network_namespace_waits_as_long_as_the_kernel_sends() {
         || format!("{}{}", next.err(), env.trace()),
     );
     env.assert_locked();
-    assert!(next.err().contains("until nothing has arrived for 250 s"), "{}{}", next.err(), env.trace());
+    assert!(next.err().contains("so it waits 240 s before that"), "{}{}", next.err(), env.trace());
     kill_all(&env);
     drop(next);
     edit(&env, |record| record["host"]["network"] = network.clone());

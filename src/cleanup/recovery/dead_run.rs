@@ -56,17 +56,28 @@ fn unrecorded_log_may_hold(record: &JournalRecord) -> bool {
     may_hold
 }
 
-/// Adds to `record` the latest part of the run's log, which may be only in the recorder. The recorder is in memory.
-/// That part is lost if the run's container or the run's session directory was removed.
-pub(super) fn read_recorder(record: &mut JournalRecord) {
+/// Whether the log of a dead run is known to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LogEnd {
+    Known,
+    /// The latest part of the log was only in the recorder, which is in memory. It is lost if the host was rebooted, or
+    /// if the run's container or the run's session directory was removed.
+    Lost,
+}
+
+/// Adds to `record` the latest part of the run's log, which may be only in the recorder. Returns whether that part was
+/// found. A closed record contains the whole log.
+pub(super) fn read_recorder(record: &mut JournalRecord) -> LogEnd {
     if record.over {
-        return;
+        return LogEnd::Known;
     }
-    let Some(mut recorder) = Recorder::find(&record.run, record.log.clone(), record.offset) else { return };
+    let found = Recorder::find(&record.run, record.log.clone(), record.offset);
+    let Some(mut recorder) = found else { return LogEnd::Lost };
     record.log = recorder.read().clone();
     record.unlogged = recorder.is_closed();
     // As long as the record exists, a later recovery may need the recorder too, so do not delete it here.
     recorder.leave();
+    LogEnd::Known
 }
 
 /// Returns the workspace that a dead run most likely used. `None` if the record names none.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use super::dead_run::{candidates_of, enter, likely_workspace, may_have_in_non_s3, read_recorder};
+use super::dead_run::{LogEnd, candidates_of, enter, likely_workspace, may_have_in_non_s3, read_recorder};
 use super::reporter::{Audience, RecoveryReporter};
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::clean_up::{CleanUpResult, EndedRun, LogState, NonS3Cleanup, Permission, clean_up};
@@ -22,6 +22,7 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{Journal, JournalEntry, JournalRecord, Unfinished};
 use crate::lock::release::ReleaseContext;
+use crate::lock::release_step::LateWrites;
 use crate::sys::detached;
 use crate::terraform::binary;
 use crate::terraform::binary::Binary;
@@ -67,17 +68,17 @@ pub(super) fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    if standpoint == Standpoint::ThisBoot {
-        read_recorder(&mut record);
-    }
+    // After a reboot there is no recorder.
+    let log_end = read_recorder(&mut record);
     enter(&record);
     let sent_until = match last_sign(standpoint, record.over) {
-        // A record of an earlier version does not say when it was closed.
-        LastSign::RecordClosed => record.closed.clone().or_else(|| entry.written_at().map(ClockReading::of_time)),
+        // Earlier versions wrote no such time, and closed a record although a process of the run was alive.
+        LastSign::RecordClosed => record.closed.clone(),
         LastSign::Boot => Some(ClockReading::now().at_boot()),
         LastSign::None => None,
     };
-    let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, sent_until };
+    let late_writes = late_writes(may_land(sent_until.as_ref(), &ClockReading::now()), log_end);
+    let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, late_writes };
     let (finished, unfinished) = clean_up_after(&record, context, reason.as_deref(), audience);
     crash_point::reached("recovery: cleaned up");
     let run = record.run.clone();
@@ -110,18 +111,26 @@ fn last_sign(standpoint: Standpoint, over: bool) -> LastSign {
     }
 }
 
+/// Returns which writes of a dead run may still land. `may_land` is whether any request of the run may.
+fn late_writes(may_land: bool, log_end: LogEnd) -> LateWrites {
+    match (may_land, log_end) {
+        (false, _) => LateWrites::None,
+        (true, LogEnd::Known) => LateWrites::Logged,
+        (true, LogEnd::Lost) => LateWrites::Any,
+    }
+}
+
 /// What a recovery knows about a run beside its record.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct CleanUpContext<'a> {
     journal: &'a Journal,
     pending_requests: &'a PendingRequests,
-    /// The time after which no process of the run can have sent a request. `None` if that is not known.
-    sent_until: Option<ClockReading>,
+    late_writes: LateWrites,
 }
 
 fn clean_up_after(
     record: &JournalRecord,
-    CleanUpContext { journal, pending_requests, sent_until }: CleanUpContext<'_>,
+    CleanUpContext { journal, pending_requests, late_writes }: CleanUpContext<'_>,
     reason: Option<&str>,
     audience: Audience,
 ) -> (Finished, Unfinished) {
@@ -152,7 +161,7 @@ fn clean_up_after(
             run: record.proof(),
             // The location is read only once: if the request lands later, it is handled as a pending request.
             request_may_land: false,
-            write_may_land: may_land(sent_until.as_ref(), &ClockReading::now()),
+            late_writes,
             is_network_shared: record.host.shows_its_connections(),
             reached: record.reached(),
         },
@@ -222,6 +231,15 @@ mod tests {
             (Standpoint::Foreign("x"), false, LastSign::None),
         ] {
             assert_eq!(last_sign(standpoint, over), expected, "{standpoint:?} {over}");
+        }
+    }
+
+    #[test]
+    fn if_the_end_of_the_log_is_lost_any_write_may_land_for_as_long_as_a_request_may() {
+        assert_eq!(late_writes(true, LogEnd::Known), LateWrites::Logged);
+        assert_eq!(late_writes(true, LogEnd::Lost), LateWrites::Any);
+        for log_end in [LogEnd::Known, LogEnd::Lost] {
+            assert_eq!(late_writes(false, log_end), LateWrites::None);
         }
     }
 

@@ -38,14 +38,14 @@ fn forget_in(states: &[StateDirectory], what: &str) -> Forgotten {
                     // A lock may be only in the recorder. Neither that lock nor another lock of its run can be deleted
                     // without it.
                     if standpoint == Standpoint::ThisBoot {
-                        read_recorder(&mut record);
+                        let _ = read_recorder(&mut record);
                     }
                     if is_named(&record, what) {
                         return forget_of(*record, &entry, what);
                     }
                 }
                 FoundRun::Living(mut record) | FoundRun::Recovering(mut record) | FoundRun::Doubtful(mut record, _) => {
-                    read_recorder(&mut record);
+                    let _ = read_recorder(&mut record);
                     if is_named(&record, what) {
                         return Forgotten::Alive(record.tf);
                     }

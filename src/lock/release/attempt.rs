@@ -263,7 +263,7 @@ impl Attempt<'_> {
                 // If the check has failed, that matters only for a part that would be deleted.
                 needs_consent: if verdict == Match::Ours { global? } else { None },
                 verdict,
-                needs_quiet: self.write.is_none() && needs_quiet(self.recorded, self.release_context.write_may_land),
+                needs_quiet: self.write.is_none() && needs_quiet(self.recorded, self.release_context.late_writes),
                 must_be_last: has_lease && !is_last,
             };
             if let PartStep::Settled(judged) = read.decide() {

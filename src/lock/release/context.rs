@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::aws::credentials::Purpose;
 use crate::lock::proof::Run;
 use crate::lock::reached::Reached;
+use crate::lock::release_step::LateWrites;
 
 /// How long to keep searching for a lock that was requested, but that no read has found.
 pub(super) const LATE_REQUEST_WINDOW: Duration = Duration::from_secs(5);
@@ -25,8 +26,8 @@ pub(crate) struct ReleaseContext {
     /// Whether a lock request may still be in flight. That is so only if terraform has just died: a terraform that
     /// exits by itself has received every response.
     pub(crate) request_may_land: bool,
-    /// Whether a write request of the run may still be in flight, or a lock request for a lock that is not found.
-    pub(crate) write_may_land: bool,
+    /// Which writes of the run may still land. If none may, a lock request that nobody has found cannot land either.
+    pub(crate) late_writes: LateWrites,
     /// Whether terraform's connections were in the network namespace of this process, so that `tf` sees what the kernel
     /// still sends for it ([`crate::sys::connections::StillSending`]).
     pub(crate) is_network_shared: bool,

@@ -15,7 +15,7 @@
 //!   absent part, for [`LATE_REQUEST_WINDOW`](context::LATE_REQUEST_WINDOW).
 //! - A *write* of the state, or a delete by terraform's own unlock, is unconditional. It would overwrite the state of
 //!   the next holder or delete its lock. So before its first delete, `tf` waits until everything that such a request
-//!   would change has stayed unchanged for [`quiet_window`](super::release_step::quiet_window).
+//!   would change has stayed unchanged for [`QuietLimits`](super::release_step::QuietLimits).
 //!
 //! A single response proves nothing, because a proxy or a captive portal may have sent it. A response that the service
 //! cannot have sent is an error ([`dynamodb`](super::dynamodb), [`s3`](super::s3)). A lock that the run held counts as

@@ -184,6 +184,7 @@ mod tests {
     use super::*;
     use crate::lock::reached::Reached;
     use crate::lock::release::retry::tests::{failures, seconds};
+    use crate::lock::release_step::LateWrites;
     use crate::terraform::backend::tests::backend;
     use crate::terraform::log::LockIdentity;
     use crate::terraform::log::tests::ID;
@@ -220,7 +221,7 @@ mod tests {
         let context = ReleaseContext {
             run: run(),
             request_may_land: may_land,
-            write_may_land: false,
+            late_writes: LateWrites::None,
             is_network_shared: true,
             reached: Reached::default(),
         };

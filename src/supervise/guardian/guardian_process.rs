@@ -413,12 +413,13 @@ impl<'a> GuardianProcess<'a> {
         let mut needs_recorder = false;
         if let (Some(entry), Some(mut record)) = (self.context.entry, self.context.record.take()) {
             record.log = self.context.recorder.log().clone();
-            record.tree.survivors = self.context.tree.survivors();
             if may_still_work {
+                record.tree.add_survivors(self.context.tree.survivors());
                 record.offset = self.context.recorder.whole_until();
                 let _ = entry.write(&record, Durability::PowerLoss);
                 needs_recorder = true;
             } else {
+                record.tree.survivors = self.context.tree.survivors();
                 needs_recorder = entry.close(record, unfinished).is_err();
             }
         }
