@@ -24,7 +24,6 @@ use crate::journal::pending_requests::PendingRequests;
 use crate::journal::runs::{Journal, Replaced, Unfinished};
 use crate::lock::outcome::{Because, Outcome};
 use crate::lock::release::ReleaseContext;
-use crate::lock::release_step::LateWrites;
 use crate::sys::wait::Ended;
 use crate::terraform::log::{Log, RecordedLock};
 
@@ -313,8 +312,7 @@ impl Cleaned {
             }
             CleanUpStep::Remember => {
                 let pending = run.pending_requests;
-                self.remembered =
-                    remember_pending(&self.results, context, context.late_writes != LateWrites::None, pending);
+                self.remembered = remember_pending(&self.results, context, pending);
                 let abandoned = abandoned_requests(&self.results, run.ended);
                 self.remembered.extend(remember_abandoned(abandoned, context, pending));
             }

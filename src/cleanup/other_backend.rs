@@ -17,8 +17,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cleanup::candidate_backends::CandidateBackends;
+use crate::cleanup::messages;
 use crate::cleanup::messages::release::Wording;
-use crate::cleanup::messages::{self};
 use crate::cleanup::waiter::Waiter;
 use crate::console;
 use crate::journal::history;

@@ -71,7 +71,7 @@ impl CandidateLocks {
                 continue;
             }
             if unnamed.progress.held.is_none() {
-                if !candidates.is_empty() && release_context.late_writes != LateWrites::None {
+                if !candidates.is_empty() && release_context.late_writes.may_land() {
                     locks.awaited.push(unnamed.clone());
                 }
             } else if let Some(Outcome::Kept { reason, .. }) = not_believed(&candidates, release_context, waiter) {
@@ -322,14 +322,13 @@ fn release_where_found(
 /// Writes the locks whose requests may still land to disk, so that the next `tf` checks them. Returns the IDs of the
 /// locks that were written.
 ///
-/// `recent` is true if a request of the run may still be in flight. If it is false, only the locks whose table or
-/// bucket does not exist now are written.
+/// If no request of the run may still be in flight, only the locks whose table or bucket does not exist now are written.
 pub(crate) fn remember_pending(
     results: &[ReleaseResult],
     release_context: &ReleaseContext,
-    recent: bool,
     pending_requests: Option<&PendingRequests>,
 ) -> Vec<String> {
+    let recent = release_context.late_writes.may_land();
     let late = results.iter().filter(|result| result.may_still_come);
     late.filter_map(|result| pending(result, &release_context.run, recent))
         .filter_map(|request| keep(pending_requests, request))
@@ -386,8 +385,8 @@ pub(crate) fn remember_abandoned<'a>(
         .collect()
 }
 
-/// Returns the pending request for a lock that may still appear. For `recent`, see [`remember_pending`]. `None` if it
-/// need not be checked.
+/// Returns the pending request for a lock that may still appear. `recent` is whether a request of the run may still be
+/// in flight. `None` if the lock need not be checked.
 fn pending(ReleaseResult { lock, outcome, .. }: &ReleaseResult, run: &Run, recent: bool) -> Option<PendingRequest> {
     let excluded = matches!(outcome, Some(Outcome::Absent { excluded: true, .. }));
     if !recent && !excluded {

@@ -15,9 +15,8 @@ use serde_json::Value;
 
 use crate::cleanup::candidate_backends::CandidateBackends;
 use crate::cleanup::messages::refused::Refusal;
-use crate::cleanup::messages::{self};
 use crate::cleanup::ordered_process::{OrderedProcess, Orders};
-use crate::cleanup::working_directory;
+use crate::cleanup::{messages, working_directory};
 use crate::holder::host::HostView;
 use crate::lock::leased::locks_of;
 use crate::lock::location::LockLocation;

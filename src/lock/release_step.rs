@@ -54,6 +54,13 @@ pub(crate) enum LateWrites {
     Any,
 }
 
+impl LateWrites {
+    /// Whether any write may land.
+    pub(crate) fn may_land(self) -> bool {
+        self != Self::None
+    }
+}
+
 /// Whether a write of the state or a delete may be in flight that the terraform with the lock `recorded` has sent.
 /// `late` is what may land of this terraform at all. The log shows when writes and deletes begin, with one exception:
 /// terraform has put the S3 object, then finds that the DynamoDB item belongs to another run, and deletes the object

@@ -68,16 +68,17 @@ pub(super) fn finish(dead: Dead, audience: Audience) -> Finished {
     let Dead { mut record, entry, standpoint, journal, pending_requests, reason } = dead;
     trace!("recovery: run {} is dead ({standpoint:?})", record.run);
     crash_point::reached("recovery: begun");
-    // After a reboot there is no recorder.
+    // After a reboot, a recorder in memory is gone.
     let log_end = read_recorder(&mut record);
     enter(&record);
+    let now = ClockReading::now();
     let sent_until = match last_sign(standpoint, record.over) {
         // Earlier versions wrote no such time, and closed a record although a process of the run was alive.
         LastSign::RecordClosed => record.closed.clone(),
-        LastSign::Boot => Some(ClockReading::now().at_boot()),
+        LastSign::Boot => Some(now.at_boot()),
         LastSign::None => None,
     };
-    let late_writes = late_writes(may_land(sent_until.as_ref(), &ClockReading::now()), log_end);
+    let late_writes = late_writes(may_land(sent_until.as_ref(), &now), log_end);
     let context = CleanUpContext { journal: &journal, pending_requests: &pending_requests, late_writes };
     let (finished, unfinished) = clean_up_after(&record, context, reason.as_deref(), audience);
     crash_point::reached("recovery: cleaned up");

@@ -122,7 +122,7 @@ impl Attempt<'_> {
     }
 
     /// Reads, judges and deletes one part after the other. Returns one result for each part, in the same order.
-    pub(super) async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
+    async fn look(&mut self, services: &Services<'_>) -> Vec<Result<Judged, Failure>> {
         let mut judged = Vec::new();
         for (place, part) in services.parts.iter().enumerate() {
             let to_do = still_to_do(services.parts.len(), &judged);
@@ -149,11 +149,7 @@ impl Attempt<'_> {
 
     /// If somebody else has released the lock, changes `judged`, the results for its parts, and forgets the deletes of
     /// this release.
-    pub(super) fn see_whether_another_has_released(
-        &mut self,
-        services: &Services<'_>,
-        judged: &mut [Result<Judged, Failure>],
-    ) {
+    fn see_whether_another_has_released(&mut self, services: &Services<'_>, judged: &mut [Result<Judged, Failure>]) {
         let was_asked_to_go = services.parts.first().is_some_and(|item| self.asked_to_go.contains(item));
         if let [item, object] = judged
             && is_released_by_another(item, ItemHistory { has_waited: self.has_waited, was_asked_to_go })
@@ -200,12 +196,12 @@ impl Attempt<'_> {
 
     /// Returns how long the requests for one of `to_do` parts may take. Each of them has an equal share of the time
     /// that is left. Otherwise a service that does not respond would leave no time for the other one.
-    pub(super) fn share(&self, to_do: usize) -> Duration {
+    fn share(&self, to_do: usize) -> Duration {
         remaining(self.limit, self.begun) / u32::try_from(to_do.max(1)).unwrap_or(1)
     }
 
     /// Collects the facts that are reported about the lock after its release.
-    pub(super) async fn released(&self, services: &Services<'_>) -> Released {
+    async fn released(&self, services: &Services<'_>) -> Released {
         let unseen = services.parts.iter().any(|part| !self.found.contains(part));
         Released {
             created: self.created,
@@ -219,7 +215,7 @@ impl Attempt<'_> {
     /// Reads one part, judges it and deletes it. Starts again if the part changed between the read and the delete. The
     /// requests share the time of the part, which is one of `to_do` parts that are still to do ([`Attempt::share`]). If
     /// the part is not the last one to be looked at, and has the record of the lease, it is not deleted.
-    pub(super) async fn part(
+    async fn part(
         &mut self,
         services: &Services<'_>,
         part: &StoreKey,
