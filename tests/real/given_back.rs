@@ -11,7 +11,7 @@ use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::is_root_on_linux;
-use crate::support::test_env::{WAITS, id_of};
+use crate::support::test_env::{APPLY, WAITS, id_of};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
 fn bare_terraform_leaves_its_lock_when_it_is_killed(lock: Lock) {
@@ -65,7 +65,7 @@ fn a_panic_leaves_no_lock() {
         "panics",
         "#!/bin/bash\nterraform \"$@\" &\nwhile ! test -e began; do sleep 0.01; done\nkill -9 $!\nwait\nexit 11\n",
     );
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(11), "{}", env.dump(&end));
     assert!(end.err.contains("terraform crashed (exit code 11)"), "{}", end.err);
     env.assert_unlocked();
@@ -118,7 +118,7 @@ fn killed_at_any_moment_it_leaves_no_lock() {
     let rounds: u32 = std::env::var("TF_TEST_KILLS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(60);
     for lock in Lock::ALL {
         let env = TestEnv::new(lock, "true");
-        let arguments = ["apply", "-auto-approve", "-no-color"];
+        let arguments = APPLY;
         let measured = || {
             let begun = Instant::now();
             assert_eq!(env.run(Subject::Tf, &arguments).code(), Some(0));
@@ -211,7 +211,7 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
         let proxy = through(&mut env, move |request| {
             if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
         });
-        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+        let run = env.start(Subject::Tf, &APPLY);
         proxy.wait_until_held();
         run.kill_terraform();
         // The request lands when its sender is dead, and after `tf` has looked and found nothing.
@@ -226,29 +226,46 @@ fn a_lock_request_in_flight_when_terraform_is_killed_leaves_no_lock() {
     }
 }
 
+/// Kills terraform while a proxy holds its lock request, and waits until `tf` has remembered the request. Also returns
+/// the proxy.
+fn killed_before_the_answer(lock: Lock) -> (TestEnv, Proxy) {
+    let mut env = TestEnv::new(lock, "true");
+    let proxy = through(&mut env, |request| {
+        if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
+    });
+    let run = env.start(Subject::Tf, &APPLY);
+    proxy.wait_until_held();
+    run.kill_terraform();
+    let end = run.wait();
+    assert!(end.err.contains("the next tf in this directory releases it"), "{}", env.dump(&end));
+    (env, proxy)
+}
+
+/// Lets the lock request that `proxy` holds land.
+pub fn lands(env: &TestEnv, proxy: &Proxy) {
+    proxy.let_go();
+    proxy.wait_until_delivered();
+    env.assert_locked();
+}
+
+/// Checks that the next `tf`, with the arguments `words`, releases the lock of a request that has landed. That `tf` uses
+/// no proxy.
+pub fn released_by_the_next_tf(env: &TestEnv, words: &[&str]) -> Ended {
+    let mut next = env.command(env.bin().join("tf"));
+    next.args(words).env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", cloud().port));
+    let end = Run::start(next).wait();
+    assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
+    env.assert_unlocked();
+    end
+}
+
 #[test]
 fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
     for lock in [Lock::DynamoDb, Lock::File] {
-        let mut env = TestEnv::new(lock, "true");
-        let direct = env.environment();
-        let proxy = through(&mut env, move |request| {
-            if takes_item(request) || takes_file(request) { ProxyAction::Hold } else { ProxyAction::Pass }
-        });
-        let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-        proxy.wait_until_held();
-        run.kill_terraform();
-        let end = run.wait();
-        assert!(end.err.contains("the next tf in this directory releases it"), "{}", env.dump(&end));
-        // The request lands only now.
-        proxy.let_go();
-        proxy.wait_until_delivered();
-        env.assert_locked();
-        let mut next = env.command(env.bin().join("tf"));
-        next.args(["plan", "-no-color"]).env_clear().envs(direct);
-        let end = Run::start(next).wait();
+        let (env, proxy) = killed_before_the_answer(lock);
+        lands(&env, &proxy);
+        let end = released_by_the_next_tf(&env, &["plan", "-no-color"]);
         assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-        assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
-        env.assert_unlocked();
         // The request may land once more, because terraform's SDK may have sent it twice.
         let left = std::fs::read_dir(env.directory.join("../home/.local/state/tf/tombstones")).unwrap().count();
         assert_eq!(left, 1);
@@ -258,36 +275,23 @@ fn a_lock_request_that_lands_after_everybody_looked_is_gone_in_the_end() {
 /// The file of a request that was remembered a moment ago looks two days old if the clock was set forward by two days.
 #[test]
 fn a_clock_that_is_set_forward_lets_no_lock_request_be_forgotten() {
-    let mut env = TestEnv::new(Lock::DynamoDb, "true");
-    let direct = env.environment();
-    let proxy = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
-    proxy.wait_until_held();
-    run.kill_terraform();
-    let end = run.wait();
-    assert!(end.err.contains("the next tf in this directory releases it"), "{}", env.dump(&end));
+    let (env, proxy) = killed_before_the_answer(Lock::DynamoDb);
     let requests = std::fs::read_dir(super::survived::journal(&env).join("tombstones")).unwrap();
     let [path] = requests.map(|entry| entry.unwrap().path()).collect::<Vec<_>>().try_into().unwrap();
     let mut request: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let since: jiff::Timestamp = request["since"].as_str().unwrap().parse().unwrap();
     request["since"] = (since - jiff::SignedDuration::from_hours(48)).to_string().into();
     std::fs::write(&path, request.to_string()).unwrap();
-    proxy.let_go();
-    proxy.wait_until_delivered();
-    env.assert_locked();
-    let mut next = env.command(env.bin().join("tf"));
-    next.args(["plan", "-no-color"]).env_clear().envs(direct);
-    let end = Run::start(next).wait();
+    lands(&env, &proxy);
+    let end = released_by_the_next_tf(&env, &["plan", "-no-color"]);
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
-    assert!(end.err.contains("appeared after its terraform had died"), "{}", env.dump(&end));
-    env.assert_unlocked();
 }
 
 #[test]
 fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let first = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     first.wait_until_held();
     run.kill_terraform();
     run.wait();
@@ -297,7 +301,7 @@ fn a_run_that_a_late_lock_refuses_gives_it_back_and_says_so() {
             &mut env,
             |request| if request.start.contains("list-type") { ProxyAction::Hold } else { ProxyAction::Pass },
         );
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     second.wait_until_held();
     first.let_go();
     first.wait_until_delivered();
@@ -325,7 +329,7 @@ fn a_lost_reply_to_the_lock_request_leaves_no_lock() {
         let _proxy = through(&mut env, move |request| {
             if takes(request) && once.swap(false, SeqCst) { ProxyAction::LoseAnswer } else { ProxyAction::Pass }
         });
-        let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
+        let end = env.run(subject, &APPLY);
         assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
         assert!(end.err.contains("Error acquiring the state lock"), "{}", end.err);
         assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
@@ -368,7 +372,7 @@ fn a_failing_unlock_leaves_no_lock() {
                 let file = request.start.starts_with("DELETE ") && request.header("if-match").is_none();
                 if item || file { ProxyAction::Answer(Message::answer("403 Forbidden", "")) } else { ProxyAction::Pass }
             });
-            let end = env.run(subject, &["apply", "-auto-approve", "-no-color"]);
+            let end = env.run(subject, &APPLY);
             assert!(end.err.contains("Error releasing the state lock"), "{}", env.dump(&end));
             assert_eq!(!env.locks().is_empty(), left, "{subject:?} {lock:?}: {}", env.dump(&end));
         }
@@ -380,7 +384,7 @@ fn half_a_lock_is_given_back() {
     // Terraform is killed between the two requests that acquire the lock: the object exists, the item does not.
     let mut env = TestEnv::new(Lock::Both, "true");
     let proxy = through(&mut env, |request| if takes_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     assert_eq!(env.locks().len(), 1);
     run.kill_terraform();
@@ -391,7 +395,7 @@ fn half_a_lock_is_given_back() {
     // Terraform is killed between the two requests that release the lock: the object is deleted, the item is not.
     let mut env = TestEnv::new(Lock::Both, "true");
     let proxy = through(&mut env, |request| if unlocks_item(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     assert_eq!(env.locks().len(), 1);
     run.kill_terraform();
@@ -408,7 +412,7 @@ fn an_unlock_in_flight_never_hits_the_next_holder() {
         let unlock = unlocks_item(request);
         if unlock { ProxyAction::Hold } else { ProxyAction::Pass }
     });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     run.kill_terraform();
     env.wait_for_trace("waiting for a write");
@@ -580,7 +584,7 @@ fn a_terraform_that_ended_by_itself_leaves_running_what_was_left_on_purpose() {
             ProxyAction::Pass
         }
     });
-    let end = env.run(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let end = env.run(Subject::Tf, &APPLY);
     assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
     // It is not known whether that process still changes something, so the lock is held as long as it runs.
     assert!(end.err.contains("are still running") && end.err.contains("was not released"), "{}", env.dump(&end));
@@ -630,7 +634,7 @@ fn after_an_interrupt_what_runs_on_is_named_and_not_ended() {
 fn a_state_write_in_flight_never_lands_over_the_next_ones() {
     let mut env = TestEnv::new(Lock::Both, "true");
     let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &["apply", "-auto-approve", "-no-color"]);
+    let run = env.start(Subject::Tf, &APPLY);
     proxy.wait_until_held();
     run.kill_terraform();
     env.wait_for_trace("waiting for a write");
@@ -698,20 +702,25 @@ struct Locking {
 
 const DEFAULT: &str = "dir/prod.tfstate";
 const GREEN: &str = "env:/green/dir/prod.tfstate";
-const APPLY: &[&str] = &["apply", "-auto-approve"];
+const APPLY_IN_COLOR: &[&str] = &["apply", "-auto-approve"];
 const LOCKING: &[Locking] = &[
-    Locking { before: &[APPLY], command: &["apply", "-destroy", "-auto-approve"], key: DEFAULT, does: "PUT " },
+    Locking { before: &[APPLY_IN_COLOR], command: &["apply", "-destroy", "-auto-approve"], key: DEFAULT, does: "PUT " },
     Locking {
-        before: &[APPLY],
+        before: &[APPLY_IN_COLOR],
         command: &["state", "mv", "terraform_data.a", "terraform_data.b"],
         key: DEFAULT,
         does: "PUT ",
     },
-    Locking { before: &[APPLY], command: &["state", "rm", "terraform_data.a"], key: DEFAULT, does: "PUT " },
-    Locking { before: &[APPLY], command: &["state", "push", "-force", "other.json"], key: DEFAULT, does: "PUT " },
-    Locking { before: &[APPLY], command: &["taint", "terraform_data.a"], key: DEFAULT, does: "PUT " },
+    Locking { before: &[APPLY_IN_COLOR], command: &["state", "rm", "terraform_data.a"], key: DEFAULT, does: "PUT " },
     Locking {
-        before: &[APPLY, &["taint", "terraform_data.a"]],
+        before: &[APPLY_IN_COLOR],
+        command: &["state", "push", "-force", "other.json"],
+        key: DEFAULT,
+        does: "PUT ",
+    },
+    Locking { before: &[APPLY_IN_COLOR], command: &["taint", "terraform_data.a"], key: DEFAULT, does: "PUT " },
+    Locking {
+        before: &[APPLY_IN_COLOR, &["taint", "terraform_data.a"]],
         command: &["untaint", "terraform_data.a"],
         key: DEFAULT,
         does: "PUT ",

@@ -243,6 +243,30 @@ fn wait_for_recorded_write(env: &TestEnv) {
     wait_for("the write in the record", is_writing, || format!("{}\n{}", text(), env.trace()));
 }
 
+/// Kills a run together with its `tf` and its guardian, while a proxy holds the write of its state. Also returns the
+/// proxy.
+fn killed_whole_while_writing(lock: Lock) -> (TestEnv, Proxy, KillOnDrop) {
+    let mut env = TestEnv::new(lock, "true");
+    let kill = KillOnDrop(home(&env));
+    let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
+    let run = env.start(Subject::Tf, &APPLY);
+    proxy.wait_until_held();
+    wait_for_recorded_write(&env);
+    kill_all(&env);
+    drop(run);
+    env.assert_locked();
+    (env, proxy, kill)
+}
+
+/// Waits until the recovery of `next` waits for a write, as `is_waiting` says, or has released the lock.
+pub fn wait_for_the_wait(env: &TestEnv, next: &Run, is_waiting: impl Fn() -> bool) {
+    wait_for(
+        "the wait for a write, or a release",
+        || (is_waiting() || env.locks().is_empty()).then_some(()),
+        || format!("{}{}", next.err(), env.trace()),
+    );
+}
+
 /// A terraform that is frozen for half an hour and then killed may have sent a write in the meantime: its log does not
 /// say so.
 #[test]
@@ -250,27 +274,11 @@ fn a_recovery_waits_for_the_write_of_a_run_whose_log_has_long_been_silent() {
     std::thread::scope(|scope| {
         for does_arrive in [true, false] {
             scope.spawn(move || {
-                let mut env = TestEnv::new(Lock::Both, "true");
-                let _kill = KillOnDrop(home(&env));
-                let proxy =
-                    through(
-                        &mut env,
-                        |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass },
-                    );
-                let run = env.start(Subject::Tf, &APPLY);
-                proxy.wait_until_held();
-                wait_for_recorded_write(&env);
-                kill_all(&env);
-                drop(run);
-                env.assert_locked();
+                let (env, proxy, _kill) = killed_whole_while_writing(Lock::Both);
                 make_older(&env);
                 let begun = Instant::now();
                 let next = env.start(Subject::Tf, &["plan", "-no-color"]);
-                wait_for(
-                    "the wait for a write, or a release",
-                    || (env.trace().contains("waiting for a write") || env.locks().is_empty()).then_some(()),
-                    || format!("{}{}", next.err(), env.trace()),
-                );
+                wait_for_the_wait(&env, &next, || env.trace().contains("waiting for a write"));
                 if does_arrive {
                     std::thread::sleep(RETRANSMISSION);
                     env.assert_locked();
@@ -304,25 +312,13 @@ fn a_recovery_without_the_end_of_the_log_waits_for_a_write() {
 /// A recovery in another network namespace does not see what the kernel still sends for the dead terraform.
 #[test]
 fn a_recovery_in_another_network_namespace_waits_as_long_as_the_kernel_sends() {
-    let mut env = TestEnv::new(Lock::DynamoDb, "true");
-    let _kill = KillOnDrop(home(&env));
-    let proxy = through(&mut env, |request| if writes_state(request) { ProxyAction::Hold } else { ProxyAction::Pass });
-    let run = env.start(Subject::Tf, &APPLY);
-    proxy.wait_until_held();
-    wait_for_recorded_write(&env);
-    kill_all(&env);
-    drop(run);
-    env.assert_locked();
+    let (env, _proxy, _kill) = killed_whole_while_writing(Lock::DynamoDb);
     let mut network = Value::Null;
     edit(&env, |record| network = record["host"]["network"].take());
     assert!(network.is_u64(), "{network}");
     let next = env.start(Subject::Tf, &["plan", "-no-color"]);
     let is_unseen = "tf cannot see whether the system is still sending data of that terraform";
-    wait_for(
-        "the wait for a write, or a release",
-        || (next.err().contains(is_unseen) || env.locks().is_empty()).then_some(()),
-        || format!("{}{}", next.err(), env.trace()),
-    );
+    wait_for_the_wait(&env, &next, || next.err().contains(is_unseen));
     env.assert_locked();
     assert!(next.err().contains("so it waits 240 s before that"), "{}{}", next.err(), env.trace());
     kill_all(&env);

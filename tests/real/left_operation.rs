@@ -5,6 +5,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::given_back::{is_dynamodb, takes_file, takes_item, through};
+use super::in_flight::wait_for_the_wait;
 use super::interrupted_once::slow_to_plan;
 use crate::support::http::Message;
 use crate::support::process::{Run, terraform_below};
@@ -236,11 +237,7 @@ fn the_write_of_a_terraform_that_outlives_its_tf_is_waited_for() {
     let nested = Pid::from_raw(env.read("nested.pid").trim().parse().unwrap());
     kill(nested, Signal::SIGKILL).unwrap();
     let next = env.start(Subject::Tf, &["plan", "-no-color"]);
-    wait_for(
-        "the wait for a write, or a release",
-        || (env.trace().contains("waiting for a write") || env.locks().is_empty()).then_some(()),
-        || format!("{}{}", next.err(), env.trace()),
-    );
+    wait_for_the_wait(&env, &next, || env.trace().contains("waiting for a write"));
     env.assert_locked();
     proxy.let_go();
     assert!(proxy.wait_until_delivered().contains(" 200 "));
