@@ -394,10 +394,12 @@ fn a_terraform_stopped_by_somebody_stops_the_job_and_fg_mends_it() {
 fn started_in_the_background_it_stops_for_the_terminal_and_fg_lets_it_be_answered() {
     let env = TestEnv::new(Lock::Both, "true");
     let mut terminal = shell(&env);
+    // The shell says at once that a job has stopped. By default it says so before a prompt, and then a prompt that it
+    // wrote before tf had stopped would be the last.
+    terminal.type_in("set -b\n");
     terminal.type_in("tf apply -no-color &\n");
     terminal.wait_for("Enter a value:");
     env.wait_for_trace("was stopped by SIGTTIN");
-    terminal.type_in("\n");
     terminal.wait_for("Stopped");
     terminal.type_in("fg\n");
     env.wait_for_trace("lent the terminal");
