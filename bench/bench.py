@@ -22,7 +22,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE / "demo"))
-from cloud import WAITS, Cloud, Work, provisioner, terraform_below
+from cloud import WAITS, Cloud, Work, provisioner
 
 
 @contextlib.contextmanager
@@ -276,7 +276,7 @@ def measure(cloud, tf, few):
         run = work.start(["tf", "apply", "-auto-approve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         work.wait_for("began")
         memory.append(sum(resident(pid) for pid in ours(run.pid).values()))
-        os.kill(terraform_below(run.pid), signal.SIGKILL)
+        os.kill(work.terraform(), signal.SIGKILL)
         run.wait()
         gone.append(any(cloud.locks("killed.tfstate")))
         stamps = {}

@@ -15,7 +15,8 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-WAITS = "touch began; while test -e began && ! test -e go; do sleep 0.05; done"
+# The parent process of a provisioner is terraform.
+WAITS = "echo $PPID > pid; touch began; while test -e began && ! test -e go; do sleep 0.05; done"
 
 
 def free_port():
@@ -138,6 +139,10 @@ class Work:
             time.sleep(0.02)
         sys.exit(f"waited in vain for {name} in {self.directory}")
 
+    def terraform(self):
+        """The pid of the terraform whose provisioner, `WAITS`, has begun."""
+        return int((self.directory / "pid").read_text())
+
     def forget(self, *names):
         for name in names:
             (self.directory / name).unlink(missing_ok=True)
@@ -173,16 +178,3 @@ resource "terraform_data" "production" {{
   }}
 }}
 """
-
-
-def terraform_below(pid):
-    """The terraform among the children of `pid`, or `pid` itself."""
-    for _ in range(500):
-        children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for child in children:
-            if pathlib.Path(f"/proc/{child}/comm").read_text().strip() == "terraform":
-                return int(child)
-        if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "terraform":
-            return pid
-        time.sleep(0.01)
-    sys.exit("no terraform")

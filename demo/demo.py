@@ -7,7 +7,7 @@ import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from cloud import HERE, WAITS, Cloud, Work, provisioner, terraform_below
+from cloud import HERE, WAITS, Cloud, Work, provisioner
 
 COLOUR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -37,7 +37,7 @@ def scene(cloud, program):
         work.wait_for("began")
         say()
         show(cloud)
-        terraform = terraform_below(run.pid)
+        terraform = work.terraform()
         say(paint("1", f"$ kill -9 {terraform}    # the out-of-memory killer, a cancelled job, a closed laptop"))
         os.kill(terraform, signal.SIGKILL)
         run.wait()

@@ -66,20 +66,6 @@ class Terminal:
         os.write(self.master, b"\r")
 
 
-def terraform_of(directory):
-    """The real terraform that works there."""
-    for _ in range(500):
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
-                if program == "terraform" and os.readlink(f"/proc/{pid}/cwd") == str(directory):
-                    return int(pid)
-            except OSError:
-                pass
-        time.sleep(0.01)
-    sys.exit("no terraform")
-
-
 def killed_apply(terminal, work):
     work.forget("began", "go")
     terminal.type("terraform apply -auto-approve")
@@ -90,7 +76,7 @@ def killed_apply(terminal, work):
     else:
         sys.exit(f"the provisioner did not begin; last seen:\n{terminal.seen}")
     terminal.read(1.2)
-    os.kill(terraform_of(work.directory), signal.SIGKILL)
+    os.kill(work.terraform(), signal.SIGKILL)
     terminal.wait_for(r"infra\S* \$ ")
     (work.directory / "go").touch()
     terminal.read(2)
