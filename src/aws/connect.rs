@@ -20,10 +20,11 @@ use aws_types::os_shim_internal::{Env, Fs};
 
 use super::settings::{SharedFiles, expand, profile_name, set, shared_files};
 use crate::aws::attributes::Treatment;
+use crate::aws::authorities::usable;
 use crate::aws::causes::causes;
 use crate::aws::credentials::{Purpose, Question};
 use crate::aws::failure::Failure;
-use crate::aws::network::{Network, usable};
+use crate::aws::network::Network;
 use crate::aws::proxies::Proxies;
 use crate::aws::settings::Unreachable;
 use crate::aws::{attributes, credentials};

@@ -2,6 +2,7 @@
 //! failed request means for the caller.
 
 pub(crate) mod attributes;
+pub(crate) mod authorities;
 pub(crate) mod causes;
 pub(crate) mod connect;
 pub(crate) mod credentials;
