@@ -27,8 +27,10 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
+use crate::aws::authorities;
 use crate::aws::proxies::Proxies;
 use crate::panics;
+use crate::sys::detached;
 
 /// The network settings for requests to AWS.
 #[derive(Clone, Debug, Default)]
@@ -52,20 +54,21 @@ impl Network {
         }
         // The SDK's builder panics on a machine without certificate authorities, even if the request is plain HTTP and
         // needs none.
-        match panics::caught(|| self.verifying(proxy, settings)) {
+        match panics::caught(|| self.verifying(proxy, settings)).flatten() {
             Some(connector) => connector,
             None if https => SharedHttpConnector::new(NoAuthorities),
             None => unverified(proxy),
         }
     }
 
-    /// Returns a connector that checks certificates. Panics if the authorities of the system are needed and the machine
-    /// has none.
-    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> SharedHttpConnector {
+    /// Returns a connector that checks certificates. If the authorities of the system are needed and the machine has
+    /// none, returns `None` or panics.
+    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> Option<SharedHttpConnector> {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
             Some(pem) => trusted.with_pem_certificate(pem.clone()),
-            None => trusted.with_native_roots(true),
+            None if detached::may_use_frameworks() => trusted.with_native_roots(true),
+            None => trusted.with_pem_certificate(authorities::from_another_tf()?),
         };
         let mut builder = Connector::builder()
             .connector_settings(settings.clone())
@@ -76,7 +79,7 @@ impl Network {
         if let Some(proxy) = proxy.and_then(|proxy| ProxyConfig::all(proxy).ok()) {
             builder = builder.proxy_config(proxy);
         }
-        SharedHttpConnector::new(builder.build())
+        Some(SharedHttpConnector::new(builder.build()))
     }
 }
 

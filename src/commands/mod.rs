@@ -37,6 +37,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use connection::Trouble;
 use nix::sys::signal::Signal;
 
+use crate::aws::authorities;
 use crate::cleanup::{messages, recovery_process, takeover_process, wait_explanation};
 use crate::journal::event_command;
 use crate::settings::{self, LeaseSettings, UnreadableSetting};
@@ -214,6 +215,12 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         && word == keeper::WORD
     {
         return keeper::keeper_process::keep(descriptors);
+    }
+    if words == [authorities::WORD] {
+        if let Some(pem) = authorities::of_system() {
+            console::print_for_program(&pem);
+        }
+        return Finding::Nothing.code();
     }
     environment::unset_empty("AWS_");
     if words == [takeover_process::WORD] {

@@ -17,12 +17,14 @@ use super::given_back::{
     apply_with_worker, is_dynamodb, lands, released_by_the_next_tf, takes_file, takes_item, through,
 };
 use super::interrupted_once::slow_to_plan;
+use super::reached_alike::to_services;
+use crate::support::authority::Authority;
 use crate::support::cloud::cloud;
 use crate::support::http::Message;
 use crate::support::process::{Run, state, terraform_below};
 use crate::support::processes::{
-    KillOnDrop, guardian_of, home, kill_all, marked, ours, tf_of, wait_until_all_is_gone, wait_until_ours_are_gone,
-    wait_until_unlocked,
+    KillOnDrop, guardian_of, home, kill_all, kill_without_guardian, marked, ours, tf_of, wait_until_all_is_gone,
+    wait_until_ours_are_gone, wait_until_unlocked,
 };
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::system::is_root_on_linux;
@@ -307,6 +309,34 @@ fn the_guardian_sees_to_the_stop_timeout() {
     wait_until_unlocked(&env);
     wait_until_ours_are_gone(&env);
     proxy.let_go();
+}
+
+/// On macOS, both let another `tf` read the authorities (`src/aws/authorities.rs`).
+#[test]
+fn the_guardian_and_the_next_tf_trust_the_authorities_of_the_system() {
+    // On macOS, Go does not read SSL_CERT_FILE (root_darwin.go).
+    if cfg!(target_os = "macos") {
+        return;
+    }
+    let authority = Authority::new();
+    let proxy = Proxy::start_tls(cloud().port, &authority, to_services, |_: &Message| ProxyAction::Pass);
+    let mut env = TestEnv::empty(Lock::Both);
+    let pem = env.directory.parent().unwrap().join("ca.pem");
+    fs::write(&pem, &authority.pem).unwrap();
+    env.set("SSL_CERT_FILE", pem).set("AWS_ENDPOINT_URL", format!("https://127.0.0.1:{}", proxy.port));
+    env.write_main("", WAITS);
+    env.init();
+    kill_without_guardian(&env);
+    env.assert_unlocked();
+    fs::remove_file(env.directory.join("began")).unwrap();
+    env.start_apply(Subject::Tf);
+    kill_all(&env);
+    env.assert_locked();
+    let end = env.run(Subject::Tf, &PLAN);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    env.assert_unlocked();
+    let asked = env.trace().matches("the authorities of the system, in bytes: Ok(").count();
+    assert_eq!(asked, if cfg!(tf_portable) { 2 } else { 0 }, "{}", env.trace());
 }
 
 #[test]
