@@ -89,8 +89,8 @@ elsewhere: tools $(TOOLS)/elsewhere/.made ## test other versions of terraform, O
 	RUST_TEST_THREADS=$(THREADS) cargo test --test elsewhere
 
 .PHONY: conformance
-conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests of releases against DynamoDB Local and two other S3 servers (needs Java 17 and npm)
-	RUST_TEST_THREADS=$(THREADS) tests/conformance
+conformance: tools $(TOOLS)/dynamodb/.made $(TOOLS)/moto/.made ## run the tests of releases against DynamoDB Local and two other S3 servers: T=dynamodb, s3 or unconditional for one of them (needs Java 17 and npm)
+	RUST_TEST_THREADS=$(THREADS) tests/conformance $(T)
 
 .PHONY: wrappers
 wrappers: $(if $(TF),,build) tools $(TOOLS)/wrappers/.made ## run cdktf, tftest, python-terraform, tflocal and tfswitch with tf in place: T=word for some checks (needs npm and g++; 450 MB download)
