@@ -1,8 +1,8 @@
 //! Certificate authorities: those of a file, and those of the system.
 //!
-//! On macOS, Security.framework has the authorities of the system. After a fork, a process must not use a framework until
-//! it executes a program (fork(2) of macOS, CAVEATS). Such a process asks another `tf`, which asks the framework and
-//! writes the authorities to its stdout.
+//! On macOS, Security.framework has the authorities of the system. After a fork, a process must not use a framework
+//! until it executes a program (fork(2) of macOS, CAVEATS). Such a process asks another `tf`, which asks the framework
+//! and writes the authorities to its stdout.
 
 use std::fmt::Write as _;
 use std::io::{self, Read};

@@ -102,10 +102,10 @@ impl ProcessHandle {
     /// Sends `signal` to the process, unless it has exited.
     ///
     /// macOS before 14 has no public call that signals a process by more than its pid (later ones have
-    /// `proc_signal_with_audittoken`, libproc.h, which this program could only look up at run time). If the process exits and is reaped between
-    /// the check and kill(2), and if another process gets its pid in that time, then that process gets the signal. The
-    /// kernel gives out all other pids, nearly 100,000, before it gives out the same pid again (`forkproc`,
-    /// bsd/kern/kern_fork.c of xnu).
+    /// `proc_signal_with_audittoken`, libproc.h, which this program could only look up at run time). If the process
+    /// exits and is reaped between the check and kill(2), and if another process gets its pid in that time, then that
+    /// process gets the signal. The kernel gives out all other pids, nearly 100,000, before it gives out the same pid
+    /// again (`forkproc`, bsd/kern/kern_fork.c of xnu).
     ///
     /// # Errors
     /// ESRCH when the process has exited, EPERM when this process may not signal it.
