@@ -17,6 +17,8 @@ LIBRARIES = {
     "/System/Library/Frameworks/CoreFoundation.framework/Versions/A/CoreFoundation",
     "/System/Library/Frameworks/Security.framework/Versions/A/Security",
 }
+LOADS = {mach_o.LC_LOAD_DYLIB, mach_o.LC_LOAD_WEAK_DYLIB, mach_o.LC_REEXPORT_DYLIB, mach_o.LC_LAZY_LOAD_DYLIB,
+         mach_o.LC_LOAD_UPWARD_DYLIB}
 ARM64, X86_64 = 0x0100000C, 0x01000007
 # The magic numbers and types of a signature (sys/codesign.h, kern/cs_blobs.h). All its numbers are big-endian.
 SUPER_BLOB, CODE_DIRECTORY, DIRECTORY_SLOT, SHA256, AD_HOC = 0xFADE0CC0, 0xFADE0C02, 0, 2, 0x2
@@ -60,7 +62,7 @@ def main():
         libraries, minimum, pages = set(), None, 0
         slice_bytes = whole[header.offset:header.offset + header.size]
         for command, data, extra in header.commands:
-            if command.cmd in (mach_o.LC_LOAD_DYLIB, mach_o.LC_LOAD_WEAK_DYLIB, mach_o.LC_REEXPORT_DYLIB):
+            if command.cmd in LOADS:
                 libraries.add(extra.rstrip(b"\0").decode())
             elif command.cmd == mach_o.LC_BUILD_VERSION:
                 check(data.platform == 1, "it is not for macOS")
