@@ -2,8 +2,9 @@
 //!
 //! Terraform must inherit the same state: the signal mask, the ignored signals and the open descriptors. Two parts of
 //! this state have changed before `main` runs: Rust's runtime ignores SIGPIPE, and it opens `/dev/null` where
-//! descriptor 0, 1 or 2 is closed. So a function in `.init_array` records both parts. The loader calls that function
-//! before the runtime starts.
+//! descriptor 0, 1 or 2 is closed. So a function in `.init_array` (System V ABI; on macOS `__mod_init_func`, type
+//! `S_MOD_INIT_FUNC_POINTERS`, mach-o/loader.h) records both parts. The loader calls that function before the runtime
+//! starts.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 /// Frees the disk blocks of `file` that contain only bytes before the offset `end`. They read as zeros afterwards, and
-/// the file keeps its length (`F_PUNCHHOLE`, fcntl(2) of macOS 10.13). Does nothing if the file system cannot do that.
+/// the file keeps its length (`F_PUNCHHOLE`, fcntl(2) of macOS 10.13). Does nothing if the file system cannot do that,
+/// or does not report its block size (fstatfs(2)).
 pub(crate) fn punch_before(file: &File, end: u64) {
     // SAFETY: a zeroed statfs is valid, and the call fills it.
     let block = unsafe {
