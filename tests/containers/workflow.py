@@ -17,10 +17,11 @@ class Workflow:
     """The files of shell/ci/github in a repository of their own. `job` is staging or production.
 
     act runs outside the machine of the engines, and creates a container there for each job. `seen` is the only
-    directory that a container shares with this process. It has the same path in both.
+    directory that a container shares with this process. It has the same path in both. `timeout` is that of the step, in
+    minutes.
     """
 
-    def __init__(self, test, job, bare=False):
+    def __init__(self, test, job, bare=False, timeout=None):
         self.test, self.act = test, None
         self.root = test.directory("workflow")
         self.work, self.seen, home = self.root / "work", self.root / "seen", self.root / "home"
@@ -33,7 +34,7 @@ class Workflow:
         }
         # act names a container after its workflow and its job, and removes an older one of that name.
         edits = {"name: terraform\n": f"name: {test.key}\n", "TFW_LEASE: 5m\n": "TFW_LEASE: 1m\n"}
-        self.recipe = GitHub(job, {}, edits=edits)
+        self.recipe = GitHub(job, {}, timeout=timeout, edits=edits)
         self.recipe.prepare(self, bare, archive(self.seen, test.world.tf))
         test.containers.append(self)
 
