@@ -243,7 +243,7 @@ fn an_example_tries_five_times_at_growing_distances_and_then_says_why_it_failed(
 }
 
 /// The path of an event is also in `text` of a message for Slack, which is not plain text. There, Slack reads a mention
-/// or a link only after `<`.
+/// only after `<`, and a link after `<` or in a URL.
 #[test]
 fn untrusted_text_is_where_a_chat_reads_no_mention_and_no_link() {
     if !can_run() {
@@ -270,7 +270,10 @@ fn untrusted_text_is_where_a_chat_reads_no_mention_and_no_link() {
             match kind.as_str() {
                 "plain_text" | "TextRun" => {}
                 // `text` of a message for Slack.
-                "" => assert!(!text.contains(['<', '>']) && text.contains("&lt;!channel&gt;"), "{text}"),
+                "" => {
+                    assert!(!text.contains(['<', '>']) && text.contains("&lt;!channel&gt;"), "{text}");
+                    assert!(!text.contains("://") && text.contains("https: //evil.example"), "{text}");
+                }
                 _ => panic!("{kind}: {text}"),
             }
         }

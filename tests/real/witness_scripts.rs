@@ -629,7 +629,12 @@ fn all_asks_each_witness_that_the_holder_names() {
     assert_answer(&ask_about(&env, "all", &format!("pod ci/runner-1 ({UID})")), "unknown", "no access");
     let job = json!({ "ci": "GitHub Actions", "job": "https://github.com/o/r/actions/runs/1/attempts/1" });
     assert_answer(&ask(&env, "all", &job), "unknown", "no token");
-    for holder in [Value::Null, json!({ "host": "vm", "machine": "m" })] {
+    for holder in [
+        Value::Null,
+        json!({ "host": "vm", "machine": "m" }),
+        json!({ "host": "vm", "cloud": "Google Compute Engine 7306570268931" }),
+        json!({ "ci": "GitLab CI", "job": "https://gitlab.com/g/p/-/jobs/7" }),
+    ] {
         assert_answer(&ask(&env, "all", &holder), "unknown", "no witness knows this holder");
     }
 }
