@@ -1,6 +1,7 @@
 //! Connects to AWS as terraform does: which settings apply, which credentials and which network to use, and what a
 //! failed request means for the caller.
 
+pub(crate) mod ask_system;
 pub(crate) mod attributes;
 pub(crate) mod authorities;
 pub(crate) mod causes;

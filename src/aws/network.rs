@@ -5,6 +5,7 @@
 //! `insecure = true`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
-use crate::aws::authorities;
+use crate::aws::ask_system::{self, Resolver};
 use crate::aws::proxies::Proxies;
 use crate::panics;
 use crate::sys::detached;
@@ -48,27 +49,44 @@ impl Network {
         SharedHttpClient::new(Routes { network: Arc::new(self), connectors: Arc::default() })
     }
 
-    fn connector(&self, proxy: Option<&str>, settings: &HttpConnectorSettings, https: bool) -> SharedHttpConnector {
-        if self.insecure && https {
-            return unverified(proxy);
+    /// Returns a connector for requests by `proxy`.
+    ///
+    /// # Errors
+    /// Why a request by HTTPS cannot be checked, for the user.
+    fn connector(
+        &self,
+        proxy: Option<&str>,
+        settings: &HttpConnectorSettings,
+        https: bool,
+    ) -> Result<SharedHttpConnector, String> {
+        let needs_tls = https || proxy.is_some_and(|proxy| proxy.starts_with("https:"));
+        // Without TLS, no other process has to be asked for the authorities.
+        if (self.insecure && https) || (!needs_tls && !detached::may_use_frameworks()) {
+            return Ok(unverified(proxy));
         }
         // The SDK's builder panics on a machine without certificate authorities, even if the request is plain HTTP and
         // needs none.
-        match panics::caught(|| self.verifying(proxy, settings)).flatten() {
-            Some(connector) => connector,
-            None if https => SharedHttpConnector::new(NoAuthorities),
-            None => unverified(proxy),
+        match panics::caught(|| self.verifying(proxy, settings)).unwrap_or_else(|| Err(NO_AUTHORITIES.to_owned())) {
+            Err(_) if !https => Ok(unverified(proxy)),
+            connector => connector,
         }
     }
 
-    /// Returns a connector that checks certificates. If the authorities of the system are needed and the machine has
-    /// none, returns `None` or panics.
-    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> Option<SharedHttpConnector> {
+    /// Returns a connector that checks certificates. Panics if the authorities of the system are needed and the machine
+    /// has none.
+    ///
+    /// # Errors
+    /// Why another process could not read the authorities of the system, for the user.
+    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> Result<SharedHttpConnector, String> {
         let mut trusted = tls::TrustStore::empty();
         trusted = match &self.authorities {
             Some(pem) => trusted.with_pem_certificate(pem.clone()),
             None if detached::may_use_frameworks() => trusted.with_native_roots(true),
-            None => trusted.with_pem_certificate(authorities::from_another_tf()?),
+            None => {
+                let pem = ask_system::authorities();
+                let failed = |reason| format!("the certificate authorities of the system could not be read: {reason}");
+                trusted.with_pem_certificate(pem.map_err(failed)?)
+            }
         };
         let mut builder = Connector::builder()
             .connector_settings(settings.clone())
@@ -79,20 +97,17 @@ impl Network {
         if let Some(proxy) = proxy.and_then(|proxy| ProxyConfig::all(proxy).ok()) {
             builder = builder.proxy_config(proxy);
         }
-        Some(SharedHttpConnector::new(builder.build()))
+        Ok(SharedHttpConnector::new(if detached::may_use_frameworks() {
+            builder.build()
+        } else {
+            builder.build_with_resolver(Resolver)
+        }))
     }
 }
 
-/// A connector that fails every request, because there are no certificate authorities for checking a certificate.
-#[derive(Debug)]
-struct NoAuthorities;
-
-impl HttpConnector for NoAuthorities {
-    fn call(&self, _: HttpRequest) -> HttpConnectorFuture {
-        let reason = "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
-        HttpConnectorFuture::ready(Err(ConnectorError::user(reason.into())))
-    }
-}
+/// Why a request by HTTPS cannot be checked on a machine without certificate authorities.
+const NO_AUTHORITIES: &str =
+    "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
 
 /// The connectors, each under its proxy (`None` for direct connections), whether it is for HTTPS, and its connect and
 /// read timeouts. Each connector keeps its connections open for reuse.
@@ -134,12 +149,14 @@ impl HttpConnector for Route {
             let why = "tf cannot use the proxy: its URL is neither http nor https";
             return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
         }
-        let connector = connectors
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .entry(key)
-            .or_insert_with(|| network.connector(proxy, &self.settings, https))
-            .clone();
+        let mut connectors = connectors.lock().unwrap_or_else(PoisonError::into_inner);
+        let connector = match connectors.entry(key) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(place) => match network.connector(proxy, &self.settings, https) {
+                Ok(connector) => place.insert(connector).clone(),
+                Err(reason) => return HttpConnectorFuture::ready(Err(ConnectorError::user(reason.into()))),
+            },
+        };
         connector.call(request)
     }
 }
@@ -157,7 +174,7 @@ fn unverified(proxy: Option<&str>) -> SharedHttpConnector {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
         .with_no_client_auth();
-    let mut tcp = Tcp::new();
+    let mut tcp = Tcp::new_with_resolver(Resolver);
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
     tcp.set_connect_timeout(Some(Duration::from_secs(3)));

@@ -246,7 +246,8 @@ mod tests {
 
     #[test]
     fn the_lock_is_read_less_often_than_terraform_requests_it() {
-        let requests: Vec<_> = [0, 1, 3, 7, 15].into_iter().chain((31..4000).step_by(16)).map(Duration::from_secs).collect();
+        let requests: Vec<_> =
+            [0, 1, 3, 7, 15].into_iter().chain((31..4000).step_by(16)).map(Duration::from_secs).collect();
         let (mut waited, mut reads) = (EXPLANATION_DELAY, 0);
         while waited < Duration::from_hours(1) {
             reads += 1;

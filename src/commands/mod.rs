@@ -37,7 +37,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use connection::Trouble;
 use nix::sys::signal::Signal;
 
-use crate::aws::authorities;
+use crate::aws::ask_system;
 use crate::cleanup::{messages, recovery_process, takeover_process, wait_explanation};
 use crate::journal::event_command;
 use crate::settings::{self, LeaseSettings, UnreadableSetting};
@@ -216,10 +216,10 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
     {
         return keeper::keeper_process::keep(descriptors);
     }
-    if words == [authorities::WORD] {
-        if let Some(pem) = authorities::of_system() {
-            console::print_for_program(&pem);
-        }
+    if let Some((word, question)) = words.split_first()
+        && word == ask_system::WORD
+    {
+        ask_system::answer(question);
         return Finding::Nothing.code();
     }
     environment::unset_empty("AWS_");

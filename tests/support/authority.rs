@@ -21,10 +21,13 @@ impl Authority {
         Arc::new(Self { issuer: Issuer::new(params, key), pem })
     }
 
-    /// Returns the TLS configuration of a server with a certificate for `host`.
-    pub fn server(&self, host: &str) -> Arc<ServerConfig> {
+    /// Returns the TLS configuration of a server with a certificate for `hosts`.
+    pub fn server(&self, hosts: &[&str]) -> Arc<ServerConfig> {
         let key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new(vec![host.to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
+        let certificate = CertificateParams::new(hosts.iter().map(|host| (*host).to_owned()).collect::<Vec<_>>())
+            .unwrap()
+            .signed_by(&key, &self.issuer)
+            .unwrap();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let config = ServerConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
             .with_safe_default_protocol_versions()

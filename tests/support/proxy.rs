@@ -104,14 +104,14 @@ impl Proxy {
         Self { port: listener.port, shared, _listener: listener }
     }
 
-    /// Like [`Proxy::start_changing`], but its clients use TLS, for the host 127.0.0.1.
+    /// Like [`Proxy::start_changing`], but its clients use TLS, for the hosts 127.0.0.1 and localhost.
     pub fn start_tls(
         upstream: u16,
         authority: &Authority,
         change: fn(&mut Message),
         rule: impl Fn(&Message) -> ProxyAction + Send + Sync + 'static,
     ) -> Self {
-        let config = authority.server("127.0.0.1");
+        let config = authority.server(&["127.0.0.1", "localhost"]);
         Self::listen(upstream, rule, move |stream, shared| serve(by_tls(Box::new(stream), &config), shared, change))
     }
 
@@ -165,7 +165,7 @@ fn serve(stream: Box<dyn Duplex>, shared: &Shared, change: fn(&mut Message)) {
         if let ProxyAction::Tunnel(authority) = action {
             let host = request.start.split([' ', ':']).nth(1).unwrap_or_default().to_owned();
             if client.get_mut().write_all(b"HTTP/1.1 200 OK\r\n\r\n").is_ok() {
-                serve(by_tls(client.into_inner(), &authority.server(&host)), shared, change);
+                serve(by_tls(client.into_inner(), &authority.server(&[&host])), shared, change);
             }
             return;
         }
