@@ -1,8 +1,8 @@
-//! What a forked process must not ask the system itself. It asks another `tf`, which answers on its stdout.
+//! Asks another `tf` for what this process must not ask the system itself: on macOS, only a process that does nothing else
+//! uses a framework ([`frameworks`]).
 //!
-//! After a fork, a process of macOS must not use a framework until it executes a program (fork(2) of macOS, CAVEATS).
-//! But TLS takes the certificate authorities of the system from Security.framework. And getaddrinfo(3) uses
-//! Network.framework: on macOS 26, a forked process that looks up a host name can crash.
+//! TLS takes the certificate authorities of the system from Security.framework, and getaddrinfo(3) uses
+//! Network.framework.
 
 use std::ffi::OsString;
 use std::io::{self, Read};
@@ -22,7 +22,7 @@ use tokio::task;
 use tower_service::Service;
 
 use crate::aws::authorities;
-use crate::sys::{detached, disposition, poll};
+use crate::sys::{disposition, frameworks, poll};
 use crate::trace::trace;
 use crate::{another_tf, console};
 
@@ -44,6 +44,10 @@ const OTHER_TIMEOUT: u32 = 20;
 /// The largest answer that is read, in bytes. The authorities of a system are about 200 kB.
 const MAX_ANSWER: usize = 8 << 20;
 
+/// Why there are no authorities on a machine that has none.
+const NO_AUTHORITIES: &str =
+    "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
+
 /// The last line of an answer. An answer without it is not complete.
 const END: &str = "end of the answer\n";
 
@@ -61,20 +65,23 @@ struct Authorities {
     answer: Result<Vec<u8>, String>,
 }
 
-/// For how long a missing answer about the authorities is not asked for again. Several clients need it at once.
+/// How long after a failed answer about the authorities the question is not repeated. Several clients need it at once.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Answers the question in `words`, as the other `tf`.
 pub(crate) fn answer(words: &[OsString]) {
+    frameworks::allow();
     // This process has inherited a signal mask that blocks every signal.
     disposition::set_default(Signal::SIGALRM);
     let _ = SigSet::from(Signal::SIGALRM).thread_unblock();
     nix::unistd::alarm::set(OTHER_TIMEOUT);
     let words: Vec<&str> = words.iter().filter_map(|word| word.to_str()).collect();
     let answer = match words[..] {
-        [AUTHORITIES] => authorities::of_system().ok_or_else(|| "the system has no certificate authorities".to_owned()),
+        [AUTHORITIES] => authorities::of_system().ok_or_else(|| NO_AUTHORITIES.to_owned()),
         [ADDRESSES, host] => match look_up(host) {
-            Ok(addresses) => Ok(addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n") + "\n"),
+            Ok(addresses) => {
+                Ok(addresses.iter().map(|address| address.ip().to_string()).collect::<Vec<_>>().join("\n") + "\n")
+            }
             Err(error) => Err(error.to_string()),
         },
         _ => return,
@@ -102,9 +109,9 @@ fn ask(question: &[&str]) -> io::Result<String> {
     // however that process has ended.
     let _ = child.kill();
     let _ = child.wait();
-    let answer = written.as_ref().map(Vec::len).map_err(ToString::to_string);
-    trace!("asked another tf for {}: {answer:?} bytes", question[0]);
-    read_answer(&written?)
+    let answer = written.and_then(|written| read_answer(&written));
+    trace!("asked another tf for {question:?}: {:?}", answer.as_ref().map(String::len));
+    answer
 }
 
 /// Returns the text of a complete answer.
@@ -145,10 +152,10 @@ fn read_to_end(child: &mut Child) -> io::Result<Vec<u8>> {
     Err(io::ErrorKind::FileTooLarge.into())
 }
 
-/// Returns the certificate authorities of the system, in PEM, as another `tf` has read them.
+/// Returns the certificate authorities of the system, in PEM.
 ///
 /// # Errors
-/// Why it could not read them, for the user.
+/// Why there are none, for the user.
 pub(super) fn authorities() -> Result<Vec<u8>, String> {
     let mut last = LAST_AUTHORITIES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(Authorities { at, answer }) = &*last
@@ -156,14 +163,20 @@ pub(super) fn authorities() -> Result<Vec<u8>, String> {
     {
         return answer.clone();
     }
-    let answer = ask(&[AUTHORITIES]).map(String::into_bytes).map_err(|error| error.to_string());
+    let answer = if frameworks::are_allowed() {
+        authorities::of_system().ok_or_else(|| NO_AUTHORITIES.to_owned())
+    } else {
+        let failed = |error| format!("the certificate authorities of the system could not be read: {error}");
+        ask(&[AUTHORITIES]).map_err(failed)
+    };
+    let answer = answer.map(String::into_bytes);
     *last = Some(Authorities { at: Instant::now(), answer: answer.clone() });
     answer
 }
 
-/// Returns the addresses of `host` (getaddrinfo(3)).
-fn look_up(host: &str) -> io::Result<Vec<IpAddr>> {
-    Ok((host, 0).to_socket_addrs()?.map(|address| address.ip()).collect())
+/// Returns the addresses of `host` (getaddrinfo(3)), with the port 0.
+fn look_up(host: &str) -> io::Result<Vec<SocketAddr>> {
+    Ok((host, 0).to_socket_addrs()?.collect())
 }
 
 /// Looks up the addresses of hosts. A process that must not do that itself asks another `tf`.
@@ -171,13 +184,14 @@ fn look_up(host: &str) -> io::Result<Vec<IpAddr>> {
 pub(super) struct Resolver;
 
 impl Resolver {
-    async fn addresses(host: String) -> io::Result<Vec<IpAddr>> {
+    async fn addresses(host: String) -> io::Result<Vec<SocketAddr>> {
         let looked_up = task::spawn_blocking(move || {
-            if detached::may_use_frameworks() {
+            if frameworks::are_allowed() {
                 return look_up(&host);
             }
             let answer = ask(&[ADDRESSES, &host])?;
-            Ok(answer.lines().filter_map(|line| line.parse().ok()).collect())
+            let addresses = answer.lines().filter_map(|line| line.parse::<IpAddr>().ok());
+            Ok(addresses.map(|address| SocketAddr::new(address, 0)).collect())
         });
         looked_up.await.map_err(io::Error::other)?
     }
@@ -186,7 +200,10 @@ impl Resolver {
 impl ResolveDns for Resolver {
     fn resolve_dns<'a>(&'a self, name: &'a str) -> DnsFuture<'a> {
         let addresses = Self::addresses(name.to_owned());
-        DnsFuture::new(async { addresses.await.map_err(ResolveDnsError::new) })
+        DnsFuture::new(async {
+            let addresses = addresses.await.map_err(ResolveDnsError::new)?;
+            Ok(addresses.iter().map(SocketAddr::ip).collect())
+        })
     }
 }
 
@@ -203,8 +220,7 @@ impl Service<Name> for Resolver {
         let addresses = Self::addresses(name.as_str().to_owned());
         Box::pin(async {
             // The caller sets the port.
-            let addresses: Vec<_> = addresses.await?.into_iter().map(|address| SocketAddr::new(address, 0)).collect();
-            Ok(addresses.into_iter())
+            Ok(addresses.await?.into_iter())
         })
     }
 }

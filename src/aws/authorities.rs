@@ -5,19 +5,22 @@ use std::fmt::Write as _;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use crate::sys::frameworks;
+
 /// Returns the usable certificates in `pem`, as PEM. `None` if no certificate is usable.
 pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     to_pem(CertificateDer::pem_slice_iter(pem).flatten()).map(String::into_bytes)
 }
 
 /// Returns the authorities of the system, as PEM. `None` if it has none that is usable. This process must be one that
-/// may use frameworks ([`crate::sys::detached::may_use_frameworks`]).
-pub(crate) fn of_system() -> Option<String> {
+/// may use frameworks ([`frameworks::are_allowed`]).
+pub(super) fn of_system() -> Option<String> {
+    debug_assert!(frameworks::are_allowed());
     to_pem(rustls_native_certs::load_native_certs().certs)
 }
 
-/// Returns the usable certificates among `certificates`, as PEM. `None` if there is none. Unusable certificates are left out,
-/// because Go skips them, and the SDK would panic on them.
+/// Returns the usable certificates among `certificates`, as PEM. `None` if there is none. Unusable certificates are left
+/// out, because Go skips them, and the SDK would panic on them.
 fn to_pem<'a>(certificates: impl IntoIterator<Item = CertificateDer<'a>>) -> Option<String> {
     let mut roots = rustls::RootCertStore::empty();
     let mut usable = String::new();

@@ -30,6 +30,7 @@ use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
 use super::settings::{Unreachable, endpoint, expand, profile_name, set, shared_files};
+use crate::aws::ask_system::Resolver;
 use crate::aws::attributes;
 use crate::aws::attributes::Treatment;
 use crate::aws::causes::causes;
@@ -496,7 +497,7 @@ fn from(
             return Ok(SharedCredentialsProvider::new(provider));
         }
         CredentialSource::Container => {
-            let provider = EcsCredentialsProvider::builder().configure(config).build();
+            let provider = EcsCredentialsProvider::builder().configure(config).dns(Resolver).build();
             return Ok(SharedCredentialsProvider::new(provider));
         }
         CredentialSource::Instance => {

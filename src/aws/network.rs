@@ -27,11 +27,11 @@ use hyper_util::rt::TokioExecutor;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
+use tokio::task;
 
 use crate::aws::ask_system::{self, Resolver};
 use crate::aws::proxies::Proxies;
-use crate::panics;
-use crate::sys::detached;
+use crate::sys::frameworks;
 
 /// The network settings for requests to AWS.
 #[derive(Clone, Debug, Default)]
@@ -49,44 +49,25 @@ impl Network {
         SharedHttpClient::new(Routes { network: Arc::new(self), connectors: Arc::default() })
     }
 
-    /// Returns a connector for requests by `proxy`.
+    /// Returns a connector for requests through `proxy`, or for direct requests if it is `None`.
     ///
     /// # Errors
-    /// Why a request by HTTPS cannot be checked, for the user.
+    /// Why no certificate can be checked, for the user.
     fn connector(
         &self,
         proxy: Option<&str>,
         settings: &HttpConnectorSettings,
         https: bool,
     ) -> Result<SharedHttpConnector, String> {
-        let needs_tls = https || proxy.is_some_and(|proxy| proxy.starts_with("https:"));
-        // Without TLS, no other process has to be asked for the authorities.
-        if (self.insecure && https) || (!needs_tls && !detached::may_use_frameworks()) {
+        if self.insecure && https {
             return Ok(unverified(proxy));
         }
-        // The SDK's builder panics on a machine without certificate authorities, even if the request is plain HTTP and
-        // needs none.
-        match panics::caught(|| self.verifying(proxy, settings)).unwrap_or_else(|| Err(NO_AUTHORITIES.to_owned())) {
-            Err(_) if !https => Ok(unverified(proxy)),
-            connector => connector,
-        }
-    }
-
-    /// Returns a connector that checks certificates. Panics if the authorities of the system are needed and the machine
-    /// has none.
-    ///
-    /// # Errors
-    /// Why another process could not read the authorities of the system, for the user.
-    fn verifying(&self, proxy: Option<&str>, settings: &HttpConnectorSettings) -> Result<SharedHttpConnector, String> {
-        let mut trusted = tls::TrustStore::empty();
-        trusted = match &self.authorities {
-            Some(pem) => trusted.with_pem_certificate(pem.clone()),
-            None if detached::may_use_frameworks() => trusted.with_native_roots(true),
-            None => {
-                let pem = ask_system::authorities();
-                let failed = |reason| format!("the certificate authorities of the system could not be read: {reason}");
-                trusted.with_pem_certificate(pem.map_err(failed)?)
-            }
+        let proxy_scheme = proxy.and_then(|proxy| proxy.parse::<http::Uri>().ok()?.into_parts().scheme);
+        let trusted = match &self.authorities {
+            // Plain HTTP needs no authorities, and works on a machine that has none.
+            _ if !https && proxy_scheme != Some(http::uri::Scheme::HTTPS) => tls::TrustStore::empty(),
+            Some(pem) => tls::TrustStore::empty().with_pem_certificate(pem.clone()),
+            None => tls::TrustStore::empty().with_pem_certificate(ask_system::authorities()?),
         };
         let mut builder = Connector::builder()
             .connector_settings(settings.clone())
@@ -97,27 +78,41 @@ impl Network {
         if let Some(proxy) = proxy.and_then(|proxy| ProxyConfig::all(proxy).ok()) {
             builder = builder.proxy_config(proxy);
         }
-        Ok(SharedHttpConnector::new(if detached::may_use_frameworks() {
-            builder.build()
-        } else {
-            builder.build_with_resolver(Resolver)
-        }))
+        let is_allowed = frameworks::are_allowed();
+        let connector = if is_allowed { builder.build() } else { builder.build_with_resolver(Resolver) };
+        Ok(SharedHttpConnector::new(connector))
     }
 }
 
-/// Why a request by HTTPS cannot be checked on a machine without certificate authorities.
-const NO_AUTHORITIES: &str =
-    "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
+/// Which requests a connector is for: those through a proxy (`None` for direct connections), whether by HTTPS, and with
+/// which connect and read timeouts.
+type RouteKey = (Option<String>, bool, [Option<Duration>; 2]);
 
-/// The connectors, each under its proxy (`None` for direct connections), whether it is for HTTPS, and its connect and
-/// read timeouts. Each connector keeps its connections open for reuse.
-type Connectors = Mutex<HashMap<(Option<String>, bool, [Option<Duration>; 2]), SharedHttpConnector>>;
+/// The connectors. Each keeps its connections open for reuse.
+type Connectors = Mutex<HashMap<RouteKey, SharedHttpConnector>>;
 
 /// An HTTP client that chooses the proxy and the connector for each request.
 #[derive(Clone, Debug)]
 struct Routes {
     network: Arc<Network>,
     connectors: Arc<Connectors>,
+}
+
+impl Routes {
+    /// Returns the connector of `route`, which is created if there is none.
+    ///
+    /// # Errors
+    /// As [`Network::connector`].
+    fn connector(&self, route: RouteKey, settings: &HttpConnectorSettings) -> Result<SharedHttpConnector, String> {
+        let mut connectors = self.connectors.lock().unwrap_or_else(PoisonError::into_inner);
+        let (proxy, https, _) = route.clone();
+        match connectors.entry(route) {
+            Entry::Occupied(known) => Ok(known.get().clone()),
+            Entry::Vacant(place) => {
+                Ok(place.insert(self.network.connector(proxy.as_deref(), settings, https)?).clone())
+            }
+        }
+    }
 }
 
 impl HttpClient for Routes {
@@ -134,7 +129,7 @@ struct Route {
 
 impl HttpConnector for Route {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
-        let Routes { network, connectors } = &self.routes;
+        let network = &self.routes.network;
         let target: Option<http::Uri> = request.uri().parse().ok();
         let scheme = target.as_ref().and_then(http::Uri::scheme_str).unwrap_or("https");
         let host = target.as_ref().and_then(http::Uri::host).unwrap_or_default();
@@ -149,15 +144,19 @@ impl HttpConnector for Route {
             let why = "tf cannot use the proxy: its URL is neither http nor https";
             return HttpConnectorFuture::ready(Err(ConnectorError::user(why.into())));
         }
-        let mut connectors = connectors.lock().unwrap_or_else(PoisonError::into_inner);
-        let connector = match connectors.entry(key) {
-            Entry::Occupied(known) => known.get().clone(),
-            Entry::Vacant(place) => match network.connector(proxy, &self.settings, https) {
-                Ok(connector) => place.insert(connector).clone(),
-                Err(reason) => return HttpConnectorFuture::ready(Err(ConnectorError::user(reason.into()))),
-            },
-        };
-        connector.call(request)
+        let (routes, settings) = (self.routes.clone(), self.settings.clone());
+        let connector = move || routes.connector(key, &settings).map_err(|reason| ConnectorError::user(reason.into()));
+        if frameworks::are_allowed() {
+            return match connector() {
+                Ok(connector) => connector.call(request),
+                Err(error) => HttpConnectorFuture::ready(Err(error)),
+            };
+        }
+        // Another process may have to answer first. No timer of the runtime may wait for it.
+        HttpConnectorFuture::new(async move {
+            let connector = task::spawn_blocking(connector).await;
+            connector.map_err(|error| ConnectorError::other(error.into(), None))??.call(request).await
+        })
     }
 }
 

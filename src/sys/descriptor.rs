@@ -236,8 +236,8 @@ pub(crate) fn write_to_pipe(pipe: &impl AsFd, bytes: &[u8]) -> io::Result<Moved>
     Ok(Moved::Bytes(nix::unistd::write(pipe, bytes)?))
 }
 
-/// Sends bytes to a socket without waiting (send(2)). Returns `EndOfSource` only if `bytes` is empty. The send(2) of
-/// macOS has no MSG_NOSIGNAL, but Rust's runtime ignores SIGPIPE.
+/// Sends bytes to a socket without waiting (send(2)). Returns `EndOfSource` only if `bytes` is empty. The page of macOS
+/// does not document MSG_NOSIGNAL. Rust's runtime ignores SIGPIPE.
 ///
 /// # Errors
 /// EPIPE or ECONNRESET if the other end of the socket is closed.

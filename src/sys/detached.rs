@@ -12,22 +12,11 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::unistd::Pid;
 
 use super::spawn::AllBlocked;
 use super::{descriptor, session};
-
-/// Whether this process is a detached process.
-static IS_DETACHED: AtomicBool = AtomicBool::new(false);
-
-/// Returns whether this process may use the frameworks of the system. On macOS, a forked process must not use them
-/// until it executes a program (fork(2) of macOS, CAVEATS). With `tf_portable` the answer is the same, so that the tests
-/// on Linux run what a Mac does.
-pub(crate) fn may_use_frameworks() -> bool {
-    cfg!(all(not(target_os = "macos"), not(tf_portable))) || !IS_DETACHED.load(Ordering::Relaxed)
-}
 
 /// The parent of a detached process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +56,6 @@ pub(crate) fn run(
             if parent == Parent::Init && unsafe { libc::fork() } != 0 {
                 end();
             }
-            IS_DETACHED.store(true, Ordering::Relaxed);
             detach(name, parent, &keep);
             hide_arguments();
             // Even if `work` panics, this process must not return into the code of the process that it was forked from.

@@ -13,6 +13,7 @@ pub(crate) mod environment;
 mod errno;
 pub(crate) mod file_id;
 pub(crate) mod filesystem;
+pub(crate) mod frameworks;
 pub(crate) mod group_signal_watcher;
 pub(crate) mod hangup_pipe;
 pub(crate) mod host_facts;

@@ -161,6 +161,14 @@ pub(crate) fn split_path(path: &str) -> Option<(&str, &str)> {
     Some((&path[..end], &path[end + 1..]))
 }
 
+/// Returns the name of this process's user in the user database of macOS, which another process answers for. It is asked
+/// once: a forked process has the answer of its parent.
+#[cfg(target_os = "macos")]
+fn name_in_database(uid: nix::unistd::Uid) -> Option<String> {
+    static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    NAME.get_or_init(|| Some(nix::unistd::User::from_uid(uid).ok()??.name)).clone()
+}
+
 /// Returns the `Who` that a terraform started by this process writes into a lock: `user@host`.
 ///
 /// Release builds of Terraform do not use the C library. So Go searches /etc/passwd for the user ID. If it is not
@@ -170,8 +178,8 @@ pub(crate) fn who() -> String {
     let uid = nix::unistd::getuid();
     let user = passwd().and_then(|passwd| user_in_passwd(&passwd, uid.as_raw())).or_else(|| {
         #[cfg(target_os = "macos")]
-        if let Ok(Some(user)) = nix::unistd::User::from_uid(uid) {
-            return Some(user.name);
+        if let Some(name) = name_in_database(uid) {
+            return Some(name);
         }
         let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         set("HOME").and(set("USER"))

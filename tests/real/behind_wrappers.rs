@@ -121,6 +121,16 @@ fn a_nested_tf_saves_its_state_and_releases_its_lock_when_the_outer_terraform_is
 }
 
 #[test]
+fn without_certificate_authorities_https_says_what_is_missing() {
+    let mut env = TestEnv::new(Lock::Both, "true");
+    env.set("SSL_CERT_FILE", "/nonexistent").set("SSL_CERT_DIR", "/nonexistent");
+    env.set("AWS_ENDPOINT_URL", "https://127.0.0.1:1");
+    let end = env.run(Subject::Tf, &["locks", "list"]);
+    assert_eq!(end.code(), Some(1), "{}", env.dump(&end));
+    assert!(end.err.contains("no certificate authorities: install ca-certificates"), "{}", env.dump(&end));
+}
+
+#[test]
 fn without_certificate_authorities_a_lock_that_needs_none_is_released() {
     let mut env = TestEnv::new(Lock::Both, WAITS);
     env.set("SSL_CERT_FILE", "/nonexistent").set("SSL_CERT_DIR", "/nonexistent");
