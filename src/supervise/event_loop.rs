@@ -603,7 +603,8 @@ impl Supervision<'_> {
     /// Handles a stop of terraform by `signal`. Returns what remains to be done.
     fn stopped(&mut self, signal: Signal) -> Stopped {
         trace!("terraform was stopped by {signal}");
-        if self.is_stopped_for_lease() {
+        if let Some(lease) = self.lease.as_mut().filter(|lease| lease.is_stopped()) {
+            lease.note_stop_report();
             // The pipe says whose stop it was, and not the signal. This stop is no ^Z, so `tf` does not stop itself.
             return Stopped::Handled;
         }

@@ -1510,14 +1510,9 @@ fn a_sigcont_from_somebody_else_is_answered_with_a_stop() {
     let run = start(&env);
     let terraform = terraform_below(run.pid());
     is_away.store(true, Ordering::SeqCst);
-    for round in 0..5 {
-        wait_until_stopped(&env, terraform);
-        run.wait_for_err("terraform was stopped, because the lease");
-        killpg(terraform, Signal::SIGCONT).unwrap();
-        let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
-        wait_for("an answer", answers, || env.trace());
-    }
     wait_until_stopped(&env, terraform);
+    run.wait_for_err("terraform was stopped, because the lease");
+    continue_in_vain(&env, terraform);
     is_away.store(false, Ordering::SeqCst);
     wait_until_it_goes_on(&env, terraform);
     ends_well(&env, run);
@@ -1557,10 +1552,14 @@ fn a_timeout_that_ends_a_run_does_not_continue_its_stopped_terraform() {
 /// Continues terraform five times, and waits each time until `tf` has stopped it again.
 #[track_caller]
 fn continue_in_vain(env: &TestEnv, terraform: Pid) {
-    for round in 0..5 {
+    // tf has looked at the state of terraform before it sends a SIGSTOP. So it does not notice each SIGCONT, but the kernel
+    // reports each stop.
+    let stops = || env.trace().matches("terraform was stopped by SIGSTOP").count();
+    wait_for("the report of the first stop", || (stops() > 0).then_some(()), || env.trace());
+    for _ in 0..5 {
+        let before = stops();
         killpg(terraform, Signal::SIGCONT).unwrap();
-        let answers = || (env.trace().matches("is stopped again").count() > round).then_some(());
-        wait_for("an answer", answers, || env.trace());
+        wait_for("the report of another stop", || (stops() > before).then_some(()), || env.trace());
         wait_until_stopped(env, terraform);
     }
 }

@@ -42,6 +42,15 @@ impl RunLease {
         has_run
     }
 
+    /// Notes a report of the kernel that terraform was stopped. Somebody else may have continued it after
+    /// [`RunLease::stop_again`] had looked, and before it sent its SIGSTOP. Then only this report shows that terraform
+    /// has run, and may have opened a connection.
+    pub(crate) fn note_stop_report(&mut self) {
+        if let Some(stopped) = &mut self.stopped {
+            stopped.is_cut = false;
+        }
+    }
+
     pub(super) fn stop_group_again(&self) -> bool {
         let Some(group) = self.group else { return false };
         let leader = Process::look_up(group);
