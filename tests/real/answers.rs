@@ -73,7 +73,7 @@ fn wait_for_record(env: &TestEnv, text: &str) {
 }
 
 fn recover(env: &TestEnv) -> Ended {
-    start_recovery(env).wait()
+    start_recovery(env).wait().without_progress()
 }
 
 fn start_recovery(env: &TestEnv) -> Run {

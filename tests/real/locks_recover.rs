@@ -19,7 +19,7 @@ pub fn recover(env: &TestEnv, more: &[&str]) -> Ended {
     command.args(["locks", "recover"]).args(more);
     // It works in any directory, and without a terraform.
     command.current_dir("/").env("PATH", "/nowhere");
-    Run::start(command).wait()
+    Run::start(command).wait().without_progress()
 }
 
 fn it_gives_back_what_dead_runs_left_and_then_there_is_nothing_to_do(lock: Lock) {
@@ -158,7 +158,7 @@ fn a_run_that_is_stopping_is_waited_for() {
     env.wait_for_trace("is waited for");
     env.assert_locked();
     proxy.let_go();
-    let end = recover.wait();
+    let end = recover.wait().without_progress();
     assert_eq!((end.code(), end.out.as_str(), end.err.as_str()), (Some(0), "", ""), "{}", env.dump(&end));
     env.assert_unlocked();
 }

@@ -24,6 +24,13 @@ pub struct Ended {
 }
 
 impl Ended {
+    /// Removes the line that says that a recovery takes more than 1 s. The load of the machine decides whether there is
+    /// one.
+    pub fn without_progress(mut self) -> Self {
+        self.err = self.err.replace("tf: cleaning up after an earlier run; press ^C twice to skip this\n", "");
+        self
+    }
+
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
