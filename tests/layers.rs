@@ -226,6 +226,16 @@ fn what_decides_about_locks_knows_nothing_of_processes_signals_or_terminals() {
     );
 }
 
+/// Elsewhere, the code of every system is compiled and linted on each of them.
+#[test]
+fn only_sys_has_code_for_one_operating_system() {
+    let depends = |path: &PathBuf| fs::read_to_string(path).unwrap().contains("target_os");
+    let dependent: Vec<Module> =
+        files().into_iter().filter(|(_, path)| depends(path)).map(|(module, _)| module).collect();
+    let found: Vec<String> = dependent.iter().filter(|module| !is_in(module, &["sys"])).map(shown).collect();
+    assert!(!dependent.is_empty() && found.is_empty(), "{found:#?}");
+}
+
 #[test]
 fn each_layer_that_is_listed_exists() {
     let files = files();

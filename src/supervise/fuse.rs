@@ -434,10 +434,13 @@ mod tests {
         assert_eq!(nanoseconds(Duration::MAX), u64::MAX.to_le_bytes());
     }
 
-    #[cfg(target_os = "linux")]
     #[test]
     fn an_answer_is_found_behind_what_is_none_and_a_drained_socket_is_empty() {
-        let (fuse, keeper) = PacketSocket::pair().unwrap();
+        let (fuse, keeper) = match PacketSocket::pair() {
+            // Without such sockets there is no fuse.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return,
+            pair => pair.unwrap(),
+        };
         assert_eq!(receive_answer(&keeper).unwrap(), None);
         let answer = Answer { fuse: 1, deadline: Some(Duration::from_secs(5)) };
         fuse.send(b"?").unwrap();

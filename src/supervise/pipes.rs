@@ -38,7 +38,6 @@ const MAX_COPY_BYTES: usize = 1 << 14;
 /// output is copied: splice(2) would use a whole page of the caller's pipe for each piece, and a default pipe has 16
 /// pages. After 16 short lines, the pipe would be full, although it has room for 64 KiB. A caller that waits for the
 /// exit of terraform before it reads would then wait for ever, because `tf` waits for its reader.
-#[cfg(target_os = "linux")]
 const SPLICE_FROM_BYTES: usize = 1 << 15;
 
 /// One pipe of `tf` between terraform and the caller.
@@ -275,9 +274,9 @@ impl Drain {
 
     fn move_on(&mut self) -> io::Result<Moved> {
         match self.target {
-            #[cfg(target_os = "linux")]
             DrainTarget::Pipe
-                if self.copy.is_none()
+                if descriptor::HAS_SPLICE
+                    && self.copy.is_none()
                     && self.buffer.is_empty()
                     && descriptor::readable_bytes(&self.source) >= SPLICE_FROM_BYTES =>
             {

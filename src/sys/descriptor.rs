@@ -179,27 +179,37 @@ pub(crate) enum Moved {
     NotReady,
 }
 
+/// Whether the system has splice(2), which moves bytes between pipes without a copy.
+pub(crate) const HAS_SPLICE: bool = cfg!(target_os = "linux");
+
 /// Moves up to 64 KiB from the pipe `from` into the pipe `to`, without waiting for either.
 ///
 /// SPLICE_F_NONBLOCK applies only to this call. O_NONBLOCK would apply to the open file description, which this process
 /// shares with the process that has started it.
 ///
 /// # Errors
-/// EPIPE if `to` has no reader any more; EINVAL if `from` or `to` is not a pipe.
-#[cfg(target_os = "linux")]
+/// EPIPE if `to` has no reader any more; EINVAL if `from` or `to` is not a pipe; `Unsupported` without [`HAS_SPLICE`].
 pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<Moved> {
-    // SAFETY: both descriptors are open, and null offsets are allowed.
-    let moved = unsafe {
-        libc::splice(
-            from.as_fd().as_raw_fd(),
-            std::ptr::null_mut(),
-            to.as_fd().as_raw_fd(),
-            std::ptr::null_mut(),
-            1 << 16,
-            libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MOVE,
-        )
-    };
-    moved_bytes(moved)
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: both descriptors are open, and null offsets are allowed.
+        let moved = unsafe {
+            libc::splice(
+                from.as_fd().as_raw_fd(),
+                std::ptr::null_mut(),
+                to.as_fd().as_raw_fd(),
+                std::ptr::null_mut(),
+                1 << 16,
+                libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MOVE,
+            )
+        };
+        moved_bytes(moved)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (from, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// The number of bytes that a pipe accepts completely or not at all (PIPE_BUF, POSIX write). If poll(2) reports that a
@@ -207,7 +217,6 @@ pub(crate) fn move_pipe_to_pipe(from: &impl AsFd, to: &impl AsFd) -> io::Result<
 pub(crate) const ATOMIC_WRITE_BYTES: usize = libc::PIPE_BUF;
 
 /// Returns how many bytes can be read from a pipe now. 0 if that is unknown.
-#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "it decides whether splice(2) is worth it"))]
 pub(crate) fn readable_bytes(pipe: &impl AsFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the descriptor is open, and the call writes one int.

@@ -1,6 +1,5 @@
-//! This module contains the system calls. It is the only module with unsafe code, and it contains nearly all the code
-//! that is specific to one operating system. Each file contains one family of calls. Other modules decide when to use
-//! them.
+//! This module contains the system calls. It is the only module with unsafe code, and with code that is specific to one
+//! operating system. Each file contains one family of calls. Other modules decide when to use them.
 #![expect(unsafe_code, reason = "no crate wraps these system calls; each unsafe block states why it is sound")]
 
 pub(crate) mod boot_clock;
@@ -36,4 +35,5 @@ pub(crate) mod shell_command;
 pub(crate) mod signals;
 pub(crate) mod spawn;
 pub(crate) mod terminal;
+pub(crate) mod user_database;
 pub(crate) mod wait;

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::json::{self, GoText};
 use crate::random;
+use crate::sys::user_database;
 
 /// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are the names of the Go fields.
 /// The format has no other specification.
@@ -161,14 +162,6 @@ pub(crate) fn split_path(path: &str) -> Option<(&str, &str)> {
     Some((&path[..end], &path[end + 1..]))
 }
 
-/// Returns the name of this process's user in the user database of macOS, which another process answers for. It is asked
-/// once: a forked process has the answer of its parent.
-#[cfg(target_os = "macos")]
-fn name_in_database(uid: nix::unistd::Uid) -> Option<String> {
-    static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
-    NAME.get_or_init(|| Some(nix::unistd::User::from_uid(uid).ok()??.name)).clone()
-}
-
 /// Returns the `Who` that a terraform started by this process writes into a lock: `user@host`.
 ///
 /// Release builds of Terraform do not use the C library. So Go searches /etc/passwd for the user ID. If it is not
@@ -176,11 +169,8 @@ fn name_in_database(uid: nix::unistd::Uid) -> Option<String> {
 /// statemgr.NewLockInfo). On macOS this function searches the system's user database before it uses `$USER`.
 pub(crate) fn who() -> String {
     let uid = nix::unistd::getuid();
-    let user = passwd().and_then(|passwd| user_in_passwd(&passwd, uid.as_raw())).or_else(|| {
-        #[cfg(target_os = "macos")]
-        if let Some(name) = name_in_database(uid) {
-            return Some(name);
-        }
+    let in_passwd = || user_in_passwd(&passwd()?, uid.as_raw());
+    let user = in_passwd().or_else(|| user_database::name(uid)).or_else(|| {
         let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         set("HOME").and(set("USER"))
     });
