@@ -1,22 +1,68 @@
 //! Certificate authorities: those of a file, and those of the system.
 
 use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use crate::aws::ask_system;
 use crate::sys::frameworks;
+
+/// Why there are no authorities on a machine that has none.
+const NO_AUTHORITIES: &str =
+    "this machine has no certificate authorities: install ca-certificates, or set AWS_CA_BUNDLE";
+
+/// The last answer about the authorities of the system. `None` before the first one.
+static LAST: Mutex<Option<Loaded>> = Mutex::new(None);
+
+/// An answer about the authorities of the system.
+struct Loaded {
+    /// When it arrived.
+    at: Instant,
+    /// The authorities, in PEM, or why they could not be read.
+    answer: Result<Vec<u8>, String>,
+}
+
+/// How long after a failed answer about the authorities the question is not repeated. Several clients need it at once.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Returns the usable certificates in `pem`, as PEM. `None` if no certificate is usable.
 pub(crate) fn usable(pem: &[u8]) -> Option<Vec<u8>> {
     to_pem(CertificateDer::pem_slice_iter(pem).flatten()).map(String::into_bytes)
 }
 
-/// Returns the authorities of the system, as PEM. `None` if it has none that is usable. This process must be one that
-/// may use frameworks ([`frameworks::are_allowed`]).
-pub(super) fn of_system() -> Option<String> {
+/// Returns the authorities of the system, as PEM. A process that must not ask the system for them itself asks another
+/// `tf`.
+///
+/// # Errors
+/// Why there are none, for the user.
+pub(super) fn of_system() -> Result<Vec<u8>, String> {
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(Loaded { at, answer }) = &*last
+        && (answer.is_ok() || at.elapsed() < RETRY_INTERVAL)
+    {
+        return answer.clone();
+    }
+    let answer = if frameworks::are_allowed() {
+        load()
+    } else {
+        let failed = |error| format!("the certificate authorities of the system could not be read: {error}");
+        ask_system::ask(&[ask_system::AUTHORITIES]).map_err(failed)
+    };
+    let answer = answer.map(String::into_bytes);
+    *last = Some(Loaded { at: Instant::now(), answer: answer.clone() });
+    answer
+}
+
+/// As [`of_system`], in a process that may use frameworks ([`frameworks::are_allowed`]).
+///
+/// # Errors
+/// As [`of_system`].
+pub(crate) fn load() -> Result<String, String> {
     debug_assert!(frameworks::are_allowed());
-    to_pem(rustls_native_certs::load_native_certs().certs)
+    to_pem(rustls_native_certs::load_native_certs().certs).ok_or_else(|| NO_AUTHORITIES.to_owned())
 }
 
 /// Returns the usable certificates among `certificates`, as PEM. `None` if there is none. Unusable certificates are left

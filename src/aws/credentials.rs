@@ -30,11 +30,11 @@ use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
 use super::settings::{Unreachable, endpoint, expand, profile_name, set, shared_files};
-use crate::aws::ask_system::Resolver;
 use crate::aws::attributes;
 use crate::aws::attributes::Treatment;
 use crate::aws::causes::causes;
 use crate::aws::failure::Failure;
+use crate::aws::resolver::Resolver;
 use crate::sys::plain_file;
 use crate::sys::shell_command::{self, Asks};
 use crate::terraform::backend::CachedBackend;

@@ -12,4 +12,5 @@ pub(crate) mod identity;
 pub(crate) mod network;
 pub(crate) mod proxies;
 pub(crate) mod redacted_backend;
+pub(crate) mod resolver;
 pub(crate) mod settings;

@@ -29,8 +29,9 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 use tokio::task;
 
-use crate::aws::ask_system::{self, Resolver};
+use crate::aws::authorities;
 use crate::aws::proxies::Proxies;
+use crate::aws::resolver::Resolver;
 use crate::sys::frameworks;
 
 /// The network settings for requests to AWS.
@@ -67,7 +68,7 @@ impl Network {
             // Plain HTTP needs no authorities, and works on a machine that has none.
             _ if !https && proxy_scheme != Some(http::uri::Scheme::HTTPS) => tls::TrustStore::empty(),
             Some(pem) => tls::TrustStore::empty().with_pem_certificate(pem.clone()),
-            None => tls::TrustStore::empty().with_pem_certificate(ask_system::authorities()?),
+            None => tls::TrustStore::empty().with_pem_certificate(authorities::of_system()?),
         };
         let mut builder = Connector::builder()
             .connector_settings(settings.clone())

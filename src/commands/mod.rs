@@ -4,6 +4,7 @@
 //! for both, if a command has several targets.
 
 mod agreement;
+mod ask_system;
 mod audit;
 mod choose;
 mod connection;
@@ -37,7 +38,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use connection::Trouble;
 use nix::sys::signal::Signal;
 
-use crate::aws::ask_system;
+use crate::aws::ask_system::WORD as ASK_SYSTEM;
 use crate::cleanup::{messages, recovery_process, takeover_process, wait_explanation};
 use crate::journal::event_command;
 use crate::settings::{self, LeaseSettings, UnreadableSetting};
@@ -217,7 +218,7 @@ pub(crate) fn run(words: Vec<OsString>) -> u8 {
         return keeper::keeper_process::keep(descriptors);
     }
     if let Some((word, question)) = words.split_first()
-        && word == ask_system::WORD
+        && word == ASK_SYSTEM
     {
         ask_system::answer(question);
         return Finding::Nothing.code();
