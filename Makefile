@@ -208,7 +208,8 @@ generated: ## write man/, shell/completions/ and the generated tables in docs/ a
 tools: terraform-there $(TOOLS)/.made ## install the test dependencies (a local S3 and DynamoDB server) into target/tools
 
 $(TOOLS)/.made: tests/requirements.txt
-	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing. The tests need it for a local S3 and DynamoDB server. Install Python 3.9 or later (apt install python3 python3-venv)."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing. The tests need it for a local S3 and DynamoDB server. Install Python 3.10 or later (apt install python3 python3-venv)."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is $$($(PYTHON) --version), and the test dependencies need Python 3.10 or later. If you have one, type: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python3 -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
