@@ -368,11 +368,18 @@ say_next() {
   esac
   quote "$to"
   path_line=
+  program=tf
+  word=tf
   case :${PATH:-}: in
   *":$to:"*)
     find_first
     if [ "$first" != "$to/tf" ]; then
       printf 'Another program named tf is first on PATH: %s\n\n' "$first"
+      # So the lines name this one by its full path.
+      quote "$to/tf"
+      program=$quoted
+      quote "$program"
+      word=$quoted
     fi
     ;;
   *)
@@ -383,12 +390,12 @@ say_next() {
     fi
     ;;
   esac
-  # shellcheck disable=SC2016 # The user's shell expands it.
   case $shell in
-  fish) alias_line='tf locks shell-init fish | source' ;;
-  bash | zsh) alias_line='eval "$(tf locks shell-init '"$shell"')"' ;;
-  # The output of shell-init is for the three above.
-  *) alias_line='alias terraform=tf' ;;
+  fish) alias_line="$program locks shell-init fish | source" ;;
+  # The user's shell expands it.
+  bash | zsh) alias_line="eval \"\$($program locks shell-init $shell)\"" ;;
+  # The output of shell-init is for the three above. An alias is read as a command once more.
+  *) alias_line="alias terraform=$word" ;;
   esac
   if [ -n "$path_line" ]; then
     printf 'Type these lines, and add them to the start-up file of your shell:\n\n  %s\n' "$path_line"
@@ -397,7 +404,7 @@ say_next() {
     printf 'Type this line, and add it to the start-up file of your shell:\n\n'
     which=It
   fi
-  printf '  %s\n\n%s makes terraform an alias of tf. Then type:\n\n  tf locks version\n' "$alias_line" "$which"
+  printf '  %s\n\n%s makes terraform an alias of tf. Then type:\n\n  %s locks version\n' "$alias_line" "$which" "$program"
 }
 
 main() {
