@@ -421,27 +421,31 @@ def what_a_killed_container_leaves_is_released_by_the_next_tf_on_the_host(test):
 
 def without_a_lease_another_container_with_the_same_volume_recovers_nothing(test):
     work, other, volume = test.work(), test.work("other"), test.directory("volume")
-    volumes = [(volume, "/home/tf", "rw")]
-    run = test.start(work, APPLY, volumes=volumes)
+    # Each run notes the number of its pid namespace (pid_namespaces(7)).
+    more = {"volumes": [(volume, "/home/tf", "rw")], "entrypoint": "/bin/sh"}
+    noted = "readlink /proc/self/ns/pid >namespace && exec tf"
+    run = test.start(work, ["-c", " ".join([noted, *APPLY])], **more)
     test.began(run, work)
+    old = (work / "namespace").read_text()
     run.do("kill")
     run.wait()
     # It takes the number of the pid namespace that is free now.
     test.start(other, ["-c", "while ! test -e go; do sleep 0.1; done"], entrypoint="/bin/sh")
-    again = test.start(other, PLAN, volumes=volumes)
-    if is_recovered_by(test, again, "another container"):
+    again = test.start(other, ["-c", " ".join([noted, *PLAN])], **more)
+    if is_recovered_by(test, again, "another container", old, other / "namespace"):
         return
     # In case that its lock does not refuse it.
     (work / "go").touch()
     run.do("start")
-    is_recovered_by(test, run, "the same container, started again,")
+    is_recovered_by(test, run, "the same container, started again,", old, work / "namespace")
 
 
-def is_recovered_by(test, run, what):
-    """Checks that a run is refused, or that it has released the lock because its pid namespace has the number of the old
-    one: the exception in README.md. Namespaces come and go on this machine, so it cannot be avoided. Returns whether it
-    has."""
-    if run.wait(TAKEOVER_TIMEOUT) == 0 and "released the lock that an earlier run left" in run.text()[1]:
+def is_recovered_by(test, run, what, old, noted):
+    """Checks that a run is refused. Only if its pid namespace, which it has `noted`, has the number `old` of the dead run,
+    it may have released the lock: the exception in README.md. Namespaces come and go on this machine, so it cannot be
+    avoided. Returns whether it has."""
+    code = run.wait(TAKEOVER_TIMEOUT)
+    if noted.read_text() == old and code == 0 and "released the lock that an earlier run left" in run.text()[1]:
         test.is_free(run, f"{what} has the number of the old pid namespace, and releases the lock")
         test.messages(run)
         return True
