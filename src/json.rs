@@ -59,7 +59,8 @@ pub(crate) fn append<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, value: &T) -> s
 pub(crate) fn parse<'de, T: Deserialize<'de>>(json: &'de str) -> serde_json::Result<T> {
     // A visitor of bytes gets a string with a control character, which is not JSON. Between the tokens, it may be white
     // space.
-    if json.bytes().any(|byte| byte < b' ') {
+    let is_control = |byte: u8| byte < b' ';
+    if json.bytes().fold(false, |found, byte| found | is_control(byte)) {
         let IgnoredAny = serde_json::from_str(json)?;
     }
     serde_json::from_str(json)
@@ -86,7 +87,8 @@ impl<'de> Deserialize<'de> for GoText {
             }
 
             fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<GoText, E> {
-                Ok(GoText(String::from_utf8_lossy(bytes).into_owned()))
+                let text = std::str::from_utf8(bytes).map(ToOwned::to_owned);
+                Ok(GoText(text.unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned())))
             }
         }
 

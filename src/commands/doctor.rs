@@ -407,8 +407,8 @@ async fn backend(findings: &mut Findings, directory: &Directory, stores: &Stores
     if let Some(table) = table {
         describe_table(findings, stores, table).await;
         let path = directory.backend.state_key(workspace).map_or_else(String::new, |key| format!("{bucket}/{key}"));
-        let read = stores.read(&stores.item(table, &path)).await;
-        lock_place(findings, directory, &read, &stores.item(table, &path));
+        let read = stores.read(&stores.item(table, &*path)).await;
+        lock_place(findings, directory, &read, &stores.item(table, &*path));
         permission(findings, "dynamodb:GetItem", table, &read.map(drop), stores);
         let Trial { answer, clock: told } = probe::delete_item(&stores.dynamodb, table, &path).await;
         permission(findings, "dynamodb:DeleteItem", table, &answer, stores);
@@ -646,7 +646,7 @@ async fn digests(findings: &mut Findings, directory: &Directory, stores: &Stores
             Ok(compared) if compared.fits() => findings.ok(&name, "it matches the state"),
             Ok(compared) => {
                 // The two digests also differ after a run has written the state and before it has written the digest.
-                let locked = stores.read(&stores.item(table, &state.path())).await.is_ok_and(|lock| lock.is_some());
+                let locked = stores.read(&stores.item(table, state.path())).await.is_ok_and(|lock| lock.is_some());
                 let text = format!(
                     "the recorded digest is {}, but the digest of the state is {}",
                     visible(compared.recorded.as_deref().unwrap_or("none")),

@@ -62,7 +62,7 @@ impl ListedState {
     /// Returns the locations of the lock's parts, DynamoDB first. The lock object is included even if this backend
     /// creates none, because a run with another backend block may create one.
     pub(super) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
-        let item = self.table.as_ref().map(|table| stores.item(table, &self.path()));
+        let item = self.table.as_ref().map(|table| stores.item(table, self.path()));
         let object = stores.object(&self.bucket, &format!("{}{LOCK_FILE}", self.key));
         item.into_iter().chain([object]).collect()
     }

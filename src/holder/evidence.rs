@@ -363,7 +363,7 @@ fn by_likelihood(lock: &LockInfo, seen: &Seen, note: &mut impl FnMut(String, &'s
     let no_process = |verdict, reason| Likelihood { verdict, reason, may_run_here: false };
     let ours = host_of(&seen.who);
     let theirs = host_of(&lock.who);
-    let shown = console::visible(theirs);
+    let shown = console::visible_in_place(theirs);
     if !theirs.is_empty() && !seen.is_plain && names_no_machine(theirs) {
         note(format!("the lock's Who has the host name {shown:?}, which many machines have"), "nothing");
         return no_process(

@@ -32,7 +32,9 @@ pub(crate) fn fill(lock: &str, record: &Record) -> Option<String> {
 /// Returns the text of a lock as terraform wrote it: with an empty field if [`fill`] has filled it, and `lock` itself
 /// otherwise.
 pub(crate) fn clear(lock: &str) -> Cow<'_, str> {
-    let cleared = lock.split_once(BEGIN).and_then(|(before, rest)| {
+    // Most locks have an empty field.
+    let filled = lock.split_once(BEGIN).filter(|(_, rest)| !rest.starts_with('"'));
+    let cleared = filled.and_then(|(before, rest)| {
         // The first quotation mark after an even number of backslashes ends the string.
         let mut is_escaped = false;
         let end = rest.find(|char| {

@@ -106,8 +106,8 @@ impl StoredPart {
         record: Option<Result<Record, NotBelieved>>,
         date: Option<Timestamp>,
     ) -> Self {
-        let region = store_key.region().to_owned();
-        Self { lease: record.map(|record| ObservedLease { record, date, region }), store_key, stored }
+        let lease = record.map(|record| ObservedLease { record, date, region: store_key.region().to_owned() });
+        Self { store_key, stored, lease }
     }
 
     /// Whether `later` has the same lock and the same lease record, whatever the time of the read was.

@@ -59,7 +59,7 @@ impl LockLocation {
 
     /// Returns the locations of the lock's parts, in the order in which the parts are released.
     pub(crate) fn store_keys(&self, stores: &Stores) -> Vec<StoreKey> {
-        let item = self.table.as_ref().map(|table| stores.item(table, &self.lock_path()));
+        let item = self.table.as_ref().map(|table| stores.item(table, self.lock_path()));
         item.into_iter().chain(self.lock_file.then(|| stores.object(&self.bucket, &self.lock_key()))).collect()
     }
 }

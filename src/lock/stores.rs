@@ -1,5 +1,6 @@
 //! Reads and deletes the parts of a lock in DynamoDB and S3, with the connection settings of one backend.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -44,9 +45,14 @@ pub(crate) use crate::terraform::exchange::LOCK_FILE;
 impl StoreKey {
     /// Returns `bucket/key` of the state that a lock at this location protects.
     pub(crate) fn path(&self) -> String {
+        self.path_in_place().into_owned()
+    }
+
+    /// Does the same as [`Self::path`], but makes no copy of the key of an item.
+    pub(crate) fn path_in_place(&self) -> Cow<'_, str> {
         match self {
-            Self::DynamoDb { key, .. } => key.clone(),
-            Self::S3 { bucket, key, .. } => format!("{bucket}/{}", key.strip_suffix(LOCK_FILE).unwrap_or(key)),
+            Self::DynamoDb { key, .. } => Cow::Borrowed(key),
+            Self::S3 { bucket, key, .. } => format!("{bucket}/{}", key.strip_suffix(LOCK_FILE).unwrap_or(key)).into(),
         }
     }
 
@@ -194,8 +200,8 @@ impl Stores {
     }
 
     /// Returns the location of the item with the `LockID` `key`.
-    pub(crate) fn item(&self, table: &str, key: &str) -> StoreKey {
-        StoreKey::DynamoDb { table: table.to_owned(), key: key.to_owned(), region: self.region.clone() }
+    pub(crate) fn item(&self, table: &str, key: impl Into<String>) -> StoreKey {
+        StoreKey::DynamoDb { table: table.to_owned(), key: key.into(), region: self.region.clone() }
     }
 
     /// Returns the location of an object.

@@ -1,8 +1,10 @@
 //! Terraform's lock: the JSON in a DynamoDB item or in a `.tflock` object.
 
+use std::fmt;
+
 use jiff::Timestamp;
-use serde::de::IgnoredAny;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::json::{self, GoText};
 use crate::random;
@@ -44,16 +46,17 @@ impl LockInfo {
     }
 
     /// Returns the field with this name in JSON. `None` if there is no such field.
-    fn field(&mut self, name: &str) -> Option<&mut String> {
-        let names = [
-            ("ID", &mut self.id),
-            ("Operation", &mut self.operation),
-            ("Who", &mut self.who),
-            ("Version", &mut self.version),
-            ("Created", &mut self.created),
-            ("Path", &mut self.path),
-        ];
-        names.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, field)| field)
+    fn field(&mut self, name: &[u8]) -> Option<&mut String> {
+        let is = |known: &str| known.as_bytes().eq_ignore_ascii_case(name);
+        Some(match name.len() {
+            2 if is("ID") => &mut self.id,
+            9 if is("Operation") => &mut self.operation,
+            3 if is("Who") => &mut self.who,
+            7 if is("Version") => &mut self.version,
+            7 if is("Created") => &mut self.created,
+            4 if is("Path") => &mut self.path,
+            _ => return None,
+        })
     }
 
     /// Parses the existing lock from the error message of a terraform that could not acquire it (statemgr.LockError,
@@ -92,20 +95,20 @@ impl LockInfo {
 struct Parsed(LockInfo);
 
 impl<'de> Deserialize<'de> for Parsed {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InOrder;
 
-        impl<'de> serde::de::Visitor<'de> for InOrder {
+        impl<'de> Visitor<'de> for InOrder {
             type Value = Parsed;
 
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
                 formatter.write_str("a JSON object")
             }
 
-            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Parsed, M::Error> {
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Parsed, M::Error> {
                 let mut lock = LockInfo::default();
-                while let Some(GoText(name)) = map.next_key()? {
-                    match lock.field(&name) {
+                while let Some(field) = map.next_key_seed(FieldOf(&mut lock))? {
+                    match field {
                         Some(field) => {
                             if let Some(GoText(text)) = map.next_value()? {
                                 *field = text;
@@ -119,6 +122,34 @@ impl<'de> Deserialize<'de> for Parsed {
         }
 
         deserializer.deserialize_map(InOrder)
+    }
+}
+
+/// The name of a member of a lock. Its value is the field with this name ([`LockInfo::field`]). A scan reads 100,000
+/// locks, so the name is not copied.
+struct FieldOf<'a>(&'a mut LockInfo);
+
+impl<'de, 'a> DeserializeSeed<'de> for FieldOf<'a> {
+    type Value = Option<&'a mut String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_bytes(self)
+    }
+}
+
+impl<'a> Visitor<'_> for FieldOf<'a> {
+    type Value = Option<&'a mut String>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a name")
+    }
+
+    fn visit_str<E: Error>(self, name: &str) -> Result<Self::Value, E> {
+        Ok(self.0.field(name.as_bytes()))
+    }
+
+    fn visit_bytes<E: Error>(self, name: &[u8]) -> Result<Self::Value, E> {
+        Ok(self.0.field(name))
     }
 }
 

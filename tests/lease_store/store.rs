@@ -47,7 +47,7 @@ impl Fixture {
         let stores = runtime.block_on(connect(&env, port, &json!({})));
         let place = match env.lock {
             Lock::File => stores.object(&env.bucket, &object_key(&env)),
-            Lock::DynamoDb | Lock::Both => stores.item(&env.table, &env.path()),
+            Lock::DynamoDb | Lock::Both => stores.item(&env.table, env.path()),
         };
         Self { env, stores, place, text, runtime }
     }
