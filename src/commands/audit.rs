@@ -1,7 +1,7 @@
 //! `tf locks audit`: counts locks, for scheduled jobs. The exit code says whether a lock needs attention.
 
-use std::io;
 use std::time::{Duration, Instant};
+use std::{io, slice};
 
 use clap::Args;
 use jiff::Timestamp;
@@ -124,8 +124,8 @@ impl Count {
         }
     }
 
-    /// Adds the counts of another target.
-    fn add_target(&mut self, other: &Self) {
+    /// Adds the counts of a part of the target, or of one of several targets.
+    fn add_part(&mut self, other: &Self) {
         self.alive += other.alive;
         self.unknown += other.unknown;
         self.likely_dead += other.likely_dead;
@@ -141,7 +141,7 @@ impl Count {
 }
 
 /// The counts of one target, and what JSON shows of its stale locks.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Audited {
     #[serde(flatten)]
     count: Count,
@@ -164,6 +164,13 @@ impl Audited {
         {
             self.stale_locks.extend(serde_json::to_value(lock));
         }
+    }
+
+    /// Adds what was found in a part of the target.
+    fn add_part(&mut self, part: Self) {
+        self.count.add_part(&part.count);
+        let room = MAX_DESCRIBED.saturating_sub(self.stale_locks.len());
+        self.stale_locks.extend(part.stale_locks.into_iter().take(room));
     }
 }
 
@@ -273,7 +280,8 @@ impl Audit {
                 inventory::look_and_ask_witness(directory, &connection.stores, staleness, &inventory::NO_OTHERS);
             let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
             inventory.say_unseen();
-            let rows = self.add(&inventory.entries, output.format(), &mut audited)?;
+            let mut rows = Rows::default();
+            self.add(&inventory.entries, output.format(), &mut rows, &mut audited)?;
             output.put(&rows, &mut stop_requests)?;
             audited.count.scanned = inventory.states.len() as u64;
             if let Some(why) = inventory.incomplete {
@@ -305,13 +313,13 @@ impl Audit {
         })
     }
 
-    /// Adds `entries` to the result, and returns the rows of those that need attention.
-    fn add(&self, entries: &[ListedEntry], format: Format, audited: &mut Audited) -> io::Result<Rows> {
+    /// Adds `entries` to the result, and to `rows` those that need attention.
+    fn add(&self, entries: &[ListedEntry], format: Format, rows: &mut Rows, audited: &mut Audited) -> io::Result<()> {
         let now = Timestamp::now();
         for entry in entries {
             audited.add(entry, now, self.json);
         }
-        format.rows(entries.iter().filter(|entry| !self.is_silent() && entry.is_stale()))
+        format.add_rows(entries.iter().filter(|entry| !self.is_silent() && entry.is_stale()), rows)
     }
 
     /// Counts the locks of a table or a bucket, and shows the stale ones. Returns the signal that stopped the scan.
@@ -326,7 +334,12 @@ impl Audit {
         let staleness = Staleness { older_than: Some(self.older_than) };
         let scan = Scan { target, stores, speed, staleness, is_silent: false };
         let format = output.format();
-        let scanned = scan.run(stop_requests, output, |entries| self.add(&entries, format, audited)).await?;
+        let audit = self.clone();
+        let step = move |entry: ListedEntry, rows: &mut Rows, part: &mut Audited| {
+            audit.add(slice::from_ref(&entry), format, rows, part)
+        };
+        let initial = self.nothing_audited();
+        let scanned = scan.run(stop_requests, output, initial, step, |part| audited.add_part(part)).await?;
         audited.count.scanned = scanned.items;
         scanned.failed.map_or(Ok(scanned.stopped), Err)
     }
@@ -360,7 +373,7 @@ impl Audit {
             audited.count.complete &= error.is_none();
             audited.count.scan_seconds = begun.elapsed().as_secs_f64();
             name.report(audited.count.tally(), error.as_deref(), self.is_silent());
-            total.add_target(&audited.count);
+            total.add_part(&audited.count);
             counts.push(TargetCount { target: name, error, audited });
         }
         total.scan_seconds = begun.elapsed().as_secs_f64();

@@ -119,6 +119,13 @@ impl FoundLock {
         self.place().path()
     }
 
+    /// Adds a note if the lock's `Path` is not where it is stored.
+    fn compare_path(&mut self) {
+        if self.info.path != self.place().path_in_place() {
+            self.notes.push("the lock's Path is not the place where it is stored".to_owned());
+        }
+    }
+
     /// Returns how long the lock has been held, by this host's clock. `None` if `Created` is not a time, or is ahead of
     /// this host's clock by more than [`CLOCK_SLACK_WINDOW`] (1 min); if it is ahead by less, the age is zero.
     pub(super) fn age(&self, now: Timestamp) -> Option<std::time::Duration> {
@@ -140,33 +147,17 @@ pub(super) fn age_at(created: Timestamp, now: Timestamp) -> Option<std::time::Du
 pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&str>) -> Vec<ListedEntry> {
     let mut locks: Vec<Box<FoundLock>> = Vec::new();
     let mut unreadable: Vec<UnreadableLock> = Vec::new();
-    for StoredPart { store_key, stored, lease } in parts {
-        let Some(info) = stored.info() else {
-            let is_test_object = probe::is_test_object(&store_key, &stored);
-            let reason = if is_test_object { TEST_OBJECT.to_owned() } else { why_unreadable(&stored) };
-            unreadable.push(UnreadableLock { reason, place: store_key, stored: Some(stored) });
-            continue;
-        };
-        if let Some(lock) = locks.iter_mut().find(|lock| lock.info.id == info.id) {
-            lock.parts.push((store_key, stored));
-            lock.lease = lock.lease.take().or(lease);
-            continue;
-        }
-        locks.push(Box::new(FoundLock {
-            notes: Vec::new(),
-            rival: None,
-            workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&store_key.path())),
-            info,
-            parts: vec![(store_key, stored)],
-            lease,
-            judgement: Judgement {
-                verdict: Verdict::Unknown,
-                reason: String::new(),
-                evidence: Vec::new(),
-                is_settled: false,
+    for part in parts {
+        match read(part, workspace) {
+            ListedEntry::UnreadableLock(not_a_lock) => unreadable.push(not_a_lock),
+            ListedEntry::Lock(part) => match locks.iter_mut().find(|lock| lock.info.id == part.info.id) {
+                Some(lock) => {
+                    lock.parts.extend(part.parts);
+                    lock.lease = lock.lease.take().or(part.lease);
+                }
+                None => locks.push(part),
             },
-            stale: false,
-        }));
+        }
     }
     if locks.len() > 1 {
         let ids: Vec<String> = locks.iter().map(|lock| lock.info.id.clone()).collect();
@@ -195,12 +186,43 @@ pub(super) fn pair(wanted: Wanted, parts: Vec<StoredPart>, workspace: Option<&st
                 "the backend of this directory does not set use_lockfile; the lock was taken by a run whose backend sets it".to_owned(),
             );
         }
-        if lock.info.path != lock.path() {
-            lock.notes.push("the lock's Path is not the place where it is stored".to_owned());
-        }
+        lock.compare_path();
     }
     let locks = locks.into_iter().map(ListedEntry::Lock);
     locks.chain(unreadable.into_iter().map(ListedEntry::UnreadableLock)).collect()
+}
+
+/// Does the same as [`pair`], for one part that a scan has found.
+pub(super) fn alone(part: StoredPart) -> ListedEntry {
+    let mut entry = read(part, None);
+    if let ListedEntry::Lock(lock) = &mut entry {
+        lock.compare_path();
+    }
+    entry
+}
+
+/// Returns the entry of this part, without notes, and not judged. Its workspace is as in [`pair`].
+fn read(StoredPart { store_key, stored, lease }: StoredPart, workspace: Option<&str>) -> ListedEntry {
+    let Some(info) = stored.info() else {
+        let is_test_object = probe::is_test_object(&store_key, &stored);
+        let reason = if is_test_object { TEST_OBJECT.to_owned() } else { why_unreadable(&stored) };
+        return ListedEntry::UnreadableLock(UnreadableLock { reason, place: store_key, stored: Some(stored) });
+    };
+    ListedEntry::Lock(Box::new(FoundLock {
+        notes: Vec::new(),
+        rival: None,
+        workspace: workspace.map(ToOwned::to_owned).or_else(|| guess_workspace(&store_key.path_in_place())),
+        info,
+        parts: vec![(store_key, stored)],
+        lease,
+        judgement: Judgement {
+            verdict: Verdict::Unknown,
+            reason: String::new(),
+            evidence: Vec::new(),
+            is_settled: false,
+        },
+        stale: false,
+    }))
 }
 
 /// Why an object is not a lock that a test of the service has put.

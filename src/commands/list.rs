@@ -1,10 +1,12 @@
 //! `tf locks` and `tf locks list`: lists locks, with the verdicts on their holders.
 
+use std::slice;
+
 use clap::Args;
 
 use super::connection::{Connection, LocationArgs, ScanTarget, Trouble};
 use super::found::{ListedEntry, not_whole};
-use super::output::{End, FleetEnd, Output, TargetEnd, Widths};
+use super::output::{End, FleetEnd, Output, Rows, TargetEnd, Widths};
 use super::scan::{Scan, Scanned};
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
@@ -192,9 +194,9 @@ async fn scan(
 ) -> Result<Scanned, Trouble> {
     let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: false };
     let format = output.format();
-    scan.run(stop_requests, output, |entries| {
-        tally.add(Tally::of(&entries));
-        format.rows(&entries)
-    })
-    .await
+    let step = move |entry: ListedEntry, rows: &mut Rows, found: &mut Tally| {
+        found.add(Tally::of(slice::from_ref(&entry)));
+        format.add_rows([&entry], rows)
+    };
+    scan.run(stop_requests, output, Tally::default(), step, |found| tally.add(found)).await
 }

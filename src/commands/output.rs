@@ -186,18 +186,30 @@ impl Format {
     /// # Errors
     /// Fails if an entry cannot be converted to JSON.
     pub(super) fn rows<'a>(self, entries: impl IntoIterator<Item = &'a ListedEntry>) -> io::Result<Rows> {
+        let mut rows = Rows::default();
+        self.add_rows(entries, &mut rows)?;
+        Ok(rows)
+    }
+
+    /// Does the same as [`Self::rows`], but adds the text to `rows`, which have the same format.
+    ///
+    /// # Errors
+    /// As [`Self::rows`].
+    pub(super) fn add_rows<'a>(
+        self,
+        entries: impl IntoIterator<Item = &'a ListedEntry>,
+        Rows { text, at_end }: &mut Rows,
+    ) -> io::Result<()> {
         let now = Timestamp::now();
-        let (mut text, mut locks, mut others) = (String::new(), Vec::new(), Vec::new());
         for entry in entries {
             match (self, entry) {
-                (Self::Table(layout), entry) => text.push_str(&layout.entry(entry, now)),
-                (Self::Lines(widths), entry) => push_line(&mut text, entry, widths, now),
-                (Self::Json { target }, ListedEntry::Lock(lock)) => push_json(&mut locks, &**lock, target)?,
-                (Self::Json { target }, ListedEntry::UnreadableLock(other)) => push_json(&mut others, other, target)?,
+                (Self::Table(layout), entry) => text.extend_from_slice(layout.entry(entry, now).as_bytes()),
+                (Self::Lines(widths), entry) => text.extend_from_slice(line_of(entry, widths, now).as_bytes()),
+                (Self::Json { target }, ListedEntry::Lock(lock)) => push_json(text, &**lock, target)?,
+                (Self::Json { target }, ListedEntry::UnreadableLock(other)) => push_json(at_end, other, target)?,
             }
         }
-        let text = if matches!(self, Self::Json { .. }) { locks } else { text.into_bytes() };
-        Ok(Rows { text, at_end: others })
+        Ok(())
     }
 }
 
@@ -267,12 +279,13 @@ fn since(lock: &FoundLock, now: Timestamp) -> String {
 }
 
 /// Returns which parts of the lock exist: `dynamodb`, `s3` or `dynamodb+s3`.
-pub(super) fn parts(lock: &FoundLock) -> String {
-    let names = lock.parts.iter().map(|(store_key, _)| match store_key {
+pub(super) fn parts(lock: &FoundLock) -> Cow<'static, str> {
+    let mut names = lock.parts.iter().map(|(store_key, _)| match store_key {
         StoreKey::DynamoDb { .. } => "dynamodb",
         StoreKey::S3 { .. } => "s3",
     });
-    names.collect::<Vec<_>>().join("+")
+    let first = names.next().unwrap_or_default();
+    names.fold(Cow::Borrowed(first), |before, name| format!("{before}+{name}").into())
 }
 
 /// Appends the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
@@ -281,7 +294,7 @@ fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Time
     let created = lock.info.created();
     let age = created.and_then(|created| age_at(created, now)).map_or_else(|| "-".to_owned(), length_of_time);
     let since = created.map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
-    let path = lock.path();
+    let path = lock.place().path_in_place();
     for (text, width) in [
         (Cow::Borrowed(lock.verdict().word()), 11),
         (column(&path), widths.path),
@@ -291,7 +304,7 @@ fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Time
         (column(&since), 20),
         (age.into(), 12),
         (column(&lock.info.id), 36),
-        (parts(lock).into(), 11),
+        (parts(lock), 11),
     ] {
         push_padded(line, &text, width);
         line.push_str("  ");
@@ -312,17 +325,14 @@ fn unreadable_line(unreadable: &UnreadableLock, widths: Widths) -> String {
     format!("unreadable   {path}  {}\n", without_double_blanks(text.into()))
 }
 
-fn push_line(line: &mut String, entry: &ListedEntry, widths: Widths, now: Timestamp) {
-    match entry {
-        ListedEntry::Lock(lock) => push_lock_line(line, lock, widths, now),
-        ListedEntry::UnreadableLock(unreadable) => line.push_str(&unreadable_line(unreadable, widths)),
-    }
-}
-
 /// Returns an entry as a plain line, which ends with a newline.
 pub(super) fn line_of(entry: &ListedEntry, widths: Widths, now: Timestamp) -> String {
-    let mut line = String::new();
-    push_line(&mut line, entry, widths, now);
+    // More than most lines need.
+    let mut line = String::with_capacity(512);
+    match entry {
+        ListedEntry::Lock(lock) => push_lock_line(&mut line, lock, widths, now),
+        ListedEntry::UnreadableLock(unreadable) => line.push_str(&unreadable_line(unreadable, widths)),
+    }
     line
 }
 
@@ -342,7 +352,8 @@ fn column(text: &str) -> Cow<'_, str> {
 /// Replaces each run of blanks with one blank, because two blanks separate the columns of a plain line. Makes no copy
 /// of a text that needs no change. Almost every text needs none.
 fn without_double_blanks(text: Cow<'_, str>) -> Cow<'_, str> {
-    if !text.contains("  ") {
+    let is_double = |(one, next)| one == b' ' && next == b' ';
+    if !text.bytes().zip(text.bytes().skip(1)).fold(false, |found, pair| found | is_double(pair)) {
         return text;
     }
     let mut single = String::with_capacity(text.len());
@@ -363,9 +374,15 @@ fn padded(text: &str, width: usize) -> String {
 
 /// Appends `text`, padded as by [`padded`].
 fn push_padded(line: &mut String, text: &str, width: usize) {
+    const BLANKS: &str = "                                                ";
     let own = if is_plain(text) { text.len() } else { text.width() };
     line.push_str(text);
-    line.extend(std::iter::repeat_n(' ', width.saturating_sub(own)));
+    let mut missing = width.saturating_sub(own);
+    while missing > 0 {
+        let blanks = &BLANKS[..missing.min(BLANKS.len())];
+        line.push_str(blanks);
+        missing -= blanks.len();
+    }
 }
 
 /// Returns `text` with a width of exactly `width` terminal columns: padded with spaces, or truncated at its end, where

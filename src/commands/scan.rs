@@ -6,11 +6,17 @@
 //! Reads are eventually consistent, which halves their cost. A lock that would be reported as stale is read again with
 //! a consistent read, so that no user searches for a lock that no longer exists.
 //!
+//! The entries of a page of a table are read, judged and put into rows on a thread of their own, each before the next one is
+//! read. So several pages are read at the same time, and little memory is needed. This ends at the first entry of a page
+//! that must be read again, or about which a witness must be asked: the rest of the page is kept until that is done.
+//!
 //! Segments are shown one after the other, whichever is read first, so that an unchanged table is always listed in the
 //! same order. The entries of a later segment wait in a temporary file without a name.
 
 use std::fs::File;
 use std::io::{self, BufReader, Seek};
+use std::slice;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
@@ -20,7 +26,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::connection::{ScanTarget, Trouble};
-use super::found::{ListedEntry, UnreadableLock, Wanted, pair};
+use super::found::{ListedEntry, UnreadableLock, alone};
 use super::output::{Output, Rows, temporary_file};
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
@@ -30,6 +36,8 @@ use crate::cleanup::messages;
 use crate::console;
 use crate::console::visible;
 use crate::holder::host::HostView;
+use crate::holder::witness;
+use crate::lock::dynamodb::ScannedItem;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, probe, s3};
@@ -128,10 +136,45 @@ impl ScanPlan {
     }
 }
 
+/// Adds the rows of an entry, and what a command keeps of it.
+type Step<T> = Arc<dyn Fn(ListedEntry, &mut Rows, &mut T) -> io::Result<()> + Send + Sync>;
+
+/// What a command makes of entries.
+#[derive(Clone)]
+struct Fold<T> {
+    /// What the command keeps if there is no entry.
+    initial: T,
+    step: Step<T>,
+}
+
+/// What was made of some entries of a page.
+struct Folded<T> {
+    tally: Tally,
+    rows: Rows,
+    kept: T,
+}
+
+impl<T: Clone> Fold<T> {
+    fn of_none(&self) -> Folded<T> {
+        Folded { tally: Tally::default(), rows: Rows::default(), kept: self.initial.clone() }
+    }
+
+    fn of(&self, entries: Vec<ListedEntry>) -> Result<Folded<T>, Trouble> {
+        let mut folded = self.of_none();
+        entries.into_iter().try_for_each(|entry| self.add(entry, &mut folded))?;
+        Ok(folded)
+    }
+
+    fn add(&self, entry: ListedEntry, folded: &mut Folded<T>) -> Result<(), Trouble> {
+        folded.tally.add(Tally::of(slice::from_ref(&entry)));
+        Ok((self.step)(entry, &mut folded.rows, &mut folded.kept)?)
+    }
+}
+
 /// One page whose entries were read and judged. An empty page is not always the last one: the filter may leave out all
 /// its items, which still count as scanned, or the segment may have no items at its beginning.
-struct ListedPage {
-    entries: Vec<ListedEntry>,
+struct ListedPage<T> {
+    parts: Vec<Folded<T>>,
     scanned: u64,
     /// As [`Scanned::test_objects`].
     test_objects: Vec<StoreKey>,
@@ -141,26 +184,30 @@ struct ListedPage {
     owed: Option<Duration>,
 }
 
-impl ListedPage {
+impl<T> ListedPage<T> {
     /// The page that marks the end of a segment.
-    const END: Self = Self { entries: Vec::new(), scanned: 0, test_objects: Vec::new(), is_last: true, owed: None };
+    const END: Self = Self { parts: Vec::new(), scanned: 0, test_objects: Vec::new(), is_last: true, owed: None };
 }
 
-type Pages = mpsc::Sender<(usize, Result<ListedPage, Trouble>)>;
+type Pages<T> = mpsc::Sender<(usize, Result<ListedPage<T>, Trouble>)>;
 
 impl Scan {
-    /// Reads the whole target and shows its entries in order. `each` gets the entries of every page, in the order in
-    /// which the pages arrive, and returns the rows to show.
+    /// Reads the whole target and shows its entries in order. `step` gets each entry, perhaps on another thread. It adds the
+    /// rows to show, and adds what the caller keeps of the entry to a copy of `initial`. `keep` gets the copies, in the
+    /// order in which the pages arrive.
     ///
     /// # Errors
     /// Fails if the target cannot be scanned at all or if the output cannot be written. If a request for a page fails,
     /// the entries of the earlier pages are shown, and the result says why it failed.
-    pub(super) async fn run(
+    pub(super) async fn run<T: Clone + Send + Sync + 'static>(
         &self,
         stop_requests: &mut StopRequests,
         output: &mut Output,
-        mut each: impl FnMut(Vec<ListedEntry>) -> io::Result<Rows>,
+        initial: T,
+        step: impl Fn(ListedEntry, &mut Rows, &mut T) -> io::Result<()> + Send + Sync + 'static,
+        mut keep: impl FnMut(T),
     ) -> Result<Scanned, Trouble> {
+        let fold = Fold { initial, step: Arc::new(step) };
         let (segments, total) = match stop_requests.unless_stopped(self.prepare()).await {
             Ok(prepared) => prepared?,
             Err(signal) => return Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
@@ -170,7 +217,7 @@ impl Scan {
         let (sender, mut pages) = mpsc::channel(WAITING * count);
         for (number, segment) in segments.into_iter().enumerate() {
             let (pages, stores, staleness) = (sender.clone(), self.stores.clone(), self.staleness);
-            let reader = SegmentReader { number, stores, staleness, pages };
+            let reader = SegmentReader { number, stores, staleness, fold: fold.clone(), pages };
             match segment {
                 Segment::Table(table, plan, part) => {
                     tokio::spawn(reader.read_table(table, plan, part));
@@ -201,7 +248,7 @@ impl Scan {
                 }
                 break;
             };
-            let ListedPage { entries, scanned: more, test_objects, is_last, owed } = match page {
+            let ListedPage { parts, scanned: more, test_objects, is_last, owed } = match page {
                 Ok(page) => page,
                 Err(trouble) => {
                     scanned.failed = Some(trouble);
@@ -211,10 +258,13 @@ impl Scan {
             scanned.items += more;
             scanned.test_objects.add(test_objects);
             scanned.owed = scanned.owed.max(owed);
-            let found = Tally::of(&entries);
-            locks += found.locks;
-            stale += found.stale;
-            let rows = each(entries)?;
+            let mut rows = Vec::with_capacity(parts.len());
+            for part in parts {
+                locks += part.tally.locks;
+                stale += part.tally.stale;
+                rows.push(part.rows);
+                keep(part.kept);
+            }
             progress.set_position(scanned.items);
             progress.set_message(format!("{locks} locks, {stale} stale"));
             progress.suspend(|| order.take(segment, &rows, is_last, output, stop_requests))?;
@@ -321,14 +371,16 @@ impl Order {
     fn take(
         &mut self,
         segment: usize,
-        rows: &Rows,
+        rows: &[Rows],
         last: bool,
         output: &mut Output,
         stop_requests: &mut StopRequests,
     ) -> Result<(), Trouble> {
-        if segment == self.current {
-            output.put(rows, stop_requests)?;
-        } else if !rows.is_empty() {
+        for rows in rows.iter().filter(|rows| !rows.is_empty()) {
+            if segment == self.current {
+                output.put(rows, stop_requests)?;
+                continue;
+            }
             let waiting = &mut self.waiting[segment].0;
             let file = waiting.take().map_or_else(temporary_file, Ok)?;
             rows.store(waiting.insert(file))?;
@@ -369,32 +421,44 @@ impl Order {
 }
 
 /// Reads one segment and sends its pages.
-struct SegmentReader {
+struct SegmentReader<T> {
     /// The segment's place in the listing.
     number: usize,
     stores: Stores,
     staleness: Staleness,
-    pages: Pages,
+    fold: Fold<T>,
+    pages: Pages<T>,
 }
 
-impl SegmentReader {
+/// The judged entries of a page.
+struct Judged<T> {
+    /// What was made of the first entries, up to the first one whose verdict is not final.
+    settled: Folded<T>,
+    /// The other entries. Some of them must be read again, or the witness must be asked about them.
+    open: Vec<ListedEntry>,
+}
+
+impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
     /// Reads one segment of a table and sends its pages, until the segment ends, a request fails or the receiver is
     /// dropped.
     async fn read_table(self, table: String, plan: ScanPlan, part: i32) {
-        let Self { number, stores, staleness, pages } = self;
+        let Self { number, stores, staleness, fold, pages } = self;
         let mut from = None;
         let mut limit = plan.rate.map(first_limit);
         loop {
             let begun = Instant::now();
-            let page = match dynamodb::scan(
-                &stores.dynamodb,
-                &table,
-                dynamodb::Segment { number: part, of: plan.segments },
-                limit,
-                from,
-            )
-            .await
-            {
+            let segment = dynamodb::Segment { number: part, of: plan.segments };
+            let judge_items = {
+                let (stores, table, fold) = (stores.clone(), table.clone(), fold.clone());
+                move |items: &mut dyn Iterator<Item = ScannedItem>, date| {
+                    let parts = items.map(|ScannedItem { key, info, record }| {
+                        StoredPart::new(stores.item(&table, key), StoredLock::Item(info), record, date)
+                    });
+                    judge_each(parts.map(alone), staleness, &fold)
+                }
+            };
+            let page = dynamodb::Page { segment, limit, from };
+            let page = match dynamodb::scan(&stores.dynamodb, &table, page, judge_items).await {
                 Ok(page) => page,
                 Err(failure) => {
                     let _ =
@@ -402,26 +466,22 @@ impl SegmentReader {
                     return;
                 }
             };
-            from = page.next.clone();
-            let date = page.date;
-            let found = page.items.into_iter().flat_map(|dynamodb::ScannedItem { key, info, record }| {
-                let part = StoredPart::new(stores.item(&table, &key), StoredLock::Item(info), record, date);
-                pair(Wanted::default(), vec![part], None)
-            });
-            let (entries, read_again) = judged(found.collect(), &stores, staleness).await;
-            if pages
-                .send((
-                    number,
-                    entries.map(|entries| ListedPage {
-                        entries,
+            from = page.next;
+            let (listed, read_again) = match page.content {
+                Ok(Judged { settled, open }) => {
+                    let (open, read_again) = judged_again(open, &stores, staleness).await;
+                    let parts = open.and_then(|open| Ok(vec![settled, fold.of(open)?]));
+                    let listed = parts.map(|parts| ListedPage {
+                        parts,
                         scanned: page.scanned,
                         is_last: false,
                         ..ListedPage::END
-                    }),
-                ))
-                .await
-                .is_err()
-            {
+                    });
+                    (listed, read_again)
+                }
+                Err(trouble) => (Err(trouble), 0),
+            };
+            if pages.send((number, listed)).await.is_err() {
                 return;
             }
             let mut until = begun;
@@ -449,7 +509,7 @@ impl SegmentReader {
     /// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the
     /// receiver is dropped.
     async fn read_bucket(self, bucket: String, prefix: String) {
-        let Self { number, stores, staleness, pages } = self;
+        let Self { number, stores, staleness, fold, pages } = self;
         let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
         let mut keys = s3::keys(&stores.s3, &bucket, &prefix);
         while let Some(page) = keys.next().await {
@@ -471,7 +531,7 @@ impl SegmentReader {
                         Ok(Some(found)) if probe::is_test_object(&found.store_key, &found.stored) => {
                             Ok(ReadObject::Test(found.store_key))
                         }
-                        Ok(Some(found)) => Ok(ReadObject::Entries(pair(Wanted::default(), vec![found], None))),
+                        Ok(Some(found)) => Ok(ReadObject::Entries(vec![alone(found)])),
                         Err(failure) if failure.is_final() => {
                             let reason = visible(&failure.to_string());
                             let unread = UnreadableLock { place: store_key, reason, stored: None };
@@ -493,9 +553,11 @@ impl SegmentReader {
                             ReadObject::Test(place) => test_objects.push(place),
                         }
                     }
-                    let (entries, _) = judged(entries, &stores, staleness).await;
-                    entries.map(|entries| ListedPage {
-                        entries,
+                    judge(&mut entries, staleness);
+                    let (entries, _) = judged_again(entries, &stores, staleness).await;
+                    let part = entries.and_then(|entries| fold.of(entries));
+                    part.map(|part| ListedPage {
+                        parts: vec![part],
                         scanned,
                         test_objects,
                         is_last: false,
@@ -548,18 +610,50 @@ fn clamped(items: f64) -> i32 {
 /// The index of an entry that was read again, and what takes its place.
 type Change = (usize, Vec<ListedEntry>);
 
-/// Judges the holders of the locks in `entries`. A lock that would be reported as stale is read again with a consistent
-/// read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored there
-/// any more, the entry is left out. Also returns how many locks were read again.
-async fn judged(
+/// Judges `entries` one by one, all of which are in a response that was read before this call. Adds each to
+/// [`Judged::settled`] until the first one whose verdict is not final. Collects that one and all later ones in
+/// [`Judged::open`].
+///
+/// # Errors
+/// Fails if an entry cannot be used.
+fn judge_each<T: Clone>(
+    entries: impl Iterator<Item = ListedEntry>,
+    staleness: Staleness,
+    fold: &Fold<T>,
+) -> Result<Judged<T>, Trouble> {
+    let (mut host, has_witness) = (None, witness::is_set());
+    let mut judged = Judged { settled: fold.of_none(), open: Vec::new() };
+    for mut entry in entries {
+        staleness.judge(slice::from_mut(&mut entry), host.get_or_insert_with(HostView::look));
+        let is_final = match &entry {
+            ListedEntry::Lock(lock) => !lock.stale && !has_witness,
+            ListedEntry::UnreadableLock(_) => true,
+        };
+        if is_final && judged.open.is_empty() {
+            fold.add(entry, &mut judged.settled)?;
+        } else {
+            // With the entries that follow it: several are then read again at the same time, and the order is kept.
+            judged.open.push(entry);
+        }
+    }
+    Ok(judged)
+}
+
+/// Judges the holders of the locks in `entries`, which were read before this call.
+fn judge(entries: &mut [ListedEntry], staleness: Staleness) {
+    if entries.iter().any(|entry| matches!(entry, ListedEntry::Lock(_))) {
+        staleness.judge(entries, &HostView::look());
+    }
+}
+
+/// Asks the witness about the judged locks in `entries`. A lock that would be reported as stale is read again with a
+/// consistent read. If another lock or a newer lease is stored there by now, that is judged instead. If no lock is stored
+/// there any more, the entry is left out. Also returns how many locks were read again.
+async fn judged_again(
     mut entries: Vec<ListedEntry>,
     stores: &Stores,
     staleness: Staleness,
 ) -> (Result<Vec<ListedEntry>, Trouble>, usize) {
-    if !entries.iter().any(|entry| matches!(entry, ListedEntry::Lock(_))) {
-        return (Ok(entries), 0);
-    }
-    staleness.judge(&mut entries, &HostView::look());
     staleness.ask_witness(&mut entries).await;
     let stale: Vec<(usize, StoredPart)> = entries
         .iter()
@@ -579,7 +673,7 @@ async fn judged(
             if before.is_same_as(&found) {
                 return Ok(None);
             }
-            let mut changed = pair(Wanted::default(), vec![found], None);
+            let mut changed = vec![alone(found)];
             staleness.judge(&mut changed, &HostView::look());
             staleness.ask_witness(&mut changed).await;
             Ok(Some((index, changed)))

@@ -194,12 +194,7 @@ async fn round(
     let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: !is_first };
     let mut entries = Vec::new();
     let mut nowhere = output::Output::Lines(Widths::USUAL);
-    let scanned = scan
-        .run(stop_requests, &mut nowhere, |found| {
-            entries.extend(found);
-            Ok(Rows::default())
-        })
-        .await?;
+    let scanned = scan.run(stop_requests, &mut nowhere, Vec::new(), keep_it, |found| entries.extend(found)).await?;
     if let Some(signal) = scanned.stopped {
         return Err(Interrupted::Signal(signal));
     }
@@ -208,6 +203,13 @@ async fn round(
     }
     entries.sort_by_key(key);
     Ok(Round { entries, note: None, looked: Looked::everywhere(), owed: scanned.owed })
+}
+
+/// Shows nothing, and keeps the entry.
+#[expect(clippy::unnecessary_wraps, reason = "a scan needs a function that may fail")]
+fn keep_it(entry: ListedEntry, _: &mut Rows, kept: &mut Vec<ListedEntry>) -> io::Result<()> {
+    kept.push(entry);
+    Ok(())
 }
 
 /// Returns the time from the beginning of a round to the beginning of the next one. `took` is how long the round took.

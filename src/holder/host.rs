@@ -7,6 +7,7 @@
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use nix::unistd::Pid;
 
@@ -119,6 +120,10 @@ pub(crate) struct HostView {
 impl HostView {
     /// Reads the journals, the pending requests and the boot time. The processes are listed later, if at all.
     pub(crate) fn look() -> Self {
+        // A look at a run that is not living locks it for a moment. A look from another thread would take that for a process
+        // that cleans up after the run.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let mut recorded: HashMap<String, (RunState, Box<JournalRecord>)> = HashMap::new();
         let mut kept = HashSet::new();
         let (mut has_unread_run, mut has_unread_kept) = (false, false);

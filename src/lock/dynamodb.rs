@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{ProvideErrorMetadata, SdkError};
@@ -18,12 +19,13 @@ use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationI
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
+use aws_smithy_types::timeout::TimeoutConfig;
 use jiff::Timestamp;
 use serde_json::Value;
 
 use super::attempts::Attempts;
 use super::deleted::Deleted;
-use super::scan_response::{ItemReader, ScannedAttributes};
+use super::scan_response::{ItemReader, ScannedAttributes, UseItems};
 use super::service_time::ServiceTime;
 use super::written::Written;
 use crate::aws::failure::{Failure, NoAnswer};
@@ -566,13 +568,21 @@ impl ScannedItem {
     }
 }
 
+/// Which page of a table to read.
+#[derive(Clone, Debug)]
+pub(crate) struct Page {
+    pub(crate) segment: Segment,
+    /// How many items the service examines at most. `None` for no limit but that of the service, 1 MB.
+    pub(crate) limit: Option<i32>,
+    /// The key after which the page begins. `None` for the start of the segment.
+    pub(crate) from: Option<HashMap<String, AttributeValue>>,
+}
+
 /// One page of a scan.
-#[derive(Debug, Default)]
-pub(crate) struct TablePage {
-    /// Each item that is not a digest.
-    pub(crate) items: Vec<ScannedItem>,
-    /// The service's time in the response. `None` if the response has none that counts ([`super::service_time`]).
-    pub(crate) date: Option<Timestamp>,
+#[derive(Debug)]
+pub(crate) struct TablePage<T> {
+    /// What was made of its items.
+    pub(crate) content: T,
     /// How many items the service examined for this page, digests included.
     pub(crate) scanned: u64,
     /// How many read capacity units the page used. `None` if the service does not report it.
@@ -581,21 +591,25 @@ pub(crate) struct TablePage {
     pub(crate) next: Option<HashMap<String, AttributeValue>>,
 }
 
-/// Reads one page of a segment of a table. The page begins after the key `from`, or at the start of the segment if
-/// `from` is `None`. The service examines at most `limit` items for it. The read is eventually consistent, which costs
-/// half as much as a consistent one.
+/// Reads one page of a table. The read is eventually consistent, which costs half as much as a consistent one.
+///
+/// `use_items` gets each item that is not a digest, and the service's time in the response. The time is `None` if the
+/// response has none that counts ([`super::service_time`]). It may be called on another thread, and more than once: what
+/// the last call returns is the content of the page. If it does not take all items, the SDK reads them again.
 ///
 /// # Errors
 /// Returns a [`Failure`] if the request fails.
-pub(crate) async fn scan(
+pub(crate) async fn scan<T: Send + 'static>(
     client: &Client,
     table: &str,
-    segment: Segment,
-    limit: Option<i32>,
-    from: Option<HashMap<String, AttributeValue>>,
-) -> Result<TablePage, Failure> {
+    Page { segment, limit, from }: Page,
+    use_items: impl Fn(&mut dyn Iterator<Item = ScannedItem>, Option<Timestamp>) -> T + Send + Sync + 'static,
+) -> Result<TablePage<T>, Failure> {
     let time = ServiceTime::default();
-    let reader = client.config().http_client().map(ItemReader::new);
+    let use_items: UseItems<T> = Arc::new(move |items, date| use_items(&mut items.map(ScannedItem::of), date));
+    let timeouts = client.config().timeout_config().cloned().unwrap_or_else(TimeoutConfig::disabled);
+    let timeout = timeouts.operation_attempt_timeout();
+    let reader = client.config().http_client().map(|client| ItemReader::new(client, timeout, Arc::clone(&use_items)));
     let mut request = client
         .scan()
         .table_name(table)
@@ -613,15 +627,17 @@ pub(crate) async fn scan(
         .customize()
         .interceptor(time.clone());
     if let Some(reader) = reader.clone() {
-        request = request.config_override(aws_sdk_dynamodb::Config::builder().http_client(reader));
+        let timeouts = timeouts.to_builder().disable_operation_attempt_timeout().build();
+        let own = aws_sdk_dynamodb::Config::builder().http_client(reader).timeout_config(timeouts);
+        request = request.config_override(own);
     }
     let answer = request.send().await.map_err(|error| failure("dynamodb:Scan", &error))?;
-    // One of the two is empty: the SDK gets no items that the reader has taken out of the response.
-    let read = reader.map(|reader| reader.take()).unwrap_or_default().into_iter();
-    let by_sdk = answer.items.unwrap_or_default().into_iter().map(ScannedAttributes::from);
+    let content = reader.and_then(|reader| reader.take()).unwrap_or_else(|| {
+        let mut by_sdk = answer.items.unwrap_or_default().into_iter().map(ScannedAttributes::from);
+        use_items(&mut by_sdk, time.get())
+    });
     Ok(TablePage {
-        items: read.chain(by_sdk).map(ScannedItem::of).collect(),
-        date: time.get(),
+        content,
         scanned: answer.scanned_count.try_into().unwrap_or(0),
         consumed: answer.consumed_capacity.and_then(|consumed| consumed.capacity_units),
         next: answer.last_evaluated_key.filter(|key| !key.is_empty()),

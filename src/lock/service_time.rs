@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::context::AfterDeserializationInterceptorContextRef;
 use aws_smithy_runtime_api::client::interceptors::{Intercept, dyn_dispatch_hint};
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 use jiff::Timestamp;
@@ -33,11 +34,15 @@ impl Intercept for ServiceTime {
         _: &RuntimeComponents,
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let response = context.response();
-        let found = date(response.status().as_u16(), |name| response.headers().get(name));
+        let found = of_response(context.response());
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = found;
         Ok(())
     }
+}
+
+/// Returns the service's time in `response`, as [`ServiceTime::get`].
+pub(super) fn of_response(response: &HttpResponse) -> Option<Timestamp> {
+    date(response.status().as_u16(), |name| response.headers().get(name))
 }
 
 /// Returns the `Date` of a response. `None` if the response is not a success of the service itself. A proxy's own

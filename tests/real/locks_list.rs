@@ -11,12 +11,14 @@ use serde_json::{Value, json};
 use super::given_back::{is_dynamodb, through};
 use super::locks_doctor::denied;
 use super::locks_release::locks;
+use super::survived::start_recorded;
 use crate::support::cloud::{cloud, tool};
 use crate::support::http::Message;
 use crate::support::process::Run;
+use crate::support::processes::kill_all;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
-use crate::support::test_env::lock_json;
+use crate::support::test_env::{WAITS, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv};
 
 const A: &str = "aaaaaaaa-3333-4444-5555-666666666666";
@@ -54,6 +56,34 @@ pub fn assert_fits(env: &TestEnv, name: &str, text: &str) {
     python.args(["-c", script]).arg(schema);
     let end = Run::start(python).wait();
     assert_eq!(end.code(), Some(0), "{}\n{text}", end.err);
+}
+
+/// The pages of a table are read by several threads, and each of them looks at the dead run in the journal.
+#[test]
+fn every_list_of_a_table_judges_a_dead_run_alike() {
+    let env = TestEnv::new(Lock::DynamoDb, WAITS);
+    let run = start_recorded(&env);
+    kill_all(&env);
+    run.wait();
+    // Some in each segment.
+    for number in 0..64 {
+        let path = format!("{}-{number}", env.path());
+        cloud().put_item(&env.table, &path, &of_anna(&format!("{number:08}-3333-4444-5555-666666666666"), &path));
+    }
+    let listed = || {
+        let end = locks(&env, &table(&env, &["--json"]));
+        let all = parsed(&env, &end)["locks"].as_array().unwrap().clone();
+        assert_eq!(all.len(), 65, "{}", env.dump(&end));
+        let mut lock = all.into_iter().find(|lock| lock["path"] == env.path()).unwrap();
+        // The age of a lease grows.
+        lock["evidence"].as_array_mut().unwrap().retain(|seen| !seen["seen"].as_str().unwrap().contains(" lease "));
+        ["verdict", "reason", "evidence"].map(|name| lock[name].take())
+    };
+    let first = listed();
+    assert_eq!((&first[0], first[2].as_array().unwrap().len()), (&json!("dead"), 2), "{first:?}");
+    for _ in 0..40 {
+        assert_eq!(listed(), first);
+    }
 }
 
 #[test]
