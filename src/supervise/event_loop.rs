@@ -20,6 +20,7 @@ use crate::journal::recorder::Recorder;
 use crate::lease::notice::{Notice, NoticeSight, NoticeStep, notice_step};
 use crate::supervise::awake::Awake;
 use crate::supervise::foreground::{Foreground, ForegroundControl};
+use crate::supervise::guardian::Suspension;
 use crate::supervise::pipes::{Pipes, Progress};
 use crate::supervise::routing::{Circumstances, Route, TerraformGroup, route};
 use crate::supervise::run_lease::{Followed, LeaseEffect, LockPhase, RunLease};
@@ -443,13 +444,14 @@ impl Supervision<'_> {
     }
 
     /// Stops this process with [`Signals::stop`]. First reports the stop to the guardian. If terraform exits while this
-    /// process is stopped, the guardian continues this process, because no other process would. Then handles what has
+    /// process is stopped, the guardian continues this process, because no other process would. It does so too if
+    /// somebody continues terraform, provided that `with` says that terraform is stopped now. Then handles what has
     /// happened to the lease meanwhile. Returns true after this process was continued, and false if the kernel
     /// discarded the stop.
-    fn stop_ourselves(&mut self, signal: Signal, whole_group: bool) -> bool {
-        self.run_record.report_suspension(true, self.recorder);
+    fn stop_ourselves(&mut self, signal: Signal, whole_group: bool, with: Suspension) -> bool {
+        self.run_record.report_suspension(with, self.recorder);
         let stopped = self.signals.stop(signal, whole_group);
-        self.run_record.report_suspension(false, self.recorder);
+        self.run_record.report_suspension(Suspension::Over, self.recorder);
         // The caller continues terraform. If the lock was lost meanwhile, terraform must stay stopped.
         self.hear_guardian();
         self.step_lease();
@@ -458,14 +460,19 @@ impl Supervision<'_> {
 
     /// Handles a ^Z, or a SIGTSTP from a process: stops terraform, and then this process.
     fn suspend(&mut self) {
+        let mut with = Suspension::Alone;
         if self.group == TerraformGroup::Own {
             self.foreground.reclaim_foreground();
             let _ = killpg(self.terraform, Signal::SIGTSTP);
             let begun = Instant::now();
-            while wait::stopped(self.terraform).is_none()
-                && wait::ended(self.terraform).is_none()
-                && begun.elapsed() < STOP_TIMEOUT
-            {
+            loop {
+                if wait::stopped(self.terraform).is_some() {
+                    with = Suspension::WithTerraform;
+                    break;
+                }
+                if wait::ended(self.terraform).is_some() || begun.elapsed() >= STOP_TIMEOUT {
+                    break;
+                }
                 // This loop does not wait for the signalfd to become readable. The signalfd stays readable as long as
                 // any signal is queued in it, so such a wait could become a busy loop.
                 poll::wait(&[], Some(Duration::from_millis(1)));
@@ -474,7 +481,7 @@ impl Supervision<'_> {
         // In an orphaned process group, and for a session leader, the kernel discards the stop of this process, because
         // no process could continue it. In this case, terraform is continued at once. A terraform without `tf` would
         // not stop there either.
-        let stopped = self.stop_ourselves(Signal::SIGTSTP, false);
+        let stopped = self.stop_ourselves(Signal::SIGTSTP, false, with);
         trace!("stopped: {stopped}");
         self.continue_group();
     }
@@ -617,7 +624,7 @@ impl Supervision<'_> {
             StopReaction::StopWith(signal) => {
                 // The terminal stopped the whole group. The signal is blocked in this process, so this process must
                 // stop itself here.
-                self.stop_ourselves(signal, false);
+                self.stop_ourselves(signal, false, Suspension::WithTerraform);
             }
             StopReaction::GiveTerminal => return self.wants_terminal(signal),
             StopReaction::StopJob => {
@@ -626,7 +633,7 @@ impl Supervision<'_> {
                 // both.
                 let key = signal == Signal::SIGTSTP && self.foreground.terraform_has_foreground();
                 self.foreground.reclaim_foreground();
-                let stopped = self.stop_ourselves(Signal::SIGTSTP, key);
+                let stopped = self.stop_ourselves(Signal::SIGTSTP, key, Suspension::WithTerraform);
                 if stopped || key {
                     self.continue_group();
                 } else {
@@ -645,7 +652,7 @@ impl Supervision<'_> {
                 return Stopped::Handled;
             }
             Foreground::Ours if self.give_foreground() => return Stopped::Handled,
-            Foreground::Others if self.stop_ourselves(signal, true) => {
+            Foreground::Others if self.stop_ourselves(signal, true, Suspension::WithTerraform) => {
                 // Terraform needs no terminal while it is stopped for its lease. It asks again when it goes on.
                 if self.is_stopped_for_lease() {
                     return Stopped::Handled;

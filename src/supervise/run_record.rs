@@ -14,7 +14,7 @@ use crate::journal::membership::TreeIdentity;
 use crate::journal::recorder::Recorder;
 use crate::journal::runs::{JournalEntry, JournalRecord, Unfinished};
 use crate::journal::state_directory::Durability;
-use crate::supervise::guardian::{Guardian, Heard, MAX_UNANSWERED};
+use crate::supervise::guardian::{Guardian, Heard, MAX_UNANSWERED, Suspension};
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
 use crate::sys::boot_clock;
@@ -212,17 +212,16 @@ impl RunRecord {
         self.outside_group = processes;
     }
 
-    /// Reports to the guardian that `tf` is about to stop itself (`still` is true), or was continued (`still` is
-    /// false).
-    pub(crate) fn report_suspension(&mut self, still: bool, recorder: &Recorder) {
+    /// Reports to the guardian that `tf` is about to stop itself, or was continued.
+    pub(crate) fn report_suspension(&mut self, suspension: Suspension, recorder: &Recorder) {
         let Some(guardian) = &mut self.guardian else { return };
-        if !self.late_stop.note_suspension(still) {
+        if !self.late_stop.note_suspension(suspension != Suspension::Over) {
             return;
         }
-        if !still {
+        if suspension == Suspension::Over {
             self.late_stop.asked(boot_clock::now());
         }
-        if guardian.report_suspension(still).is_err() {
+        if guardian.report_suspension(suspension).is_err() {
             self.guardian_is_gone(recorder);
         }
     }

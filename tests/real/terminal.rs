@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 
 use crate::support::process::{SystemCall, state, terraform_below, tree, waits_in};
 use crate::support::system::IS_LINUX;
@@ -388,6 +388,33 @@ fn a_terraform_stopped_by_somebody_stops_the_job_and_fg_mends_it() {
     terminal.wait_for("Apply complete!");
     env.wait_for_trace("terraform ended");
     env.assert_unlocked();
+}
+
+/// tf has stopped together with terraform, and nobody but tf reads what terraform writes when it goes on.
+#[test]
+fn a_terraform_stopped_and_then_continued_by_somebody_completes() {
+    for (stop, line) in
+        [("kill", "tf apply -auto-approve -no-color | tail -c 300\n"), ("key", "tf apply -auto-approve -no-color\n")]
+    {
+        // More than a pipe holds.
+        let env = TestEnv::new(Lock::Both, &format!("{WAITS}; seq 20000"));
+        let mut terminal = shell(&env);
+        terminal.type_in(line);
+        env.wait_for_file("began");
+        let terraform = terraform_below(terminal.pid());
+        match stop {
+            "kill" => kill(terraform, Signal::SIGSTOP).unwrap(),
+            _ => terminal.type_in("\x1a"),
+        }
+        env.wait_for_trace("guardian: tf is suspended: true");
+        wait_for("a stopped terraform", || (state(terraform) == Some('T')).then_some(()), || terminal.screen());
+        killpg(terraform, Signal::SIGCONT).unwrap();
+        env.wait_for_trace("guardian: continues tf, whose terraform was continued by somebody");
+        env.unblock();
+        terminal.wait_for("Apply complete!");
+        env.wait_for_trace("terraform ended");
+        wait_for("no lock", || env.locks().is_empty().then_some(()), || env.trace());
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use super::message::{
     CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MessageReader, NEWS, OUTSIDE_GROUP, OVER, STARTED, STILL, STOPS_NO_MORE,
-    UNIT_IS_STOPPED,
+    Suspension, UNIT_IS_STOPPED,
 };
 use crate::cleanup::after_run::AfterRun;
 use crate::cleanup::clean_up::{LogState, Permission, SilentReporter};
@@ -40,6 +40,9 @@ use crate::trace::trace;
 
 /// How often the guardian checks a terraform that it has interrupted, or a `tf` that is about to stop itself.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often the guardian checks whether somebody has continued a terraform that was stopped together with `tf`.
+const RESUME_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How often the guardian searches for all processes below terraform.
 const DESCENDANTS_INTERVAL: Duration = Duration::from_millis(500);
@@ -71,8 +74,11 @@ pub(super) struct GuardianProcess<'a> {
     events: MessageReader,
     context: GuardianContext<'a>,
     terraform: Option<Terraform>,
-    /// Whether `tf` is stopped or about to stop itself.
-    still: bool,
+    /// What `tf` has reported last about its own stop.
+    suspension: Suspension,
+    /// Since when a terraform that was stopped together with `tf` was seen to run while `tf` was stopped. `None` at all
+    /// other times.
+    runs_since: Option<Instant>,
     /// The parsed log that was not written to the journal yet, with the offset up to which the log was read, in bytes.
     /// `None` if there is no such log.
     news: Option<(u64, Log)>,
@@ -160,7 +166,8 @@ impl<'a> GuardianProcess<'a> {
             events,
             context,
             terraform: None,
-            still: false,
+            suspension: Suspension::Over,
+            runs_since: None,
             news: None,
             orders: None,
             has_lease: false,
@@ -190,24 +197,25 @@ impl<'a> GuardianProcess<'a> {
                 [&self.messages, &self.events].map(|reader| (reader.socket().as_fd(), PollFlags::POLLIN)).to_vec();
             // `tf` itself notices the exit of terraform, except while it is stopped.
             let terraform = self.terraform.as_ref().and_then(|terraform| terraform.process.as_ref());
-            let ended = terraform.filter(|_| self.still).map(|process| (process.as_fd(), PollFlags::POLLIN));
+            let ended = terraform.filter(|_| self.is_still()).map(|process| (process.as_fd(), PollFlags::POLLIN));
             let end_at = ended.is_some().then_some(2);
             awaited.extend(ended);
             awaited.extend(self.signals.as_ref().map(|signals| (signals.as_fd(), PollFlags::POLLIN)));
             // While `tf` is stopped, only the guardian can stop a terraform again that somebody else continues although
             // the kernel has stopped it for its lease.
-            let lease = self.context.lease.as_ref().filter(|_| self.still);
+            let lease = self.context.lease.as_ref().filter(|_| self.is_still());
             let deadline = if lease.is_some_and(|lease| lease.is_blown()) {
                 Some(deadline.map_or(STOP_AGAIN_INTERVAL, |at| at.min(STOP_AGAIN_INTERVAL)))
             } else {
                 // The end of the fuse wakes nobody here.
                 lease.map(|_| STOP_AGAIN_INTERVAL * 5).into_iter().chain(deadline).min()
             };
-            let ready = poll::wait(&awaited, deadline);
+            let resume = (self.suspension == Suspension::WithTerraform).then_some(RESUME_INTERVAL);
+            let ready = poll::wait(&awaited, deadline.into_iter().chain(resume).min());
             self.step_lease_while_still();
             self.hear_signals();
             if end_at.is_some_and(|place| ready[place]) {
-                self.continue_tf();
+                self.continue_tf("has ended");
                 // `tf` reports a stop before it stops itself, so it may not be stopped yet. The wait makes the loop
                 // check again soon.
                 poll::wait(&[(self.events.socket().as_fd(), PollFlags::POLLIN)], Some(POLL_INTERVAL));
@@ -228,6 +236,7 @@ impl<'a> GuardianProcess<'a> {
             for (kind, payload) in messages {
                 self.heard(kind, &payload);
             }
+            self.continue_with_terraform();
             self.hear_signals();
             if is_tf_gone {
                 self.forget_early_stop();
@@ -243,7 +252,7 @@ impl<'a> GuardianProcess<'a> {
     /// While `tf` is suspended, nobody replaces its keeper, and a keeper is easily killed or stopped together with it.
     /// So the guardian has one of its own meanwhile. The service orders the renewals of the two.
     fn step_lease_while_still(&mut self) {
-        if !self.still {
+        if !self.is_still() {
             self.leave_lease_to_tf();
             return;
         }
@@ -274,12 +283,42 @@ impl<'a> GuardianProcess<'a> {
         }
     }
 
-    /// Continues `tf` if it is stopped. Terraform has exited in the meantime, so `tf` may have to release a lock. No
-    /// other process would continue `tf`: a shell does so only at its user's request, and a CI runner has no such
-    /// shell.
-    fn continue_tf(&self) {
-        if Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T') {
-            trace!("guardian: continues tf, whose terraform has ended");
+    fn is_still(&self) -> bool {
+        self.suspension != Suspension::Over
+    }
+
+    /// Continues a `tf` that has stopped together with terraform, if somebody has continued terraform alone: if terraform was
+    /// running at two looks with [`RESUME_INTERVAL`] between them, and `tf` was stopped all the time. A terraform that the
+    /// kernel thaws together with `tf` is shown as running for a moment, before it is stopped again. A terraform that the
+    /// kernel has stopped for its lease is stopped again at once, so it does not go on.
+    fn continue_with_terraform(&mut self) {
+        let goes_on = self.suspension == Suspension::WithTerraform && self.tf_is_stopped() && self.terraform_runs();
+        self.runs_since = goes_on.then(|| self.runs_since.unwrap_or_else(Instant::now));
+        if self.runs_since.is_some_and(|since| since.elapsed() >= RESUME_INTERVAL) {
+            self.continue_tf("was continued by somebody");
+            // A stop that follows is one of its own.
+            (self.suspension, self.runs_since) = (Suspension::Alone, None);
+        }
+    }
+
+    /// Whether terraform is neither stopped nor dead, and its lease has not lapsed. False if it cannot be looked up.
+    fn terraform_runs(&self) -> bool {
+        let has_lapsed = self.context.lease.as_ref().is_some_and(|lease| lease.is_blown());
+        let is_running = |process: Process| !matches!(process.state, 'T' | 't') && !process.is_dead();
+        let process = self.terraform.as_ref().and_then(|terraform| Process::look_up(terraform.pid));
+        !has_lapsed && process.is_some_and(is_running)
+    }
+
+    fn tf_is_stopped(&self) -> bool {
+        Process::look_up(self.context.tf).is_some_and(|process| process.state == 'T')
+    }
+
+    /// Continues `tf` if it is stopped, because its terraform has ended or goes on: `tf` may have to release a lock, or to
+    /// pass on output. No other process would continue `tf`: a shell does so only at its user's request, and a CI runner
+    /// has no such shell. `what` says what terraform has done.
+    fn continue_tf(&self, what: &str) {
+        if self.tf_is_stopped() {
+            trace!("guardian: continues tf, whose terraform {what}");
             let _ = kill(self.context.tf, Signal::SIGCONT);
         }
     }
@@ -343,9 +382,11 @@ impl<'a> GuardianProcess<'a> {
                 }
             }
             STILL => {
-                self.still = payload == [1];
-                trace!("guardian: tf is suspended: {}", self.still);
-                if !self.still {
+                let [number] = *payload else { return };
+                self.suspension = Suspension::of_number(number).unwrap_or(Suspension::Over);
+                self.runs_since = None;
+                trace!("guardian: tf is suspended: {}", self.is_still());
+                if !self.is_still() {
                     self.report(STOPS_NO_MORE);
                 }
             }

@@ -38,8 +38,7 @@ pub(super) const EVENT: u8 = 2;
 /// The message contains the parsed log. The payload is the offset up to which the log was read, and the parsed log, as
 /// JSON.
 pub(super) const NEWS: u8 = 3;
-/// The message reports that `tf` is about to stop itself, or was continued. The payload is 1 byte: 1 if `tf` is about
-/// to stop itself, and 0 if `tf` was continued.
+/// The message reports that `tf` is about to stop itself, or was continued. The payload is a [`Suspension`] in 1 byte.
 pub(super) const STILL: u8 = 4;
 /// The message reports that the run is over. It has no payload.
 pub(super) const OVER: u8 = 5;
@@ -56,6 +55,25 @@ pub(super) const CANNOT_WRITE: u8 = 1;
 pub(super) const UNIT_IS_STOPPED: u8 = 2;
 pub(super) const STOPS_NO_MORE: u8 = 3;
 pub(super) const LOCK_IS_LOST: u8 = 4;
+
+/// What `tf` reports about its own stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Suspension {
+    /// `tf` was continued.
+    Over,
+    /// `tf` is about to stop itself. Terraform may be running.
+    Alone,
+    /// `tf` is about to stop itself, and terraform is stopped. If somebody continues terraform alone, the guardian
+    /// continues `tf`: nobody else passes on terraform's output, and terraform would wait for that with its lock held.
+    WithTerraform,
+}
+
+impl Suspension {
+    /// Returns the suspension that has this number in a [`STILL`] message. `None` if there is none.
+    pub(super) fn of_number(number: u8) -> Option<Self> {
+        [Self::Over, Self::Alone, Self::WithTerraform].into_iter().find(|suspension| *suspension as u8 == number)
+    }
+}
 
 /// The header of a [`STARTED`] message with a payload of 4 bytes. The child of `tf` that executes terraform writes this
 /// header before its pid.

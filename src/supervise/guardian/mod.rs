@@ -43,7 +43,7 @@ use self::message::{
     CANNOT_WRITE, EVENT, LEASE, LOCK_IS_LOST, MAX_MESSAGE_BYTES, MessageReader, MessageWriter, NEWS, OUTSIDE_GROUP,
     OVER, STILL, STOPS_NO_MORE, UNIT_IS_STOPPED,
 };
-pub(crate) use self::message::{MAX_UNANSWERED, STARTED_PREFIX};
+pub(crate) use self::message::{MAX_UNANSWERED, STARTED_PREFIX, Suspension};
 use crate::journal::run_mark::is_jenkins_cookie;
 use crate::supervise::keeper::Orders;
 use crate::supervise::stop::StopEvent;
@@ -145,13 +145,13 @@ impl Guardian {
         self.events.send(EVENT, &serde_json::to_vec(&event)?)
     }
 
-    /// Reports that `tf` is about to stop itself (`still` is true), or was continued (`still` is false). The guardian
-    /// answers the latter with [`Heard::StopsNoMore`].
+    /// Reports that `tf` is about to stop itself, or was continued. The guardian answers [`Suspension::Over`] with
+    /// [`Heard::StopsNoMore`].
     ///
     /// # Errors
     /// Fails if the guardian is gone.
-    pub(crate) fn report_suspension(&mut self, still: bool) -> io::Result<()> {
-        self.events.send(STILL, &[u8::from(still)])
+    pub(crate) fn report_suspension(&mut self, suspension: Suspension) -> io::Result<()> {
+        self.events.send(STILL, &[suspension as u8])
     }
 
     /// Sends what could not be sent yet, because a socket was full.
