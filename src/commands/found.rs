@@ -215,12 +215,7 @@ fn read(StoredPart { store_key, stored, lease }: StoredPart, workspace: Option<&
         info,
         parts: vec![(store_key, stored)],
         lease,
-        judgement: Judgement {
-            verdict: Verdict::Unknown,
-            reason: String::new(),
-            evidence: Vec::new(),
-            is_settled: false,
-        },
+        judgement: Judgement::NOT_YET,
         stale: false,
     }))
 }

@@ -159,6 +159,12 @@ pub(crate) struct Judgement {
     pub(crate) is_settled: bool,
 }
 
+impl Judgement {
+    /// The judgement of a holder that was not judged yet.
+    pub(crate) const NOT_YET: Self =
+        Self { verdict: Verdict::Unknown, reason: String::new(), evidence: Vec::new(), is_settled: false };
+}
+
 /// Judges the holder of `lock`.
 ///
 /// The journal of this host decides first, if it can. Then the lease decides: it is evidence on every host, because all
