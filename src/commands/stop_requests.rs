@@ -8,14 +8,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::os::unix::fs::FileTypeExt;
+use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
 use super::connection::Trouble;
+use crate::sys::descriptor::{self, ATOMIC_WRITE_BYTES, Moved};
 use crate::sys::poll;
 use crate::sys::signals::Signals;
 
@@ -78,20 +79,29 @@ impl StopRequests {
     /// them may be written then.
     pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
         let stdout = io::stdout();
-        let piece = piece(stdout.as_fd());
+        let accepts = accepts(stdout.as_fd());
+        let mut progress = Instant::now();
         while !bytes.is_empty() {
-            let wait = if self.asked.is_some() { PATIENCE } else { POLL_INTERVAL };
-            if poll::wait(&[(stdout.as_fd(), PollFlags::POLLOUT)], Some(wait)) != [true] {
-                self.next();
-                match self.asked {
-                    Some(signal) => return Err(Trouble::Stopped(signal)),
-                    None => continue,
+            let was_asked = self.asked.is_some();
+            let moved = if poll::wait(&[(stdout.as_fd(), PollFlags::POLLOUT)], Some(POLL_INTERVAL)) == [true] {
+                match accepts {
+                    Accepts::All => descriptor::write(&stdout, bytes)?,
+                    Accepts::Some => descriptor::write_to_pipe(&stdout, bytes)?,
+                    Accepts::Piece => descriptor::write(&stdout, &bytes[..bytes.len().min(ATOMIC_WRITE_BYTES)])?,
                 }
+            } else {
+                Moved::NotReady
+            };
+            if let Moved::Bytes(written) = moved {
+                bytes = &bytes[written..];
+                progress = Instant::now();
+                continue;
             }
-            match nix::unistd::write(&stdout, &bytes[..bytes.len().min(piece)]) {
-                Ok(written) => bytes = &bytes[written..],
-                Err(Errno::EINTR | Errno::EAGAIN) => {}
-                Err(error) => return Err(io::Error::from(error).into()),
+            self.next();
+            if let Some(signal) = self.asked
+                && (!was_asked || progress.elapsed() >= PATIENCE)
+            {
+                return Err(Trouble::Stopped(signal));
             }
         }
         Ok(())
@@ -115,11 +125,24 @@ impl StopRequests {
     }
 }
 
-/// Returns how many bytes a write to `stdout` accepts without waiting, if poll(2) reports it as writable: PIPE_BUF bytes
-/// for a pipe (pipe(7)). No write to a file waits for another process.
-fn piece(stdout: BorrowedFd<'_>) -> usize {
-    let is_file = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
-    if is_file.is_ok_and(|metadata| metadata.is_file()) { usize::MAX } else { libc::PIPE_BUF }
+/// How much stdout accepts without waiting, if poll(2) reports it as writable.
+#[derive(Clone, Copy)]
+enum Accepts {
+    /// Everything: no write to a file waits for another process.
+    All,
+    /// A part, as [`descriptor::write_to_pipe`] finds out.
+    Some,
+    /// A piece of [`ATOMIC_WRITE_BYTES`] bytes. The receiver of a datagram may discard the rest of a longer one.
+    Piece,
+}
+
+fn accepts(stdout: BorrowedFd<'_>) -> Accepts {
+    let metadata = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
+    match metadata.map(|metadata| metadata.file_type()) {
+        Ok(kind) if kind.is_file() => Accepts::All,
+        Ok(kind) if kind.is_fifo() => Accepts::Some,
+        _ => Accepts::Piece,
+    }
 }
 
 impl Drop for StopRequests {

@@ -224,25 +224,38 @@ pub(crate) fn readable_bytes(pipe: &impl AsFd) -> usize {
     if asked == 0 { usize::try_from(bytes).unwrap_or(0) } else { 0 }
 }
 
-/// Writes at most [`ATOMIC_WRITE_BYTES`] bytes into a pipe that poll(2) has reported as writable. Does not wait, even
-/// if another process has filled the pipe in the meantime (RWF_NOWAIT, pwritev2(2)). Before Linux 6.4 and on other
-/// systems, it waits in that case.
+/// Writes as many of `bytes` as a pipe accepts now. poll(2) must have reported the pipe as writable. Does not wait, even
+/// if another process has filled the pipe in the meantime (RWF_NOWAIT, pwritev2(2)). Where that is not supported (before
+/// Linux 6.4, on other systems, for a pipe with a name, or if a filter of system calls does not know it), it writes at
+/// most [`ATOMIC_WRITE_BYTES`] bytes, and waits in that case.
 ///
 /// # Errors
 /// EPIPE if the pipe has no reader any more.
 pub(crate) fn write_to_pipe(pipe: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
-    debug_assert!((1..=ATOMIC_WRITE_BYTES).contains(&bytes.len()));
+    debug_assert!(!bytes.is_empty());
     #[cfg(target_os = "linux")]
     {
         let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
         // SAFETY: the descriptor is open, and `part` describes readable memory. The offset -1 means that there is none.
         let written = unsafe { libc::pwritev2(pipe.as_fd().as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
         match moved_bytes(written) {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {}
+            // Any other error comes again below, unless it is that this call is not supported.
+            Err(error) if error.raw_os_error() != Some(libc::EPIPE) => {}
             moved => return moved,
         }
     }
-    Ok(Moved::Bytes(nix::unistd::write(pipe, bytes)?))
+    write(pipe, &bytes[..bytes.len().min(ATOMIC_WRITE_BYTES)])
+}
+
+/// Writes bytes (write(2)). Whoever has opened the file may have set O_NONBLOCK, for all processes that share it: then
+/// the result may be `NotReady`, even if poll(2) has reported the file as writable. (On a terminal, while another process
+/// writes to it.)
+///
+/// # Errors
+/// Those of write(2), except EAGAIN and EINTR.
+pub(crate) fn write(to: &impl AsFd, bytes: &[u8]) -> io::Result<Moved> {
+    // SAFETY: `bytes` is readable for its length.
+    moved_bytes(unsafe { libc::write(to.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) })
 }
 
 /// Sends bytes to a socket without waiting (send(2)). Returns `EndOfSource` only if `bytes` is empty. The page of macOS
@@ -278,6 +291,33 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+
+    /// A pipe with a name does not support RWF_NOWAIT.
+    #[test]
+    fn a_write_into_a_full_pipe_that_does_not_block_is_not_ready_and_loses_nothing() {
+        use std::io::Read;
+        use std::os::unix::fs::OpenOptionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let name = directory.path().join("pipe");
+        nix::unistd::mkfifo(&name, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let open =
+            || std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&name).unwrap();
+        for is_long in [false, true] {
+            let mut pipe = open();
+            let bytes = vec![b'x'; if is_long { 100_000 } else { 100 }];
+            let mut sent = 0;
+            let end = loop {
+                match if is_long { write_to_pipe(&pipe, &bytes) } else { write(&pipe, &bytes) }.unwrap() {
+                    Moved::Bytes(length) => sent += length,
+                    end => break end,
+                }
+            };
+            assert_eq!(end, Moved::NotReady);
+            let mut read = vec![0; sent];
+            pipe.read_exact(&mut read).unwrap();
+            assert!(read.iter().all(|byte| *byte == b'x') && pipe.read(&mut read).is_err(), "{sent}");
+        }
+    }
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "a test has no terraform")]
