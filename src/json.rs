@@ -5,7 +5,7 @@
 use std::fmt;
 use std::io::{self, Write};
 
-use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::ser::{Formatter, Serializer};
 
@@ -52,49 +52,46 @@ pub(crate) fn append<T: Serialize + ?Sized>(bytes: &mut Vec<u8>, value: &T) -> s
     value.serialize(&mut Serializer::with_formatter(bytes, Ascii))
 }
 
-/// Parses JSON that may contain a [`GoText`] or [`MemberNames`].
+/// Parses JSON as Go's encoding/json does: a `\ud800` that is half of no pair is read as U+FFFD. serde_json refuses it.
 ///
 /// # Errors
 /// Fails if `json` is not JSON, or is not a `T`.
-pub(crate) fn parse<'de, T: Deserialize<'de>>(json: &'de str) -> serde_json::Result<T> {
-    // A visitor of bytes gets a string with a control character, which is not JSON. Between the tokens, it may be white
-    // space.
-    let is_control = |byte: u8| byte < b' ';
-    if json.bytes().fold(false, |found, byte| found | is_control(byte)) {
-        let IgnoredAny = serde_json::from_str(json)?;
-    }
-    serde_json::from_str(json)
+pub(crate) fn parse<T: DeserializeOwned>(json: &str) -> serde_json::Result<T> {
+    // Almost every text has no such half.
+    serde_json::from_str(json).or_else(|error| {
+        if json.contains("\\u") { serde_json::from_str(&without_half_pairs(json)) } else { Err(error) }
+    })
 }
 
-/// A string of JSON, as Go's encoding/json reads it: a `\ud800` that is half of no pair becomes U+FFFD. serde_json
-/// refuses such a string.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct GoText(pub(crate) String);
-
-impl<'de> Deserialize<'de> for GoText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Bytes;
-
-        impl Visitor<'_> for Bytes {
-            type Value = GoText;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON string")
+/// Replaces each `\ud800` that is half of no pair by `\ufffd` (decode.go of Go's encoding/json, `unquoteBytes`).
+fn without_half_pairs(json: &str) -> String {
+    const LENGTH: usize = r"\ud800".len();
+    let (mut whole, mut rest) = (String::with_capacity(json.len()), json);
+    while let Some(at) = rest.find('\\') {
+        let (before, escape) = rest.split_at(at);
+        whole.push_str(before);
+        let kept = match (code_unit(escape), escape.get(LENGTH..).and_then(code_unit)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 2 * LENGTH,
+            (Some(0xd800..=0xdfff), _) => {
+                whole.push_str(r"\ufffd");
+                rest = &escape[LENGTH..];
+                continue;
             }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<GoText, E> {
-                Ok(GoText(text.to_owned()))
-            }
-
-            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<GoText, E> {
-                let text = std::str::from_utf8(bytes).map(ToOwned::to_owned);
-                Ok(GoText(text.unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned())))
-            }
-        }
-
-        // serde_json gives half of a pair as three bytes that are not UTF-8 to a visitor of bytes.
-        deserializer.deserialize_bytes(Bytes)
+            _ if escape.starts_with(r"\\") => 2,
+            _ => 1,
+        };
+        whole.push_str(&escape[..kept]);
+        rest = &escape[kept..];
     }
+    whole + rest
+}
+
+/// Returns the UTF-16 code unit of an escape such as `\ud800` at the beginning of `text`. `None` if there is no such
+/// escape.
+fn code_unit(text: &str) -> Option<u16> {
+    let digits = text.strip_prefix(r"\u")?.get(..4)?;
+    let are_digits = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    are_digits.then(|| u16::from_str_radix(digits, 16).ok()).flatten()
 }
 
 /// The names of the members of a JSON object, in the order of the text, with every duplicate.
@@ -113,7 +110,7 @@ impl<'de> Deserialize<'de> for MemberNames {
 
             fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<MemberNames, M::Error> {
                 let mut names = Vec::new();
-                while let Some((GoText(name), IgnoredAny)) = map.next_entry()? {
+                while let Some((name, IgnoredAny)) = map.next_entry()? {
                     names.push(name);
                 }
                 Ok(MemberNames(names))
@@ -139,17 +136,23 @@ mod tests {
 
     #[test]
     fn a_text_is_read_as_go_reads_it() {
-        for (json, expected) in [(r#""plain""#, "plain"), (r#""gr\u00fcn \ud83d\udd12""#, "grün 🔒"), (r#""""#, "")]
+        for (json, expected) in [
+            (r#""plain""#, "plain"),
+            (r#""gr\u00fcn \ud83d\udd12""#, "grün 🔒"),
+            (r#""""#, ""),
+            (r#""a\ud800b""#, "a\u{fffd}b"),
+            (r#""a\uDC00\n""#, "a\u{fffd}\n"),
+            (r#""\ud800\ud800ü""#, "\u{fffd}\u{fffd}ü"),
+            (r#""\ud83d\ud83d\udd12\udd12""#, "\u{fffd}🔒\u{fffd}"),
+            (r#""\\ud800\ud800\\""#, "\\ud800\u{fffd}\\"),
+            (r#""\ud800\u0041""#, "\u{fffd}A"),
+        ] {
+            assert_eq!(parse::<String>(json).unwrap(), expected, "{json}");
+        }
+        for json in
+            ["7", "null", "[97]", "{}", r#""a"#, "\"\n\"", r#""\ud800"#, r#""\ud8""#, r#""\u+800""#, r#""\ud800\""#]
         {
-            assert_eq!(parse::<GoText>(json).unwrap(), GoText(expected.to_owned()), "{json}");
-        }
-        for json in [r#""a\ud800b""#, r#""a\udc00b""#, r#""a\ud800\ud800b""#] {
-            let GoText(text) = parse(json).unwrap();
-            let middle = text.strip_prefix('a').unwrap().strip_suffix('b').unwrap();
-            assert!(middle.chars().all(|character| character == '\u{fffd}') && !middle.is_empty(), "{text:?}");
-        }
-        for json in ["7", "null", "[97]", "{}", r#""a"#, "\"\n\""] {
-            assert!(parse::<GoText>(json).is_err(), "{json}");
+            assert!(parse::<String>(json).is_err(), "{json}");
         }
     }
 
@@ -159,9 +162,9 @@ mod tests {
         assert_eq!(names, ["b", "a", "b"]);
         // Values that serde_json can skip, but not store.
         let deep = format!(r#"{{"a": {}{}, "b": 1e400, "\ud800": "\udc00"}}"#, "[".repeat(9000), "]".repeat(9000));
-        assert_eq!(serde_json::from_str::<MemberNames>(&deep).unwrap().0.len(), 3);
+        assert_eq!(parse::<MemberNames>(&deep).unwrap().0.len(), 3);
         for text in ["[]", "\"b\"", "null", r#"{"b": 1"#] {
-            assert!(serde_json::from_str::<MemberNames>(text).is_err(), "{text}");
+            assert!(parse::<MemberNames>(text).is_err(), "{text}");
         }
     }
 }

@@ -6,9 +6,8 @@ use jiff::Timestamp;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::json::{self, GoText};
-use crate::random;
 use crate::sys::user_database;
+use crate::{json, random};
 
 /// Terraform's `statemgr.LockInfo` (internal/states/statemgr/locker.go). The JSON names are the names of the Go fields.
 /// The format has no other specification.
@@ -46,8 +45,8 @@ impl LockInfo {
     }
 
     /// Returns the field with this name in JSON. `None` if there is no such field.
-    fn field(&mut self, name: &[u8]) -> Option<&mut String> {
-        let is = |known: &str| known.as_bytes().eq_ignore_ascii_case(name);
+    fn field(&mut self, name: &str) -> Option<&mut String> {
+        let is = |known: &str| known.eq_ignore_ascii_case(name);
         Some(match name.len() {
             2 if is("ID") => &mut self.id,
             9 if is("Operation") => &mut self.operation,
@@ -110,7 +109,7 @@ impl<'de> Deserialize<'de> for Parsed {
                 while let Some(field) = map.next_key_seed(FieldOf(&mut lock))? {
                     match field {
                         Some(field) => {
-                            if let Some(GoText(text)) = map.next_value()? {
+                            if let Some(text) = map.next_value()? {
                                 *field = text;
                             }
                         }
@@ -133,7 +132,7 @@ impl<'de, 'a> DeserializeSeed<'de> for FieldOf<'a> {
     type Value = Option<&'a mut String>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_bytes(self)
+        deserializer.deserialize_str(self)
     }
 }
 
@@ -145,10 +144,6 @@ impl<'a> Visitor<'_> for FieldOf<'a> {
     }
 
     fn visit_str<E: Error>(self, name: &str) -> Result<Self::Value, E> {
-        Ok(self.0.field(name.as_bytes()))
-    }
-
-    fn visit_bytes<E: Error>(self, name: &[u8]) -> Result<Self::Value, E> {
         Ok(self.0.field(name))
     }
 }
