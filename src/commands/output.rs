@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{self, BufRead, Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 
 use ::console::{Style, Term};
 use jiff::Timestamp;
@@ -231,36 +231,6 @@ const BETWEEN: &str = ",\n";
 impl Rows {
     pub(super) fn is_empty(&self) -> bool {
         self.text.is_empty() && self.at_end.is_empty()
-    }
-
-    /// Writes the rows to `file`, for [`Self::fetch`].
-    ///
-    /// # Errors
-    /// Fails if the file cannot be written, for example because its disk is full.
-    pub(super) fn store(&self, file: &mut impl Write) -> io::Result<()> {
-        for text in [&self.text, &self.at_end] {
-            file.write_all(&(text.len() as u64).to_le_bytes())?;
-            file.write_all(text)?;
-        }
-        Ok(())
-    }
-
-    /// Reads the next rows that [`Self::store`] wrote. `None` at the end of the file.
-    ///
-    /// # Errors
-    /// Fails if the file cannot be read, or if it does not have the format that [`Self::store`] writes.
-    pub(super) fn fetch(file: &mut impl BufRead) -> io::Result<Option<Self>> {
-        if file.fill_buf()?.is_empty() {
-            return Ok(None);
-        }
-        let mut text = || -> io::Result<Vec<u8>> {
-            let mut length = [0; 8];
-            file.read_exact(&mut length)?;
-            let mut text = vec![0; usize::try_from(u64::from_le_bytes(length)).map_err(io::Error::other)?];
-            file.read_exact(&mut text)?;
-            Ok(text)
-        };
-        Ok(Some(Self { text: text()?, at_end: text()? }))
     }
 }
 
@@ -608,7 +578,7 @@ impl Json {
 ///
 /// # Errors
 /// Fails if it cannot be created. The error names the directory.
-pub(super) fn temporary_file() -> io::Result<File> {
+fn temporary_file() -> io::Result<File> {
     tempfile::tempfile().map_err(|error| {
         let directory = visible(&std::env::temp_dir().display().to_string());
         io::Error::new(error.kind(), format!("a temporary file could not be created in {directory}: {error}"))

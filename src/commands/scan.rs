@@ -10,24 +10,25 @@
 //! read. So several pages are read at the same time, and little memory is needed. This ends at the first entry of a page
 //! that must be read again, or about which a witness must be asked: the rest of the page is kept until that is done.
 //!
-//! Segments are shown one after the other, whichever is read first, so that an unchanged table is always listed in the
-//! same order. The entries of a later segment wait in a temporary file without a name.
+//! The segments take turns: the first page of each is shown, then the second page of each, whichever is read first. So an
+//! unchanged table is listed in the same order, as long as the service divides it into the same pages. A segment that is
+//! faster than the others waits for them, so nothing has to be stored.
 
-use std::fs::File;
-use std::io::{self, BufReader, Seek};
-use std::slice;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{io, slice};
 
 use futures_util::stream::{self, StreamExt};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::connection::{ScanTarget, Trouble};
 use super::found::{ListedEntry, UnreadableLock, alone};
-use super::output::{Output, Rows, temporary_file};
+use super::output::{Output, Rows};
 use super::staleness::Staleness;
 use super::stop_requests::StopRequests;
 use super::targets::{Speed, Tally};
@@ -189,16 +190,16 @@ impl<T> ListedPage<T> {
     const END: Self = Self { parts: Vec::new(), scanned: 0, test_objects: Vec::new(), is_last: true, owed: None };
 }
 
-type Pages<T> = mpsc::Sender<(usize, Result<ListedPage<T>, Trouble>)>;
+type Pages<T> = mpsc::Sender<Result<ListedPage<T>, Trouble>>;
 
 impl Scan {
-    /// Reads the whole target and shows its entries in order. `step` gets each entry, perhaps on another thread. It adds the
-    /// rows to show, and adds what the caller keeps of the entry to a copy of `initial`. `keep` gets the copies, in the
-    /// order in which the pages arrive.
+    /// Reads the whole target and shows its entries. `step` gets each entry, perhaps on another thread. It adds the rows to
+    /// show, and adds what the caller keeps of the entry to a copy of `initial`. `keep` gets the copies, in the order in
+    /// which the entries are shown.
     ///
     /// # Errors
     /// Fails if the target cannot be scanned at all or if the output cannot be written. If a request for a page fails,
-    /// the entries of the earlier pages are shown, and the result says why it failed.
+    /// the entries of the pages that were read are shown, and the result says why it failed.
     pub(super) async fn run<T: Clone + Send + Sync + 'static>(
         &self,
         stop_requests: &mut StopRequests,
@@ -213,25 +214,31 @@ impl Scan {
             Err(signal) => return Ok(Scanned { stopped: Some(signal), ..Scanned::default() }),
         };
         let progress = if self.is_silent { ProgressBar::hidden() } else { progress(total) };
-        let count = segments.len();
-        let (sender, mut pages) = mpsc::channel(WAITING * count);
-        for (number, segment) in segments.into_iter().enumerate() {
-            let (pages, stores, staleness) = (sender.clone(), self.stores.clone(), self.staleness);
-            let reader = SegmentReader { number, stores, staleness, fold: fold.clone(), pages };
-            match segment {
-                Segment::Table(table, plan, part) => {
-                    tokio::spawn(reader.read_table(table, plan, part));
-                }
-                Segment::Bucket(bucket, prefix) => {
-                    tokio::spawn(reader.read_bucket(bucket, prefix));
-                }
-            }
-        }
-        drop(sender);
+        // The end of this function aborts the readers that are left.
+        let mut readers = JoinSet::new();
+        // The segments that have more pages. The next page to show is that of the first one.
+        let mut turns: VecDeque<_> =
+            segments.into_iter().map(|segment| self.start(segment, fold.clone(), &mut readers)).collect();
         let mut scanned = Scanned::default();
-        let mut order = Order::new(count);
-        let (mut locks, mut stale) = (0_u64, 0_u64);
-        loop {
+        let (mut locks, mut stale, mut unfinished) = (0_u64, 0_u64, turns.len());
+        let mut show = |page: ListedPage<T>, scanned: &mut Scanned, stop_requests: &mut StopRequests| {
+            unfinished -= usize::from(page.is_last);
+            scanned.items += page.scanned;
+            scanned.test_objects.add(page.test_objects);
+            scanned.owed = scanned.owed.max(page.owed);
+            let mut rows = Vec::with_capacity(page.parts.len());
+            for part in page.parts {
+                locks += part.tally.locks;
+                stale += part.tally.stale;
+                rows.push(part.rows);
+                keep(part.kept);
+            }
+            progress.set_position(scanned.items);
+            progress.set_message(format!("{locks} locks, {stale} stale"));
+            let mut shown = rows.iter().filter(|rows| !rows.is_empty());
+            progress.suspend(|| shown.try_for_each(|rows| output.put(rows, stop_requests)))
+        };
+        while let Some(pages) = turns.front_mut() {
             // Pages may arrive without a pause.
             scanned.stopped = stop_requests.next();
             if scanned.stopped.is_some() {
@@ -241,38 +248,47 @@ impl Scan {
                 page = pages.recv() => page,
                 () = sleep(POLL_INTERVAL) => continue,
             };
-            let Some((segment, page)) = page else {
-                // A reader that has panicked sends no last page.
-                if !order.is_complete() {
-                    scanned.failed = Some(Trouble::Said("a part of the target could not be read to its end".into()));
+            // A reader that has panicked sends no last page.
+            let no_end = || Err(Trouble::Said("a part of the target could not be read to its end".into()));
+            match page.unwrap_or_else(no_end) {
+                Ok(page) => {
+                    if page.is_last {
+                        turns.pop_front();
+                    } else {
+                        turns.rotate_left(1);
+                    }
+                    show(page, &mut scanned, stop_requests)?;
                 }
-                break;
-            };
-            let ListedPage { parts, scanned: more, test_objects, is_last, owed } = match page {
-                Ok(page) => page,
                 Err(trouble) => {
                     scanned.failed = Some(trouble);
+                    turns.pop_front();
                     break;
                 }
-            };
-            scanned.items += more;
-            scanned.test_objects.add(test_objects);
-            scanned.owed = scanned.owed.max(owed);
-            let mut rows = Vec::with_capacity(parts.len());
-            for part in parts {
-                locks += part.tally.locks;
-                stale += part.tally.stale;
-                rows.push(part.rows);
-                keep(part.kept);
             }
-            progress.set_position(scanned.items);
-            progress.set_message(format!("{locks} locks, {stale} stale"));
-            progress.suspend(|| order.take(segment, &rows, is_last, output, stop_requests))?;
+        }
+        // If the scan was stopped or has failed, the pages that the other segments have read by now are shown too: for
+        // each segment those that wait, and the one whose reader waits to send it. The readers go on meanwhile, so there
+        // may always be more.
+        for _ in 0..=WAITING {
+            for _ in 0..turns.len() {
+                let Some(mut pages) = turns.pop_front() else { break };
+                let Ok(Ok(page)) = pages.try_recv() else { continue };
+                if let Some(signal) = stop_requests.next() {
+                    scanned.stopped = Some(signal);
+                    turns.clear();
+                    break;
+                }
+                if !page.is_last {
+                    turns.push_back(pages);
+                }
+                show(page, &mut scanned, stop_requests)?;
+            }
+            // A reader whose page has waited sends it now.
+            yield_now().await;
         }
         progress.finish_and_clear();
-        order.rest(output, stop_requests)?;
         let how = match &scanned {
-            Scanned { stopped: Some(_), .. } => Some("stopped"),
+            Scanned { stopped: Some(_), .. } if unfinished > 0 => Some("stopped"),
             Scanned { failed: Some(_), .. } if scanned.items > 0 && !self.is_silent => Some("failed"),
             _ => None,
         };
@@ -281,6 +297,22 @@ impl Scan {
             console::say(&format!("{how} after {}{of} items, so the list is incomplete", scanned.items));
         }
         Ok(scanned)
+    }
+
+    /// Starts to read a segment, as one of `readers`. Returns where its pages arrive.
+    fn start<T: Clone + Send + Sync + 'static>(
+        &self,
+        segment: Segment,
+        fold: Fold<T>,
+        readers: &mut JoinSet<()>,
+    ) -> mpsc::Receiver<Result<ListedPage<T>, Trouble>> {
+        let (pages, arrived) = mpsc::channel(WAITING);
+        let reader = SegmentReader { stores: self.stores.clone(), staleness: self.staleness, fold, pages };
+        match segment {
+            Segment::Table(table, plan, part) => readers.spawn(reader.read_table(table, plan, part)),
+            Segment::Bucket(bucket, prefix) => readers.spawn(reader.read_bucket(bucket, prefix)),
+        };
+        arrived
     }
 
     /// Returns the segments to read and the approximate number of items; `None` if the number is not known.
@@ -352,78 +384,8 @@ fn progress(total: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// Shows the segments one after the other.
-struct Order {
-    /// The segment that is shown now.
-    current: usize,
-    /// For each segment, the file with the rows that wait, and whether its last page has arrived. `None` while no row
-    /// has had to wait.
-    waiting: Vec<(Option<File>, bool)>,
-}
-
-impl Order {
-    fn new(count: usize) -> Self {
-        Self { current: 0, waiting: (0..count).map(|_| (None, false)).collect() }
-    }
-
-    /// Shows the rows of one page if `segment` is the segment that is shown now. Otherwise stores them in the segment's
-    /// file. `last` says whether this page is the segment's last one.
-    fn take(
-        &mut self,
-        segment: usize,
-        rows: &[Rows],
-        last: bool,
-        output: &mut Output,
-        stop_requests: &mut StopRequests,
-    ) -> Result<(), Trouble> {
-        for rows in rows.iter().filter(|rows| !rows.is_empty()) {
-            if segment == self.current {
-                output.put(rows, stop_requests)?;
-                continue;
-            }
-            let waiting = &mut self.waiting[segment].0;
-            let file = waiting.take().map_or_else(temporary_file, Ok)?;
-            rows.store(waiting.insert(file))?;
-        }
-        self.waiting[segment].1 |= last;
-        while self.waiting.get(self.current).is_some_and(|(_, ended)| *ended) {
-            self.current += 1;
-            self.show_waiting(self.current, output, stop_requests)?;
-        }
-        Ok(())
-    }
-
-    /// Whether the last page of every segment has arrived.
-    fn is_complete(&self) -> bool {
-        self.waiting.iter().all(|(_, ended)| *ended)
-    }
-
-    /// Shows all entries that still wait, for example after a signal has stopped the scan.
-    fn rest(mut self, output: &mut Output, stop_requests: &mut StopRequests) -> Result<(), Trouble> {
-        (self.current + 1..self.waiting.len()).try_for_each(|segment| self.show_waiting(segment, output, stop_requests))
-    }
-
-    fn show_waiting(
-        &mut self,
-        segment: usize,
-        output: &mut Output,
-        stop_requests: &mut StopRequests,
-    ) -> Result<(), Trouble> {
-        let Some((Some(file), _)) = self.waiting.get_mut(segment) else { return Ok(()) };
-        file.rewind()?;
-        let mut reader = BufReader::new(&mut *file);
-        while let Some(rows) = Rows::fetch(&mut reader)? {
-            output.put(&rows, stop_requests)?;
-        }
-        file.set_len(0)?;
-        Ok(file.rewind()?)
-    }
-}
-
 /// Reads one segment and sends its pages.
 struct SegmentReader<T> {
-    /// The segment's place in the listing.
-    number: usize,
     stores: Stores,
     staleness: Staleness,
     fold: Fold<T>,
@@ -442,7 +404,7 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
     /// Reads one segment of a table and sends its pages, until the segment ends, a request fails or the receiver is
     /// dropped.
     async fn read_table(self, table: String, plan: ScanPlan, part: i32) {
-        let Self { number, stores, staleness, fold, pages } = self;
+        let Self { stores, staleness, fold, pages } = self;
         let mut from = None;
         let mut limit = plan.rate.map(first_limit);
         loop {
@@ -461,8 +423,7 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
             let page = match dynamodb::scan(&stores.dynamodb, &table, page, judge_items).await {
                 Ok(page) => page,
                 Err(failure) => {
-                    let _ =
-                        pages.send((number, Err(Trouble::failed(failure, &format!("table {table}"), &stores)))).await;
+                    let _ = pages.send(Err(Trouble::failed(failure, &format!("table {table}"), &stores))).await;
                     return;
                 }
             };
@@ -481,7 +442,7 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
                 }
                 Err(trouble) => (Err(trouble), 0),
             };
-            if pages.send((number, listed)).await.is_err() {
+            if pages.send(listed).await.is_err() {
                 return;
             }
             let mut until = begun;
@@ -499,7 +460,7 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
             }
             if from.is_none() {
                 let owed = plan.rate.map(|_| until.saturating_duration_since(Instant::now()));
-                let _ = pages.send((number, Ok(ListedPage { owed, ..ListedPage::END }))).await;
+                let _ = pages.send(Ok(ListedPage { owed, ..ListedPage::END })).await;
                 return;
             }
             sleep_until(until).await;
@@ -509,14 +470,14 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
     /// Reads the lock objects of a bucket and sends them in pages, until the listing ends, a request fails or the
     /// receiver is dropped.
     async fn read_bucket(self, bucket: String, prefix: String) {
-        let Self { number, stores, staleness, fold, pages } = self;
+        let Self { stores, staleness, fold, pages } = self;
         let failed = |failure: Failure, stores: &Stores| Trouble::failed(failure, &format!("bucket {bucket}"), stores);
         let mut keys = s3::keys(&stores.s3, &bucket, &prefix);
         while let Some(page) = keys.next().await {
             let page = match page {
                 Ok(page) => page,
                 Err(failure) => {
-                    let _ = pages.send((number, Err(failed(failure, &stores)))).await;
+                    let _ = pages.send(Err(failed(failure, &stores))).await;
                     return;
                 }
             };
@@ -566,11 +527,11 @@ impl<T: Clone + Send + Sync + 'static> SegmentReader<T> {
                 }
                 Err(trouble) => Err(trouble),
             };
-            if pages.send((number, page)).await.is_err() {
+            if pages.send(page).await.is_err() {
                 return;
             }
         }
-        let _ = pages.send((number, Ok(ListedPage::END))).await;
+        let _ = pages.send(Ok(ListedPage::END)).await;
     }
 }
 

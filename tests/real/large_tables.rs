@@ -3,6 +3,13 @@
 //! The table is generated page by page, because no server that the tests install is filled with 200,000 items in a
 //! reasonable time.
 
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through};
@@ -12,7 +19,7 @@ use crate::support::cloud::tool;
 use crate::support::http::Message;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
-use crate::support::{Ended, Lock, TestEnv};
+use crate::support::{Ended, Lock, TestEnv, wait_for};
 
 /// How many items a page has.
 const PAGE: usize = 1000;
@@ -35,6 +42,12 @@ impl Generated {
 
     /// Answers the requests of `tf` for tables. Each segment of a scan is a range of the items.
     pub(super) fn serve(self, env: &mut TestEnv) -> Proxy {
+        self.serve_after(env, |_| true)
+    }
+
+    /// As [`Self::serve`]. Before a page is sent, `wait` is called with the number of its segment. If it returns false,
+    /// the page is refused.
+    fn serve_after(self, env: &mut TestEnv, wait: impl Fn(usize) -> bool + Send + Sync + 'static) -> Proxy {
         let lock_item = lock_item(&(jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1)).to_string());
         through(env, move |request| {
             let asked: Value = serde_json::from_slice(&request.body).unwrap_or_default();
@@ -49,7 +62,7 @@ impl Generated {
             let after = asked["ExclusiveStartKey"]["LockID"]["S"].as_str().map(|key| key.parse::<usize>().unwrap());
             let begin = after.map_or(self.items * segment / segments, |after| after + 1);
             let end = self.items * (segment + 1) / segments;
-            if begin >= self.fails_at {
+            if !wait(segment) || begin >= self.fails_at {
                 let refused = r#"{"__type":"com.amazon.coral.validate#ValidationException","message":"no more"}"#;
                 return ProxyAction::Answer(Message::answer("400 Bad Request", refused));
             }
@@ -65,9 +78,16 @@ impl Generated {
         } })
     }
 
-    /// Returns the IDs of the locks, in the order of the items.
-    fn ids(self) -> Vec<String> {
-        (0..self.items).step_by(ITEMS_FOR_A_LOCK).map(|number| id(&format!("{number:08}"))).collect()
+    /// Returns the IDs of the locks: the first page of each segment, then the second page of each, and so on.
+    fn ids(self, segments: usize) -> Vec<String> {
+        let pages = |segment: usize| {
+            let (begin, end) = (self.items * segment / segments, self.items * (segment + 1) / segments);
+            (begin..end).step_by(PAGE).enumerate().map(move |(turn, first)| (turn, first..end.min(first + PAGE)))
+        };
+        let mut pages: Vec<_> = (0..segments).flat_map(pages).collect();
+        pages.sort_by_key(|(turn, _)| *turn);
+        let locks = pages.into_iter().flat_map(|(_, page)| page).filter(|number| number % ITEMS_FOR_A_LOCK == 0);
+        locks.map(|number| id(&format!("{number:08}"))).collect()
     }
 }
 
@@ -156,21 +176,134 @@ fn an_audit_needs_the_same_memory_however_large_the_table_is() {
     }
 }
 
-/// Segments are read at the same time, and shown one after the other.
+/// The number of segments in which `tf` reads a table without a limit.
+const SEGMENTS: usize = 4;
+
+/// Segments are read at the same time, and take turns. Two of these have one page more than the others.
 #[test]
 fn every_lock_of_a_large_table_is_listed_once_and_in_order() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
-    let table = Generated::new(20_000);
+    let table = Generated::new(5 * PAGE * SEGMENTS + 2);
     let _proxy = table.serve(&mut env);
+    // The root of a container may be read-only.
+    env.set("TMPDIR", "/nonexistent");
     let words = ["list", "--table", "t", "--region", "us-east-1"];
     let end = locks(&env, &[&words[..], &["--json"]].concat());
     assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
     assert_fits(&env, "locks", &end.out);
     let all: Value = serde_json::from_str(&end.out).unwrap();
-    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(20_000)));
-    assert_eq!(ids(&all), table.ids());
+    assert_eq!((&all["complete"], &all["scanned"]), (&json!(true), &json!(table.items)));
+    assert_eq!(ids(&all), table.ids(SEGMENTS));
     let end = locks(&env, &words);
-    assert_eq!((end.code(), of_lines(&end)), (Some(0), table.ids()), "{}", env.dump(&end));
+    assert_eq!((end.code(), of_lines(&end)), (Some(0), table.ids(SEGMENTS)), "{}", env.dump(&end));
+}
+
+/// Or `tf` would have to store what the other segments contain.
+#[test]
+fn the_other_segments_wait_for_a_slow_one() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let table = Generated::new(20_000);
+    let asked = Counts::default();
+    let (counts, at_the_end_of_the_wait) = (Arc::clone(&asked), Arc::new(Mutex::new(Vec::new())));
+    let seen = Arc::clone(&at_the_end_of_the_wait);
+    let _proxy = table.serve_after(&mut env, move |segment| {
+        let is_first = counts[segment].fetch_add(1, Ordering::SeqCst) == 0;
+        if segment == 0 && is_first {
+            two_pages_of_the_others(&counts);
+            // For a third one, which must not come.
+            std::thread::sleep(Duration::from_millis(300));
+            *seen.lock().unwrap() = of_the_others(&counts);
+        }
+        true
+    });
+    let end = locks(&env, &["list", "--table", "t", "--region", "us-east-1"]);
+    assert_eq!((end.code(), of_lines(&end)), (Some(0), table.ids(SEGMENTS)), "{}", env.dump(&end));
+    // One waits to be shown, and one waits for that.
+    assert_eq!(*at_the_end_of_the_wait.lock().unwrap(), [2; SEGMENTS - 1]);
+}
+
+type Counts = Arc<[AtomicUsize; SEGMENTS]>;
+
+/// Returns how many pages of each other segment than the first were asked for.
+fn of_the_others(counts: &Counts) -> Vec<usize> {
+    counts[1..].iter().map(|count| count.load(Ordering::SeqCst)).collect()
+}
+
+/// Waits until two pages of each other segment than the first were asked for, so that the first one was read.
+fn two_pages_of_the_others(counts: &Counts) {
+    let two_each = || of_the_others(counts).iter().all(|pages| *pages >= 2).then_some(());
+    wait_for("two pages of each other segment", two_each, || format!("{:?}", of_the_others(counts)));
+}
+
+/// The first page of the first segment is refused or does not come.
+#[test]
+fn what_the_other_segments_have_read_is_shown_if_one_fails_or_the_scan_is_stopped() {
+    let table = Generated::new(20_000);
+    // The first page of each other segment.
+    let read: Vec<_> =
+        table.ids(SEGMENTS).into_iter().skip(PAGE / ITEMS_FOR_A_LOCK).take(3 * PAGE / ITEMS_FOR_A_LOCK).collect();
+    for is_stopped in [false, true] {
+        let mut env = TestEnv::new(Lock::DynamoDb, "true");
+        let (counts, is_over) = (Counts::default(), Arc::new(AtomicBool::new(false)));
+        let (asked, over) = (Arc::clone(&counts), Arc::clone(&is_over));
+        let _proxy = table.serve_after(&mut env, move |segment| {
+            asked[segment].fetch_add(1, Ordering::SeqCst);
+            if segment == 0 {
+                two_pages_of_the_others(&asked);
+                while is_stopped && !over.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+            segment != 0
+        });
+        let mut command = env.command(env.bin().join("tf"));
+        command.args(["locks", "list", "--table", "t", "--region", "us-east-1"]);
+        let run = Run::start(command);
+        two_pages_of_the_others(&counts);
+        if is_stopped {
+            run.send(Signal::SIGINT);
+        }
+        let end = run.wait();
+        is_over.store(true, Ordering::SeqCst);
+        assert!(of_lines(&end).starts_with(&read), "{}", env.dump(&end));
+        let (how, end_code) = if is_stopped { ("stopped", None) } else { ("failed", Some(1)) };
+        assert_eq!(end.code(), end_code, "{}", env.dump(&end));
+        let shown = of_lines(&end).len() * ITEMS_FOR_A_LOCK;
+        let expected = format!("{how} after {shown} of about 20000 items, so the list is incomplete");
+        assert!(end.err.contains(&expected), "{expected}: {}", env.dump(&end));
+    }
+}
+
+/// A terminal over a slow network, for example. A scan that is stopped shows at most two more pages of each segment, and
+/// reads no more.
+#[test]
+fn a_scan_that_is_stopped_ends_although_its_reader_is_slow() {
+    const PAGES: usize = 400;
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let _proxy = Generated::new(PAGES * PAGE).serve(&mut env);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["locks", "list", "--table", "t", "--region", "us-east-1"]).stdout(writer);
+    let mut process = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    drop(command);
+    let (mut piece, mut lines, mut stopped_at) = ([0; 4096], 0, None);
+    loop {
+        let length = reader.read(&mut piece).unwrap();
+        if length == 0 {
+            break;
+        }
+        lines += String::from_utf8_lossy(&piece[..length]).matches('\n').count();
+        if lines > PAGE / ITEMS_FOR_A_LOCK && stopped_at.is_none() {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), Signal::SIGINT).unwrap();
+            stopped_at = Some(lines);
+        }
+        // The reader is slower than a scan.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(process.wait().unwrap().signal(), Some(Signal::SIGINT as i32));
+    // Those of the page that is shown, of two pages of each segment, and of a full pipe: a line has at least 400 bytes.
+    let most = stopped_at.unwrap() + (1 + 2 * SEGMENTS) * PAGE / ITEMS_FOR_A_LOCK + (1 << 16) / 400;
+    assert!(lines <= most, "{lines} lines, {stopped_at:?} at the signal");
 }
 
 fn ids(all: &Value) -> Vec<String> {
@@ -189,7 +322,7 @@ fn of_lines(end: &Ended) -> Vec<String> {
 fn a_scan_that_fails_half_way_shows_what_it_has_and_says_that_it_is_not_all() {
     let mut env = TestEnv::new(Lock::DynamoDb, "true");
     let _proxy = Generated { fails_at: 3 * PAGE, ..Generated::new(20_000) }.serve(&mut env);
-    let read = Generated::new(3 * PAGE).ids();
+    let read = Generated::new(3 * PAGE).ids(1);
     // With a rate, the table is read in one segment.
     let words = ["list", "--table", "t", "--region", "us-east-1", "--rate", "1000000"];
     let end = locks(&env, &words);

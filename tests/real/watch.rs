@@ -315,7 +315,7 @@ fn a_signal_ends_a_command_whose_output_nobody_reads() {
 
 /// A root that is read-only is common in a container.
 #[test]
-fn a_scan_of_one_segment_needs_no_temporary_file() {
+fn a_list_of_a_bucket_needs_no_temporary_file() {
     let mut env = TestEnv::new(Lock::File, "true");
     let id = lock_elsewhere(&env, B);
     env.set("TMPDIR", "/nonexistent");
