@@ -109,7 +109,7 @@ impl Count {
             Verdict::Dead => self.dead += 1,
         }
         self.stale += u64::from(lock.stale);
-        self.lease_lapsed += u64::from(lock.lease.as_ref().is_some_and(ObservedLease::has_lapsed));
+        self.lease_lapsed += u64::from(lock.lease.as_deref().is_some_and(ObservedLease::has_lapsed));
         if let Some(age) = lock.age(now) {
             self.oldest_age_seconds = self.oldest_age_seconds.max(age.as_secs_f64());
         }

@@ -262,7 +262,6 @@ fn one_of(entries: Vec<ListedEntry>, which: Option<&str>, select: bool) -> Resul
 mod tests {
     use super::*;
     use crate::aws::failure::ServiceAnswer;
-    use crate::holder::evidence::Judgement;
     use crate::terraform::backend::tests::backend;
     use crate::terraform::lock_info::LockInfo;
 
@@ -279,7 +278,7 @@ mod tests {
             workspace: Some(workspace.to_owned()),
             notes: Vec::new(),
             rival: None,
-            judgement: Judgement::NOT_YET,
+            judgement: None,
             stale: false,
         }))
     }

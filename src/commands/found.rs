@@ -1,5 +1,7 @@
 //! The locks that a command has found, with the verdicts on their holders.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
@@ -7,7 +9,7 @@ use serde::{Serialize, Serializer};
 use super::lease_view::LeaseView;
 use crate::cleanup::messages::refused::CLOCK_SLACK_WINDOW;
 use crate::console::visible;
-use crate::holder::evidence::{Judgement, Verdict};
+use crate::holder::evidence::{Judgement, NOT_YET, Verdict};
 use crate::lease::observed::ObservedLease;
 use crate::lock::leased::StoredPart;
 use crate::lock::probe;
@@ -22,14 +24,15 @@ pub(super) struct FoundLock {
     /// The parts that exist, at least one: DynamoDB before S3.
     pub(super) parts: Vec<(StoreKey, StoredLock)>,
     /// The lease record of the first part that has one. `None` if no part has one.
-    pub(super) lease: Option<ObservedLease>,
+    pub(super) lease: Option<Box<ObservedLease>>,
     /// The workspace; `None` if it is not known.
     pub(super) workspace: Option<String>,
     /// What is unusual about the lock, for example a missing part.
     pub(super) notes: Vec<String>,
     /// The ID of another lock that holds the other part of the same location; `None` if there is none.
     pub(super) rival: Option<String>,
-    pub(super) judgement: Judgement,
+    /// The judgement on the holder. `None` if the holder was not judged yet.
+    pub(super) judgement: Option<Arc<Judgement>>,
     /// Whether the lock needs attention.
     pub(super) stale: bool,
 }
@@ -105,8 +108,13 @@ pub(super) fn not_whole(unread: u64) -> String {
 }
 
 impl FoundLock {
+    /// Returns the judgement on the holder, which is [`NOT_YET`] if the holder was not judged yet.
+    pub(super) fn judgement(&self) -> &Judgement {
+        self.judgement.as_deref().unwrap_or(&NOT_YET)
+    }
+
     pub(super) fn verdict(&self) -> Verdict {
-        self.judgement.verdict
+        self.judgement().verdict
     }
 
     /// Returns the location of the lock's first part, for messages.
@@ -215,7 +223,7 @@ fn read(StoredPart { store_key, stored, lease }: StoredPart, workspace: Option<&
         info,
         parts: vec![(store_key, stored)],
         lease,
-        judgement: Judgement::NOT_YET,
+        judgement: None,
         stale: false,
     }))
 }
@@ -249,6 +257,7 @@ fn guess_workspace(path: &str) -> Option<String> {
 impl Serialize for FoundLock {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let places: Vec<&StoreKey> = self.parts.iter().map(|(store_key, _)| store_key).collect();
+        let judgement = self.judgement();
         let mut object = serializer.serialize_struct("Lock", 15)?;
         object.serialize_field("id", &self.info.id)?;
         object.serialize_field("path", &self.path())?;
@@ -259,12 +268,12 @@ impl Serialize for FoundLock {
         object.serialize_field("version", &self.info.version)?;
         object.serialize_field("place", self.place())?;
         object.serialize_field("halves", &places)?;
-        object.serialize_field("verdict", &self.judgement.verdict)?;
+        object.serialize_field("verdict", &judgement.verdict)?;
         object.serialize_field("stale", &self.stale)?;
-        object.serialize_field("reason", &self.judgement.reason)?;
-        object.serialize_field("evidence", &self.judgement.evidence)?;
+        object.serialize_field("reason", &judgement.reason)?;
+        object.serialize_field("evidence", &judgement.evidence)?;
         object.serialize_field("notes", &self.notes)?;
-        object.serialize_field("lease", &self.lease.as_ref().map(LeaseView::of))?;
+        object.serialize_field("lease", &self.lease.as_deref().map(LeaseView::of))?;
         object.end()
     }
 }
@@ -319,7 +328,8 @@ mod tests {
 
     #[test]
     fn a_lock_has_the_lease_of_its_first_part_that_has_one() {
-        let with = |part: StoredPart, age| StoredPart { lease: Some(lease("a", age, None, Promise::Stop)), ..part };
+        let with =
+            |part: StoredPart, age| StoredPart { lease: Some(Box::new(lease("a", age, None, Promise::Stop))), ..part };
         let (item, object) = (|| item(&info("a")), || object(&info("a")));
         for (parts, age) in [
             (vec![item(), object()], None),
@@ -329,7 +339,7 @@ mod tests {
         ] {
             let found = pair(BOTH, parts, None);
             let expected = age.map(|age| lease("a", age, None, Promise::Stop));
-            assert_eq!(locks(&found)[0].lease, expected);
+            assert_eq!(locks(&found)[0].lease.as_deref(), expected.as_ref());
         }
     }
 

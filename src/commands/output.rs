@@ -2,11 +2,13 @@
 //! one, so that a million locks need no more memory than ten.
 
 use std::borrow::Cow;
+use std::cell::LazyCell;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 
 use ::console::{Style, Term};
 use jiff::Timestamp;
+use jiff::fmt::temporal::DateTimePrinter;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
@@ -111,9 +113,33 @@ impl Widths {
 /// The text of several entries, as it will be shown.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Rows {
-    text: Vec<u8>,
+    text: Text,
     /// In JSON, the text of the entries that are not locks. They follow all locks. Otherwise empty.
-    at_end: Vec<u8>,
+    at_end: Text,
+}
+
+/// A text in pieces. One buffer for a page would be copied whenever it grows.
+#[derive(Debug, Default, PartialEq)]
+struct Text(Vec<Vec<u8>>);
+
+impl Text {
+    /// The length of a piece, in bytes. A piece is longer only if its last entry is longer than [`Self::ENTRY`].
+    const PIECE: usize = 1 << 16;
+    /// The length of an entry, in bytes, that almost no entry exceeds.
+    const ENTRY: usize = 1 << 12;
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns the piece to which the next entry is to be added.
+    fn next_piece(&mut self) -> &mut Vec<u8> {
+        if self.0.last().is_none_or(|piece| piece.len() + Self::ENTRY > Self::PIECE) {
+            self.0.push(Vec::with_capacity(Self::PIECE));
+        }
+        let last = self.0.len() - 1;
+        &mut self.0[last]
+    }
 }
 
 impl Output {
@@ -158,7 +184,7 @@ impl Output {
             Self::Table(_) | Self::Lines(_) => String::new(),
         };
         stop_requests.write(before.as_bytes())?;
-        stop_requests.write(&rows.text)
+        rows.text.0.iter().try_for_each(|piece| stop_requests.write(piece))
     }
 
     /// Begins the next of several targets. JSON says for each entry in which target it is.
@@ -200,11 +226,11 @@ impl Format {
         entries: impl IntoIterator<Item = &'a ListedEntry>,
         Rows { text, at_end }: &mut Rows,
     ) -> io::Result<()> {
-        let now = Timestamp::now();
+        let now = LazyCell::new(Timestamp::now);
         for entry in entries {
             match (self, entry) {
-                (Self::Table(layout), entry) => text.extend_from_slice(layout.entry(entry, now).as_bytes()),
-                (Self::Lines(widths), entry) => text.extend_from_slice(line_of(entry, widths, now).as_bytes()),
+                (Self::Table(layout), entry) => text.next_piece().extend(layout.entry(entry, *now).as_bytes()),
+                (Self::Lines(widths), entry) => text.next_piece().extend(line_of(entry, widths, *now).as_bytes()),
                 (Self::Json { target }, ListedEntry::Lock(lock)) => push_json(text, &**lock, target)?,
                 (Self::Json { target }, ListedEntry::UnreadableLock(other)) => push_json(at_end, other, target)?,
             }
@@ -214,13 +240,15 @@ impl Format {
 }
 
 /// Appends an entry in JSON, after a comma if it is not the first one.
-fn push_json<T: Serialize>(text: &mut Vec<u8>, entry: &T, target: Option<usize>) -> io::Result<()> {
-    if !text.is_empty() {
-        text.extend(BETWEEN.as_bytes());
+fn push_json<T: Serialize>(text: &mut Text, entry: &T, target: Option<usize>) -> io::Result<()> {
+    let is_first = text.is_empty();
+    let piece = text.next_piece();
+    if !is_first {
+        piece.extend(BETWEEN.as_bytes());
     }
     match target {
-        None => json::append(text, entry)?,
-        Some(target) => json::append(text, &InTarget { entry, target })?,
+        None => json::append(piece, entry)?,
+        Some(target) => json::append(piece, &InTarget { entry, target })?,
     }
     Ok(())
 }
@@ -258,12 +286,16 @@ pub(super) fn parts(lock: &FoundLock) -> Cow<'static, str> {
     names.fold(Cow::Borrowed(first), |before, name| format!("{before}+{name}").into())
 }
 
+/// Writes a time without fractions of a second.
+const IN_SECONDS: DateTimePrinter = DateTimePrinter::new().precision(Some(0));
+
 /// Appends the lock as one line for `grep` and `awk -F '  +'`. No column is truncated to its width; only text of more
 /// than 200 characters is truncated ([`visible`]).
 fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Timestamp) {
     let created = lock.info.created();
     let age = created.and_then(|created| age_at(created, now)).map_or_else(|| "-".to_owned(), length_of_time);
-    let since = created.map_or_else(|| visible(&lock.info.created), |created| format!("{created:.0}"));
+    let since =
+        created.map_or_else(|| column(&lock.info.created), |created| IN_SECONDS.timestamp_to_string(&created).into());
     let path = lock.place().path_in_place();
     for (text, width) in [
         (Cow::Borrowed(lock.verdict().word()), 11),
@@ -271,7 +303,7 @@ fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Time
         (column(lock.workspace.as_deref().unwrap_or_default()), widths.workspace),
         (column(operation(lock)).to_lowercase().into(), widths.operation),
         (column(&lock.info.who), widths.who),
-        (column(&since), 20),
+        (since, 20),
         (age.into(), 12),
         (column(&lock.info.id), 36),
         (parts(lock), 11),
@@ -279,8 +311,8 @@ fn push_lock_line(line: &mut String, lock: &FoundLock, widths: Widths, now: Time
         push_padded(line, &text, width);
         line.push_str("  ");
     }
-    line.push_str(&without_double_blanks(Cow::Borrowed(&lock.judgement.reason)));
-    if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
+    line.push_str(&without_double_blanks(Cow::Borrowed(&lock.judgement().reason)));
+    if let Some(lease) = lock.lease.as_deref().and_then(lease_text::of_holder) {
         line.extend(["; ", &without_double_blanks(lease.into())]);
     }
     for note in &lock.notes {
@@ -475,8 +507,8 @@ impl Layout {
         if !self.wide {
             more = format!("{more}{since}; ");
         }
-        more = format!("{more}{}; ID {}, {}", lock.judgement.reason, visible(&lock.info.id), parts(lock));
-        if let Some(lease) = lock.lease.as_ref().and_then(lease_text::of_holder) {
+        more = format!("{more}{}; ID {}, {}", lock.judgement().reason, visible(&lock.info.id), parts(lock));
+        if let Some(lease) = lock.lease.as_deref().and_then(lease_text::of_holder) {
             more = format!("{more}; {lease}");
         }
         for note in &lock.notes {
@@ -528,7 +560,7 @@ pub(super) struct Json {
 
 impl Json {
     /// Returns what to write before the next locks, whose text is `text`.
-    fn before(&mut self, text: &[u8]) -> &'static str {
+    fn before(&mut self, text: &Text) -> &'static str {
         if text.is_empty() {
             ""
         } else if std::mem::replace(&mut self.has_locks, true) {
@@ -542,14 +574,14 @@ impl Json {
     ///
     /// # Errors
     /// Fails if the temporary file cannot be created or written.
-    fn keep(&mut self, text: &[u8]) -> io::Result<()> {
+    fn keep(&mut self, text: &Text) -> io::Result<()> {
         if text.is_empty() {
             return Ok(());
         }
         let before = if self.later.is_some() { BETWEEN } else { "\n" };
         let mut later = self.later.take().map_or_else(temporary_file, Ok)?;
         later.write_all(before.as_bytes())?;
-        later.write_all(text)?;
+        text.0.iter().try_for_each(|piece| later.write_all(piece))?;
         self.later = Some(later);
         Ok(())
     }
@@ -587,9 +619,11 @@ fn temporary_file() -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::commands::found::{Wanted, pair};
-    use crate::holder::evidence::Judgement;
+    use crate::holder::evidence::{Judgement, NOT_YET};
     use crate::lock::leased::StoredPart;
     use crate::lock::stores::StoredLock;
 
@@ -607,14 +641,13 @@ mod tests {
             None,
         );
         if let ListedEntry::Lock(lock) = &mut entries[0] {
-            lock.judgement = Judgement {
-                verdict: Verdict::Unknown,
-                reason: "why ".repeat(30),
-                evidence: Vec::new(),
-                is_settled: false,
-            };
+            judged(lock, &"why ".repeat(30));
         }
         entries.remove(0)
+    }
+
+    fn judged(lock: &mut FoundLock, reason: &str) {
+        lock.judgement = Some(Arc::new(Judgement { reason: reason.to_owned(), ..NOT_YET.clone() }));
     }
 
     fn lock(entry: &ListedEntry) -> &FoundLock {
@@ -633,7 +666,7 @@ mod tests {
         if let (ListedEntry::Lock(lock), Ok(record)) = (entry, &mut lease.record) {
             record.holder.user = fact.chars().take(2000).collect();
             record.holder.job.clone_from(&record.holder.user);
-            lock.lease = Some(lease);
+            lock.lease = Some(Box::new(lease));
         }
     }
 
@@ -655,6 +688,22 @@ mod tests {
                     assert!(plain.split_whitespace().collect::<Vec<_>>().join(" ").contains("3 h 12 min"), "{plain}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_text_in_pieces_is_whole_and_its_pieces_are_short() {
+        const LONG: usize = 100_000;
+        let entries: Vec<_> = [10, LONG].map(|length| entry(&"w".repeat(length), "b/k")).into();
+        let entries = || (0..500).map(|number| &entries[usize::from(number == 300)]);
+        for format in [Format::Json { target: None }, Format::Json { target: Some(7) }, Format::Lines(Widths::USUAL)] {
+            let between = if matches!(format, Format::Json { .. }) { BETWEEN } else { "" };
+            let alone = entries().map(|entry| format.rows([entry]).unwrap().text.0.concat());
+            let expected = alone.collect::<Vec<_>>().join(between.as_bytes());
+            let Text(pieces) = format.rows(entries()).unwrap().text;
+            assert!(pieces.len() > 1 && pieces.concat() == expected, "{format:?}: {}", pieces.len());
+            assert!(pieces.iter().filter(|piece| piece.len() > Text::PIECE).count() <= 1, "{format:?}");
+            assert!(pieces.iter().all(|piece| (1..Text::PIECE + 2 * LONG).contains(&piece.len())), "{format:?}");
         }
     }
 
@@ -683,7 +732,7 @@ mod tests {
             found.info.operation = blanks.to_owned();
             found.info.created = blanks.to_owned();
             found.workspace = Some(blanks.to_owned());
-            found.judgement.reason = blanks.to_owned();
+            judged(found, blanks);
             found.notes = vec![format!("note{blanks}")];
             let line = line_of(&entry, Widths::of(std::slice::from_ref(&entry)), Timestamp::now());
             let shown = columns(&line);

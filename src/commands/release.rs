@@ -309,14 +309,14 @@ impl Release {
 
     /// Records in the history that `what` happened to the lock.
     fn remember(&self, what: What, lock: &FoundLock) {
-        let why = format!("{}: {}", lock.verdict().of_the_holder(), lock.judgement.reason);
+        let why = format!("{}: {}", lock.verdict().of_the_holder(), lock.judgement().reason);
         let path = lock.path();
         history::record(&LockEvent::of_lock(what, By::Command, &lock.info, &path, &why, self.reason.as_deref()));
     }
 
     /// Reports that the lock is not released, and why. `shown` is the verdict that the user saw.
     fn refuse(&self, lock: &FoundLock, shown: Verdict) -> Finding {
-        let reason = &lock.judgement.reason;
+        let reason = &lock.judgement().reason;
         let text = match lock.verdict() {
             Verdict::LikelyDead if shown == Verdict::Dead => {
                 format!("not released: it is no longer proven that the holder is dead\n{reason}")
@@ -398,7 +398,7 @@ impl Release {
     /// Reads the lock and judges its holder again, right before the delete. If only a witness has proven that the holder
     /// is dead, waits first for a write that may still arrive.
     async fn check_again(&self, reach: &Connection, lock: &FoundLock) -> Result<Again, Trouble> {
-        if self.force.is_none() && is_proven_by_a_witness(&lock.judgement) {
+        if self.force.is_none() && is_proven_by_a_witness(lock.judgement()) {
             console::say(&format!(
                 "the holder's last write may still arrive; waiting {} s before releasing the lock",
                 QUIET_WINDOW.as_secs()
@@ -441,7 +441,7 @@ impl Release {
         let failed = |failure| Trouble::failed(failure, &visible(&item.describe()), &reach.stores);
         for _ in 0..CLAIM_ATTEMPTS {
             let LeaseRead { lock: now, date } = match reach.stores.read_lease(item).await {
-                Err(failure) if needs_no_claim(&failure, lock.lease.as_ref()) => return Ok(None),
+                Err(failure) if needs_no_claim(&failure, lock.lease.as_deref()) => return Ok(None),
                 read => read.map_err(failed)?,
             };
             let (Some(now), Some(date)) = (now, date) else { return Ok(None) };

@@ -123,9 +123,9 @@ pub(super) fn description(lock: &FoundLock, now: Timestamp) -> String {
     for note in &lock.notes {
         lines.push(("note".into(), note.clone()));
     }
-    lines.push(("holder is".into(), format!("{}: {}", lock.verdict().words(), lock.judgement.reason)));
+    lines.push(("holder is".into(), format!("{}: {}", lock.verdict().words(), lock.judgement().reason)));
     let mut name = "evidence";
-    for evidence in &lock.judgement.evidence {
+    for evidence in &lock.judgement().evidence {
         let text = match evidence.proves.strip_prefix("nothing") {
             Some(why) => format!("{} (no proof{why})", evidence.seen),
             None => format!("{}; this proves {}", evidence.seen, evidence.proves),
@@ -168,8 +168,10 @@ fn other_name(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::holder::evidence::{Judgement, Verdict};
+    use crate::holder::evidence::{Judgement, NOT_YET, Verdict};
     use crate::lock::dynamodb::InfoAttribute;
     use crate::lock::stores::{StoreKey, StoredLock};
 
@@ -182,7 +184,7 @@ mod tests {
             workspace: None,
             notes: Vec::new(),
             rival: None,
-            judgement: Judgement { verdict, reason: String::new(), evidence: Vec::new(), is_settled: false },
+            judgement: Some(Arc::new(Judgement { verdict, ..NOT_YET.clone() })),
             stale: false,
         }
     }

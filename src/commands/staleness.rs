@@ -1,5 +1,6 @@
 //! Decides which locks need attention.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
@@ -22,11 +23,11 @@ pub(super) struct Staleness {
 impl Staleness {
     /// Returns whether a judged lock is stale. If the lock's `Created` is not a time, or is in the future, the lock
     /// counts as older than any limit.
-    fn is_met_by(self, lock: &FoundLock, now: Timestamp) -> bool {
+    fn is_met_by(self, lock: &FoundLock) -> bool {
         match self.older_than {
             None => lock.verdict().is_stale(),
             Some(limit) => {
-                let older = lock.age(now).is_none_or(|age| age > limit);
+                let older = lock.age(Timestamp::now()).is_none_or(|age| age > limit);
                 lock.verdict() != Verdict::Alive && older
             }
         }
@@ -35,11 +36,10 @@ impl Staleness {
     /// Judges the holder of every lock, and whether the lock is stale. `host` must be a view from after the locks were
     /// read: in an earlier view, the process of a lock that was acquired in between would be missing.
     pub(super) fn judge(self, entries: &mut [ListedEntry], host: &HostView) {
-        let now = Timestamp::now();
         for entry in entries {
             if let ListedEntry::Lock(lock) = entry {
-                lock.judgement = host.judge(&lock.info, lock.lease.as_ref());
-                lock.stale = self.is_met_by(lock, now);
+                lock.judgement = Some(host.judge(&lock.info, lock.lease.as_deref()));
+                lock.stale = self.is_met_by(lock);
             }
         }
     }
@@ -59,7 +59,8 @@ impl Staleness {
 
     /// Asks the witness about one judged lock, as [`Self::ask_witness`].
     pub(super) async fn ask_about(self, lock: &mut FoundLock) {
-        lock.judgement = witness::ask(lock.judgement.clone(), &lock.info, lock.lease.as_ref()).await;
-        lock.stale = self.is_met_by(lock, Timestamp::now());
+        let judgement = lock.judgement().clone();
+        lock.judgement = Some(Arc::new(witness::ask(judgement, &lock.info, lock.lease.as_deref()).await));
+        lock.stale = self.is_met_by(lock);
     }
 }

@@ -4,14 +4,14 @@
 //! Collect these facts *after* the locks are read. In the other order, a new process could take a lock in between, and
 //! the facts would not contain that process.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::unistd::Pid;
 
-use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, judge};
+use super::evidence::{Claim, Judgement, PossibleHolder, Seen, depends_on_processes, host_of, judge};
 use crate::journal::clock_reading::ClockReading;
 use crate::journal::kept_locks::KeptLocks;
 use crate::journal::pending_requests::PendingRequests;
@@ -115,6 +115,9 @@ pub(crate) struct HostView {
     /// because a list of all processes takes longer than all else here, and most locks of a table belong to other
     /// hosts.
     terraforms: OnceCell<Vec<PossibleHolder>>,
+    /// The judgements on the holders of which only the host in the lock's `Who` is known. The key is that host. Many
+    /// locks of a table may belong to the same hosts.
+    by_host: RefCell<HashMap<String, Arc<Judgement>>>,
 }
 
 impl HostView {
@@ -173,7 +176,8 @@ impl HostView {
             terraforms: Vec::new(),
             boot_time: process::boot_time(),
         };
-        Self { recorded, late, kept, has_unread_kept, seen, terraforms: OnceCell::new() }
+        let (terraforms, by_host) = (OnceCell::new(), RefCell::default());
+        Self { recorded, late, kept, has_unread_kept, seen, terraforms, by_host }
     }
 
     /// Leaves out the process `tf` and its descendants. A run that waits for a lock does not hold it.
@@ -187,13 +191,22 @@ impl HostView {
 
     /// Judges the holder of `lock`, which must have been read before this `HostView` was made. `lease` is the lease
     /// record that was read with the lock. `None` if there is none.
-    pub(crate) fn judge(&self, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
-        let is_kept = self.kept.contains(&lock.id);
-        let mut seen = Seen { claim: self.claim(lock), lease: lease.cloned(), is_kept, ..self.seen.clone() };
-        if depends_on_processes(lock, &seen) {
+    pub(crate) fn judge(&self, lock: &LockInfo, lease: Option<&ObservedLease>) -> Arc<Judgement> {
+        let (claim, is_kept) = (self.claim(lock), self.kept.contains(&lock.id));
+        let host = host_of(&lock.who);
+        let is_elsewhere = !depends_on_processes(host, &self.seen);
+        if is_elsewhere && claim.is_none() && lease.is_none() && !is_kept {
+            let mut by_host = self.by_host.borrow_mut();
+            return match by_host.get(host) {
+                Some(judgement) => Arc::clone(judgement),
+                None => Arc::clone(by_host.entry(host.to_owned()).or_insert(Arc::new(judge(lock, &self.seen)))),
+            };
+        }
+        let mut seen = Seen { claim, lease: lease.cloned(), is_kept, ..self.seen.clone() };
+        if !is_elsewhere {
             seen.terraforms.clone_from(self.terraforms.get_or_init(terraforms));
         }
-        judge(lock, &seen)
+        Arc::new(judge(lock, &seen))
     }
 
     /// Returns whether the journal shows that a process of the run that holds `lock` is or may be running on this host,
@@ -336,6 +349,7 @@ mod tests {
             has_unread_kept: false,
             seen: Seen::default(),
             terraforms: OnceCell::new(),
+            by_host: RefCell::default(),
         }
     }
 
@@ -473,6 +487,46 @@ mod tests {
                     let is_recorded = state.is_some() || late.is_some();
                     assert_eq!(view.stays(&stored(ID, "root@other")), is_recorded || is_kept, "{late:?}");
                     assert!(!view.stays(&stored("6e75cb05-d70c-4132-39e0-d2abba1b3077", "root@vm")));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_gets_the_judgement_that_it_would_get_alone() {
+        use crate::lease::observed::tests::lease;
+        use crate::lease::record::Promise;
+        const OTHER: &str = "6e75cb05-d70c-4132-39e0-d2abba1b3077";
+        let whos =
+            ["a@elsewhere", "b@elsewhere", "elsewhere", "b", "", "a@localhost", "b@localhost", "a@vm", "root@vm"];
+        for state in [None, Some(RunState::Dead), Some(RunState::Living)] {
+            for bits in 0..32 {
+                let bit = |place: u32| bits >> place & 1 == 1;
+                let mut view = view(state, None);
+                view.kept.extend(bit(0).then(|| ID.to_owned()));
+                view.seen = Seen {
+                    who: if bit(1) { "root@vm".into() } else { String::new() },
+                    has_unread_run: bit(2),
+                    is_plain: bit(3),
+                    sees_all: bit(4),
+                    boot_time: Some("2026-11-01T00:00:00Z".parse().unwrap()),
+                    ..Seen::default()
+                };
+                view.terraforms = OnceCell::from(Vec::new());
+                // Before each lock but the first of its host came one with another user, time and operation.
+                for ((who, id), is_old) in
+                    whos.into_iter().flat_map(|who| [(who, OTHER), (who, ID)]).zip([false, true].into_iter().cycle())
+                {
+                    for lease in [None, Some(lease(id, 40, None, Promise::Stop))] {
+                        let (mut lock, is_kept) = (stored(id, who), view.kept.contains(id));
+                        if is_old {
+                            lock.created = "2026-10-01T00:00:00Z".into();
+                            lock.operation = "OperationTypePlan".into();
+                        }
+                        let claim = view.claim(&lock);
+                        let seen = Seen { claim, lease: lease.clone(), is_kept, ..view.seen.clone() };
+                        assert_eq!(*view.judge(&lock, lease.as_ref()), judge(&lock, &seen), "{lock:?} {seen:?}");
+                    }
                 }
             }
         }

@@ -94,8 +94,9 @@ fn object_step(read: Result<Option<&StoredLock>, Failure>, id: &str) -> Result<O
 pub(crate) struct StoredPart {
     pub(crate) store_key: StoreKey,
     pub(crate) stored: StoredLock,
-    /// The lease record. `None` if the part has none, or if it is not a lock.
-    pub(crate) lease: Option<ObservedLease>,
+    /// The lease record. `None` if the part has none, or if it is not a lock. It is in a box, because it is large and most
+    /// locks have none.
+    pub(crate) lease: Option<Box<ObservedLease>>,
 }
 
 impl StoredPart {
@@ -106,7 +107,8 @@ impl StoredPart {
         record: Option<Result<Record, NotBelieved>>,
         date: Option<Timestamp>,
     ) -> Self {
-        let lease = record.map(|record| ObservedLease { record, date, region: store_key.region().to_owned() });
+        let lease =
+            record.map(|record| Box::new(ObservedLease { record, date, region: store_key.region().to_owned() }));
         Self { store_key, stored, lease }
     }
 
@@ -186,8 +188,8 @@ pub(crate) fn locks_of(parts: &[StoredPart]) -> Vec<(LockInfo, Option<ObservedLe
     for part in parts {
         let Some(info) = part.stored.info() else { continue };
         match locks.iter_mut().find(|(known, _)| *known == info) {
-            Some((_, lease)) => *lease = lease.take().or_else(|| part.lease.clone()),
-            None => locks.push((info, part.lease.clone())),
+            Some((_, lease)) => *lease = lease.take().or_else(|| part.lease.as_deref().cloned()),
+            None => locks.push((info, part.lease.as_deref().cloned())),
         }
     }
     locks
@@ -541,7 +543,7 @@ mod tests {
         let part = |id: &str, age: Option<i64>| StoredPart {
             store_key: StoreKey::DynamoDb { table: "t".into(), key: "b/k".into(), region: "r".into() },
             stored: StoredLock::Item(InfoAttribute::Text(format!(r#"{{"ID":"{id}"}}"#))),
-            lease: age.map(|age| lease(id, age, None, Promise::Stop)),
+            lease: age.map(|age| Box::new(lease(id, age, None, Promise::Stop))),
         };
         for (parts, expected) in [
             (vec![part("a", None), part("a", Some(1))], vec![("a", Some(1))]),

@@ -163,7 +163,9 @@ async fn with_body(response: HttpConnectorFuture) -> Result<(HttpResponse, Aggre
 /// Returns what `use_items` makes of the items of a response, and the response without them. `None` if it is not the
 /// response to a scan, or if an attribute has a type that the SDK must read: what was made is then discarded.
 fn parse<T>(body: &[u8], use_items: impl Fn(&mut dyn Iterator<Item = ScannedAttributes>) -> T) -> Option<(T, Vec<u8>)> {
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    // So the parser need not check each text.
+    let body = std::str::from_utf8(body).ok()?;
+    let mut deserializer = serde_json::Deserializer::from_str(body);
     let (made, rest) = deserializer.deserialize_map(Response(use_items)).ok()?;
     deserializer.end().ok()?;
     Some((made, serde_json::to_vec(&rest).ok()?))

@@ -153,7 +153,7 @@ mod tests {
 
     use super::*;
     use crate::cleanup::messages::refused::{Refusal, refused};
-    use crate::holder::evidence::{Judgement, Verdict};
+    use crate::holder::evidence::{Judgement, NOT_YET, Verdict};
     use crate::journal::runs::Journal;
     use crate::journal::state_directory::StateDirectory;
 
@@ -161,7 +161,7 @@ mod tests {
     fn a_refusal_names_the_command_that_releases_the_lock_and_not_a_longer_one() {
         let info = LockInfo { id: "5e75cb05-d70c-4132-39e0-d2abba1b3077".into(), ..LockInfo::default() };
         let said = |verdict, is_released_after| {
-            let judgement = Judgement { verdict, reason: String::new(), evidence: Vec::new(), is_settled: false };
+            let judgement = Judgement { verdict, ..NOT_YET.clone() };
             let refusal = Refusal { info: &info, lease: None, judgement: &judgement, is_released_after };
             let said = refused(&refusal, Timestamp::UNIX_EPOCH, |words| format!("tf locks {words}"), false);
             said.lines().last().unwrap_or_default().to_owned()
