@@ -2,8 +2,8 @@
 
 What it costs the machine is small beside what a scanner costs, so a scan of 1,000,000 items measures the scanner. A page
 has items of 1 MB, as DynamoDB's have, and the header with its checksum. A tenth of the items are locks and the rest are
-digests. If a request has a filter, the digests are left out of the page, whatever the filter says: DynamoDB filters a page
-after it has read 1 MB of items (DynamoDB API reference, Scan).
+digests. The locks were taken on 100 hosts. If a request has a filter, the digests are left out of the page, whatever the
+filter says: DynamoDB filters a page after it has read 1 MB of items (DynamoDB API reference, Scan).
 """
 
 import json
@@ -21,7 +21,8 @@ def item(number):
     if number % 10:
         return {"LockID": {"S": path + "-md5"}, "Digest": {"S": f"{number:032x}"}}
     info = {"ID": f"{number:08x}-0000-0000-0000-000000000000", "Operation": "OperationTypeApply", "Info": "",
-            "Who": "anna@elsewhere", "Version": "1.11.4", "Created": "2026-11-24T10:00:00Z", "Path": path}
+            "Who": f"runner@build-{number // 10 % 100:02}", "Version": "1.11.4", "Created": "2026-11-24T10:00:00Z",
+            "Path": path}
     return {"LockID": {"S": path}, "Info": {"S": json.dumps(info, separators=(",", ":"))}}
 
 
