@@ -53,7 +53,7 @@ struct Drain {
     /// Whether this pipe needs no further step: every writer has closed it, or terraform has exited and all of its
     /// output was passed on.
     finished: bool,
-    /// The bytes that were read and not passed on yet. Always empty unless the target is a pipe or a socket.
+    /// The bytes that were read and not passed on yet.
     buffer: VecDeque<u8>,
     /// Everything that was read. `None` if no copy is kept.
     copy: Option<Vec<u8>>,
@@ -283,18 +283,9 @@ impl Drain {
                 descriptor::move_pipe_to_pipe(&self.source, &descriptor::standard(self.standard))
             }
             DrainTarget::Pipe => self.copy_to(descriptor::ATOMIC_WRITE_BYTES, descriptor::write_to_pipe),
-            DrainTarget::Other => {
-                // At most 512 bytes are moved at a time, so that the write never blocks: a descriptor that poll(2)
-                // reports as writable accepts PIPE_BUF bytes at once, and POSIX requires PIPE_BUF to be 512 or more.
-                let mut bytes = [0; 512];
-                match nix::unistd::read(&self.source, &mut bytes)? {
-                    0 => Ok(Moved::EndOfSource),
-                    length => {
-                        self.keep(&bytes[..length]);
-                        Ok(Moved::Bytes(nix::unistd::write(descriptor::standard(self.standard), &bytes[..length])?))
-                    }
-                }
-            }
+            // At most 512 bytes are moved at a time: a descriptor that poll(2) reports as writable accepts PIPE_BUF bytes at
+            // once, and POSIX requires PIPE_BUF to be 512 or more. Only a terminal that nobody reads may accept less.
+            DrainTarget::Other => self.copy_to(512, descriptor::write),
             DrainTarget::Socket => self.copy_to(MAX_COPY_BYTES, descriptor::send),
             DrainTarget::Nowhere => {
                 let mut bytes = [0; 1 << 14];
@@ -322,6 +313,24 @@ mod tests {
         let copy = keeps_copy.then(Vec::new);
         let drain = Drain { source, standard: 1, target, full: false, finished: false, buffer: VecDeque::new(), copy };
         (Pipes { drains: vec![drain], writers: [None, None] }, writer.into())
+    }
+
+    /// As at a terminal that does not block, while another process writes to it.
+    #[test]
+    fn what_a_write_does_not_accept_is_written_later() {
+        let (mut pipes, mut writer) = drain(DrainTarget::Other, true);
+        writer.write_all(b"abcdef").unwrap();
+        let (drain, mut written) = (&mut pipes.drains[0], Vec::new());
+        assert_eq!(drain.copy_to(512, |_, _| Ok(Moved::NotReady)).unwrap(), Moved::NotReady);
+        for (length, expected) in [(2, Moved::NotReady), (4, Moved::Bytes(4))] {
+            let target = std::cell::RefCell::new(&mut written);
+            let write = |_: &BorrowedFd<'static>, bytes: &[u8]| {
+                target.borrow_mut().extend_from_slice(&bytes[..length]);
+                Ok(Moved::Bytes(length))
+            };
+            assert_eq!(drain.copy_to(512, write).unwrap(), expected);
+        }
+        assert_eq!((&written[..], drain.copy.as_deref()), (&b"abcdef"[..], Some(&b"abcdef"[..])));
     }
 
     #[test]
