@@ -275,7 +275,7 @@ impl Audit {
         let mut audited = self.nothing_audited();
         let mut output = Output::new(false, Widths::USUAL)?;
         if let ScanTarget::Directory(directory) = &connection.target {
-            let staleness = Staleness { older_than: Some(self.older_than) };
+            let staleness = Staleness { older_than: Some(self.older_than), ..Staleness::default() };
             let looked =
                 inventory::look_and_ask_witness(directory, &connection.stores, staleness, &inventory::NO_OTHERS);
             let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Trouble::Stopped)??;
@@ -331,7 +331,7 @@ impl Audit {
         output: &mut Output,
         audited: &mut Audited,
     ) -> Result<Option<Signal>, Trouble> {
-        let staleness = Staleness { older_than: Some(self.older_than) };
+        let staleness = Staleness { older_than: Some(self.older_than), ..Staleness::default() };
         let scan = Scan { target, stores, speed, staleness, is_silent: false };
         let format = output.format();
         let audit = self.clone();

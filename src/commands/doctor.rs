@@ -8,7 +8,7 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::connection::{Connection, Directory, LocationArgs, ScanTarget, Trouble};
-use super::{Finding, fix_digest, inventory};
+use super::{Finding, fix_digest, inventory, stop_requests};
 use crate::aws::connect;
 use crate::aws::failure::Failure;
 use crate::cleanup::messages;
@@ -16,11 +16,12 @@ use crate::commands::fix_digest::Change;
 use crate::console;
 use crate::console::{length_of_time, quoted, visible, visible_whole};
 use crate::holder::lease_text;
+use crate::holder::witness::{self, WitnessVerdict};
 use crate::journal::known_programs::Program;
 use crate::journal::runs::Journal;
 use crate::journal::state_directory::StateDirectory;
 use crate::lease::grade::{self, Cloud, FenceReason, Grade};
-use crate::lease::notice::NoticeSetting;
+use crate::lease::notice::{NoticeSetting, Provider};
 use crate::lease::obstacle::LeaseObstacle;
 use crate::lock::probe::{self, IfMatch, IfNoneMatch, Trial};
 use crate::lock::release::SERVICE_TIMEOUT;
@@ -141,6 +142,7 @@ impl Doctor {
         }
         lease(&mut findings, lease_settings, shares_terminal);
         notice(&mut findings, lease_settings)?;
+        witness(&mut findings)?;
         let backend_there = DataDirectory::read(&own_files, Path::new("")).backend;
         if let Some((backend, other)) = backend_there.as_ref().and_then(|there| Some((there, OtherBackend::of(there)?)))
         {
@@ -359,7 +361,37 @@ fn notice(findings: &mut Findings, settings: LeaseSettings) -> Result<(), Troubl
             Err(failure) => findings.note(
                 NAME,
                 &format!("{shown} gives no useful answer: {}", visible(&failure.to_string())),
-                Next::Do("a run asks it ever more rarely; terraform is not interrupted before this host ends"),
+                Next::Do(match provider {
+                    Provider::Azure => "Azure's first answer may take two minutes, so ask again; without one, terraform is not interrupted before this host ends",
+                    _ => "a run asks it ever more rarely; terraform is not interrupted before this host ends",
+                }),
+            ),
+        }
+        Ok(Finding::Nothing)
+    })?;
+    Ok(())
+}
+
+/// Asks the witness about a lock that does not exist.
+fn witness(findings: &mut Findings) -> Result<(), Trouble> {
+    const NAME: &str = "witness";
+    super::block_on(async {
+        // A signal must end the processes of the witness too.
+        match stop_requests::unless_stopped(async { Ok(Box::pin(witness::try_out()).await) }).await? {
+            None => {}
+            Some(Ok(WitnessVerdict::Unknown)) => findings.ok(
+                NAME,
+                "TFW_WITNESS answers; whether it can ask its platform shows only with a lock that has a lease",
+            ),
+            Some(Ok(verdict)) => findings.wrong(
+                NAME,
+                &format!("TFW_WITNESS says {} of a lock that does not exist", verdict.word()),
+                Next::Do("correct or unset this variable: its answers may make somebody release a lock that is in use"),
+            ),
+            Some(Err(failure)) => findings.wrong(
+                NAME,
+                &format!("TFW_WITNESS does not answer: {failure}"),
+                Next::Do("correct or unset this variable: until then, no holder is judged by a witness"),
             ),
         }
         Ok(Finding::Nothing)

@@ -18,6 +18,9 @@ pub(super) struct Staleness {
     /// alive. Age alone proves nothing, so `tf` does not release such a lock, but a person must look at it. Without a
     /// limit (`None`), a lock is stale if its holder is dead or likely dead.
     pub(super) older_than: Option<Duration>,
+    /// How old an answer of the witness may be to be used again. With zero, the witness is asked about each lock that is
+    /// judged.
+    pub(super) age_of_answers: Duration,
 }
 
 impl Staleness {
@@ -60,7 +63,8 @@ impl Staleness {
     /// Asks the witness about one judged lock, as [`Self::ask_witness`].
     pub(super) async fn ask_about(self, lock: &mut FoundLock) {
         let judgement = lock.judgement().clone();
-        lock.judgement = Some(Arc::new(witness::ask(judgement, &lock.info, lock.lease.as_deref()).await));
+        lock.judgement =
+            Some(Arc::new(witness::ask(judgement, &lock.info, lock.lease.as_deref(), self.age_of_answers).await));
         lock.stale = self.is_met_by(lock);
     }
 }

@@ -32,6 +32,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// The shortest and the longest time between the beginnings of two rounds.
 const INTERVALS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_hours(24);
 
+/// When a lock counts as stale. The witness is asked about the same lock at most once a minute, because clouds and CI
+/// systems limit how often they are asked.
+const STALENESS: Staleness = Staleness { older_than: None, age_of_answers: Duration::from_mins(1) };
+
 /// Shows the alternate screen and hides the cursor (xterm's DECSET 1049 and 25).
 const ENTER: &str = "\u{1b}[?1049h\u{1b}[?25l";
 
@@ -183,7 +187,7 @@ async fn round(
     };
     let Connection { target, stores } = connection.insert(reached);
     if let ScanTarget::Directory(directory) = target {
-        let looked = inventory::look_and_ask_witness(directory, stores, Staleness::default(), known);
+        let looked = inventory::look_and_ask_witness(directory, stores, STALENESS, known);
         let inventory = stop_requests.unless_stopped(Box::pin(looked)).await.map_err(Interrupted::Signal)??;
         let unseen = inventory.unseen.then(|| inventory::UNSEEN.to_owned());
         let note = inventory.incomplete.or(unseen).map(|note| note.replace('\n', ": "));
@@ -191,7 +195,7 @@ async fn round(
         return Ok(Round { entries: inventory.entries, note, looked, owed: None });
     }
     let (target, stores) = (target.clone(), stores.clone());
-    let scan = Scan { target, stores, speed, staleness: Staleness::default(), is_silent: !is_first };
+    let scan = Scan { target, stores, speed, staleness: STALENESS, is_silent: !is_first };
     let mut entries = Vec::new();
     let mut nowhere = output::Output::Lines(Widths::USUAL);
     let scanned = scan.run(stop_requests, &mut nowhere, Vec::new(), keep_it, |found| entries.extend(found)).await?;

@@ -3,10 +3,12 @@
 //! It is asked about a holder that neither the journal nor a fresh lease settles. Only `tf locks` asks it, and never a
 //! run of terraform: the command may take 20 s.
 
-use std::ffi::OsString;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
@@ -65,9 +67,26 @@ impl Timeouts {
     }
 }
 
-/// The value of [`TIMEOUTS`], which no panic leaves half-changed.
-fn timeouts() -> MutexGuard<'static, Timeouts> {
-    TIMEOUTS.lock().unwrap_or_else(PoisonError::into_inner)
+/// Locks [`TIMEOUTS`] or [`ANSWERS`], which no panic leaves half-changed.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the command has answered, or why it has not. For a person, if it has not.
+type Answer = Result<WitnessAnswer, String>;
+
+/// The answers that may be used again, by question, and when each was given.
+#[derive(Debug, Default)]
+struct Answers(HashMap<String, (Instant, Answer)>);
+
+static ANSWERS: LazyLock<Mutex<Answers>> = LazyLock::new(Mutex::default);
+
+impl Answers {
+    /// Returns the answer to `question` if it was given less than `age` ago. Forgets all that are older.
+    fn of(&mut self, question: &str, age: Duration, now: Instant) -> Option<Answer> {
+        self.0.retain(|_, (given, _)| now.duration_since(*given) < age);
+        self.0.get(question).map(|(_, answer)| answer.clone())
+    }
 }
 
 /// The question, which the command gets as one line of JSON. It contains nothing that the stored lock does not contain.
@@ -98,6 +117,17 @@ pub(crate) enum WitnessVerdict {
     Unknown,
 }
 
+impl WitnessVerdict {
+    /// Returns the verdict as the witness writes it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Dead => "dead",
+            Self::Alive => "alive",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 /// The answer of a witness.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 struct WitnessAnswer {
@@ -112,24 +142,33 @@ fn named() -> Option<OsString> {
 }
 
 /// Asks the witness about the holder of `lock`, and returns the judgement with its answer. Returns `judgement`
-/// unchanged if there is no witness, or if the holder is settled.
-pub(crate) async fn ask(judgement: Judgement, lock: &LockInfo, lease: Option<&ObservedLease>) -> Judgement {
+/// unchanged if there is no witness, or if the holder is settled. An answer to the same question that was given less than
+/// `age` ago is used again, if this process has asked with an `age` then too. With zero, the witness is asked in any case.
+pub(crate) async fn ask(
+    judgement: Judgement,
+    lock: &LockInfo,
+    lease: Option<&ObservedLease>,
+    age: Duration,
+) -> Judgement {
     let Some(command) = named().filter(|_| !judgement.is_settled) else { return judgement };
     let holder = identity(lease);
+    let question = question(lock, holder);
+    if let Some(answer) = locked(&ANSWERS).of(&question, age, Instant::now()) {
+        return with_answer(judgement, holder.is_some(), &answer);
+    }
     // The semaphore is never closed, so this cannot fail.
     let _permit = AT_ONCE.acquire().await;
-    let may_ask = timeouts().may_ask(Instant::now());
+    let may_ask = locked(&TIMEOUTS).may_ask(Instant::now());
     let answer = if may_ask {
-        let question = question(lock, holder);
-        let asked = shell_command::answer(&command, question.as_bytes(), &NOT_PASSED);
-        let answered = tokio::time::timeout(WITNESS_TIMEOUT, asked).await;
-        let after = timeouts().after(answered.is_ok(), Instant::now());
-        *timeouts() = after;
-        match answered {
-            Ok(Ok(answered)) => read(&answered),
-            Ok(Err(error)) => Err(format!("it could not be started: {error}")),
-            Err(_) => Err(format!("it gave no answer within {} s and was killed", WITNESS_TIMEOUT.as_secs())),
+        let answer = answer_of(&command, &question).await;
+        let mut timeouts = locked(&TIMEOUTS);
+        *timeouts = timeouts.after(answer.is_some(), Instant::now());
+        drop(timeouts);
+        let answer = answer.unwrap_or_else(no_answer_in_time);
+        if !age.is_zero() {
+            locked(&ANSWERS).0.insert(question, (Instant::now(), answer.clone()));
         }
+        answer
     } else {
         Err(format!("it was not asked, because it gave no answer within {} s before", WITNESS_TIMEOUT.as_secs()))
     };
@@ -161,7 +200,7 @@ fn question(lock: &LockInfo, holder: Option<&Holder>) -> String {
 ///
 /// # Errors
 /// Why it is no answer, fit for a terminal.
-fn read(answered: &Answered) -> Result<WitnessAnswer, String> {
+fn read(answered: &Answered) -> Answer {
     if !answered.status.success() {
         let stderr = String::from_utf8_lossy(&answered.stderr);
         let said = stderr.lines().map(str::trim).rfind(|line| !line.is_empty());
@@ -195,15 +234,11 @@ fn weigh(before: Verdict, has_identity: bool, answer: WitnessVerdict) -> Verdict
 }
 
 /// Returns a judgement with the answer of a witness, or with the reason why it has none.
-fn with_answer(judgement: Judgement, has_identity: bool, answer: &Result<WitnessAnswer, String>) -> Judgement {
+fn with_answer(judgement: Judgement, has_identity: bool, answer: &Answer) -> Judgement {
     let Judgement { verdict: before, reason: mut why, mut evidence, is_settled } = judgement;
     let (said, answer) = match answer {
         Ok(WitnessAnswer { verdict, reason }) => {
-            let word = match verdict {
-                WitnessVerdict::Dead => "dead",
-                WitnessVerdict::Alive => "alive",
-                WitnessVerdict::Unknown => "unknown",
-            };
+            let word = verdict.word();
             let reason = Some(visible(reason.trim())).filter(|reason| !reason.is_empty());
             let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
             (format!("{WITNESS} says {word}{reason}"), *verdict)
@@ -222,6 +257,35 @@ fn with_answer(judgement: Judgement, has_identity: bool, answer: &Result<Witness
     Judgement { verdict, reason: why, evidence, is_settled }
 }
 
+/// Asks the witness about a lock that does not exist. `None` if there is no witness. Otherwise returns what it has
+/// answered, or why it has not.
+pub(crate) async fn try_out() -> Option<Result<WitnessVerdict, String>> {
+    let command = named()?;
+    let lock = LockInfo {
+        id: "00000000-0000-0000-0000-000000000000".to_owned(),
+        operation: "OperationTypeApply".to_owned(),
+        who: "nobody@no-such-host".to_owned(),
+        version: "1.11.4".to_owned(),
+        created: Timestamp::now().to_string(),
+        path: "no-such-bucket/terraform.tfstate".to_owned(),
+    };
+    let answer = answer_of(&command, &question(&lock, None)).await;
+    Some(answer.unwrap_or_else(no_answer_in_time).map(|answer| answer.verdict))
+}
+
+/// Runs the command with a question. `None` if it was killed because it gave no answer in time.
+async fn answer_of(command: &OsStr, question: &str) -> Option<Answer> {
+    let asked = shell_command::answer(command, question.as_bytes(), &NOT_PASSED);
+    Some(match tokio::time::timeout(WITNESS_TIMEOUT, asked).await.ok()? {
+        Ok(answered) => read(&answered),
+        Err(error) => Err(format!("it could not be started: {error}")),
+    })
+}
+
+fn no_answer_in_time() -> Answer {
+    Err(format!("it gave no answer within {} s and was killed", WITNESS_TIMEOUT.as_secs()))
+}
+
 /// Returns whether there is a witness to ask.
 pub(crate) fn is_set() -> bool {
     named().is_some()
@@ -233,6 +297,7 @@ mod tests {
     use std::process::ExitStatus;
 
     use super::*;
+    use crate::holder::evidence::NOT_YET;
     use crate::lease::observed::tests::lease;
     use crate::lease::record::{NotBelieved, Promise};
 
@@ -305,13 +370,23 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_is_used_again_only_for_the_same_question_and_while_it_is_young() {
+        let (age, begun) = (Duration::from_mins(1), Instant::now());
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        let answer: Answer = Ok(WitnessAnswer { verdict: WitnessVerdict::Dead, reason: String::new() });
+        let mut answers = Answers::default();
+        answers.0.insert("of a lock".to_owned(), (begun, answer.clone()));
+        assert_eq!(answers.of("of a lock", age, after(59)), Some(answer));
+        assert_eq!(answers.of("of another lock", age, after(59)), None);
+        assert_eq!(answers.of("of a lock", age, after(60)), None);
+        assert!(answers.0.is_empty(), "a watch may run for days");
+        answers.0.insert("of a lock".to_owned(), (begun, Err("it failed".to_owned())));
+        assert_eq!(answers.of("of a lock", Duration::ZERO, begun), None);
+    }
+
+    #[test]
     fn a_reason_is_shown_harmlessly_and_one_that_proves_nothing_is_added_to_the_others() {
-        let before = || Judgement {
-            verdict: Verdict::Unknown,
-            reason: "another host".into(),
-            evidence: Vec::new(),
-            is_settled: false,
-        };
+        let before = || Judgement { reason: "another host".into(), ..NOT_YET.clone() };
         let said = |verdict| Ok(WitnessAnswer { verdict, reason: "\u{1b}[31mgone\u{202e} ".into() });
         let dead = with_answer(before(), true, &said(WitnessVerdict::Dead));
         assert_eq!((dead.verdict, dead.evidence[0].proves), (Verdict::Dead, "that the holder is dead"));

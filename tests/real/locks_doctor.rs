@@ -1,7 +1,7 @@
 //! `tf locks doctor` finds what would prevent a release before it is needed, and repairs a digest under the lock.
 
 use nix::sys::signal::{Signal, kill};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::given_back::{is_dynamodb, through};
 use super::left_behind::writes_digest;
@@ -58,6 +58,30 @@ fn what_it_tries_leaves_a_standing_lock_alone(lock: Lock) {
     assert!(!env.locks().is_empty() && env.locks().iter().all(|standing| *standing == theirs));
 }
 for_each_lock!(what_it_tries_leaves_a_standing_lock_alone);
+
+/// Or the user finds out during an incident.
+#[test]
+fn a_witness_that_does_not_answer_is_wrong() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    for (witness, code, expected) in [
+        (r#"cat > question; echo '{"verdict": "unknown"}'"#, 0, "ok     witness: TFW_WITNESS answers; whether"),
+        (r#"echo '{"verdict": "dead"}'"#, 2, "WRONG  witness: TFW_WITNESS says dead of a lock that does not exist"),
+        (r#"echo '{"verdict": "alive"}'"#, 2, "WRONG  witness: TFW_WITNESS says alive of a lock"),
+        ("echo oops", 2, "WRONG  witness: TFW_WITNESS does not answer: its answer is not"),
+        ("echo no token >&2; exit 1", 2, "it failed (exit status: 1): no token"),
+        ("/nonexistent/witness", 2, "it failed (exit status: 127)"),
+    ] {
+        env.set("TFW_WITNESS", witness);
+        let end = locks(&env, &["doctor"]);
+        assert_eq!(end.code(), Some(code), "{}", env.dump(&end));
+        assert!(end.out.contains(expected), "{expected}: {}", env.dump(&end));
+    }
+    let question: Value = serde_json::from_str(&env.read("question")).unwrap();
+    assert_eq!((&question["lock"]["who"], &question["holder"]), (&json!("nobody@no-such-host"), &Value::Null));
+    assert!(question["lock"]["created"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{question}");
+    env.set("TFW_WITNESS", "");
+    assert!(!locks(&env, &["doctor"]).out.contains("witness"));
+}
 
 #[test]
 fn a_setting_with_which_no_run_starts_is_wrong() {

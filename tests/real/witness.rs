@@ -2,16 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
+use super::given_back::{is_dynamodb, through};
 use super::large_tables::{Generated, ITEMS_FOR_A_LOCK};
 use super::locks_release::locks;
 use crate::support::lease::{LEASED, record};
 use crate::support::process::Run;
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::{FAKETIME, lock_json};
 use crate::support::{Ended, Lock, Subject, TestEnv, wait_for};
 
@@ -286,6 +289,27 @@ fn a_watch_in_a_directory_asks_the_witness() {
     run.send(Signal::SIGINT);
     let end = run.wait();
     assert!(end.out.contains("held      dead"), "{}", env.dump(&end));
+}
+
+/// Each round of `--watch` describes the table once.
+#[test]
+fn a_watch_asks_about_a_lock_once_a_minute() {
+    let mut env = lapsed(Lock::DynamoDb);
+    witness(&mut env, &format!("echo >> asked\n{DEAD}"));
+    let rounds = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&rounds);
+    let _proxy = through(&mut env, move |request| {
+        count.fetch_add(usize::from(is_dynamodb(request, ".DescribeTable")), Ordering::SeqCst);
+        ProxyAction::Pass
+    });
+    let mut command = env.command(env.bin().join("tf"));
+    command.args(["locks", "list", "--watch=1s", "--table", &env.table, "--region", "us-east-1"]);
+    let run = Run::start(command);
+    wait_for("four rounds", || (rounds.load(Ordering::SeqCst) > 4).then_some(()), || run.err());
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert!(end.out.contains("i-0123 is terminated"), "{}", env.dump(&end));
+    assert_eq!(env.read("asked").lines().count(), 1, "{}", env.dump(&end));
 }
 
 /// A refused run and its recovery do not wait for a witness, and delete nothing because of it.
