@@ -31,6 +31,15 @@ const fn hang(is_debug_build: bool) -> Duration {
     Duration::from_secs(if is_debug_build { 6 } else { 60 })
 }
 
+/// How long Azure's service may take to answer the first question about events. That question turns the events on, which
+/// takes up to two minutes (Azure, "Scheduled Events for Linux VMs", Enabling and disabling Scheduled Events).
+const FIRST_EVENTS_TIMEOUT: Duration = first_events_timeout(cfg!(debug_assertions));
+
+/// Returns [`FIRST_EVENTS_TIMEOUT`]: 125 s. A debug build has less, for the tests.
+const fn first_events_timeout(is_debug_build: bool) -> Duration {
+    Duration::from_secs(if is_debug_build { 8 } else { 125 })
+}
+
 /// How much of an answer is read, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 10;
 
@@ -99,6 +108,8 @@ struct Questions {
     token: Option<String>,
     /// The name of this machine in Azure. `None` until it was asked for.
     machine: Option<String>,
+    /// Whether Azure has answered a question about events, or has not within [`FIRST_EVENTS_TIMEOUT`].
+    has_events: bool,
     /// The `ETag` of Google's last answer about a preemption and about a maintenance. `None` if there is none.
     seen: [Option<String>; 2],
     /// Whether Google's service has no key for maintenance events, as that of GKE.
@@ -114,7 +125,15 @@ impl Questions {
         // use.
         let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         let requests = Requests { client, service };
-        Self { requests, token: None, machine: None, seen: [None, None], has_no_maintenance: false, waits }
+        Self {
+            requests,
+            token: None,
+            machine: None,
+            has_events: false,
+            seen: [None, None],
+            has_no_maintenance: false,
+            waits,
+        }
     }
 
     /// Asks whether this host is about to end.
@@ -164,7 +183,13 @@ impl Questions {
             self.machine = Some(answer::machine(&self.requests.get(MACHINE, AZURE).await?)?);
         }
         let machine = self.machine.as_deref().unwrap_or_default();
-        answer::scheduled_events(&self.requests.get(EVENTS, AZURE).await?, machine)
+        let may_be_first = !self.has_events && self.waits != Waits::Never;
+        let (asked, limit) = (Instant::now(), if may_be_first { FIRST_EVENTS_TIMEOUT } else { REQUEST_TIMEOUT });
+        let answer = self.requests.send(Method::GET, EVENTS, AZURE, limit).await;
+        let found = answer.and_then(|answer| answer::scheduled_events(&answer, machine));
+        // Any other failure may come before the events are on.
+        self.has_events |= found.is_ok() || asked.elapsed() >= limit;
+        found
     }
 
     /// Asks Google's service for two keys at once. An answer to one of them is enough for now: the other one is asked
@@ -287,6 +312,12 @@ mod tests {
     fn a_hanging_get_of_a_release_lasts_a_minute_and_its_limit_is_62_s() {
         assert_eq!(hang(false), Duration::from_mins(1));
         assert_eq!(hang_timeout(hang(false)), Duration::from_secs(62));
+    }
+
+    #[test]
+    fn the_first_answer_of_azure_may_take_two_minutes() {
+        assert_eq!(first_events_timeout(false), Duration::from_secs(125));
+        assert_eq!(FIRST_EVENTS_TIMEOUT, first_events_timeout(cfg!(debug_assertions)));
     }
 
     #[test]
