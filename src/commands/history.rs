@@ -1,10 +1,14 @@
 //! `tf locks history`: prints the history of this user on this host: the locks that were released, force-released,
-//! refused or replaced by another run's lock.
+//! refused, taken over or replaced by another run's lock.
 
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
@@ -38,7 +42,7 @@ pub(super) struct History {
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Since>,
     /// Only show locks whose path (bucket/key) is PATH or below it
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = NonEmptyStringValueParser::new())]
     path: Option<String>,
     /// Write one HTML page with a timeline to FILE (- for stdout)
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
@@ -119,7 +123,7 @@ impl History {
     }
 }
 
-/// Writes the page to `file`, or to stdout for `-`.
+/// Writes the page to `file`, or to stdout for `-`. A new file is readable only by its owner, as the history is.
 ///
 /// # Errors
 /// Fails if the file cannot be written.
@@ -129,7 +133,8 @@ fn write(file: &Path, html: &str) -> Result<Finding, Trouble> {
         return Ok(Finding::Nothing);
     }
     let shown = visible_whole(&file.display().to_string());
-    std::fs::write(file, html).map_err(|error| {
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(file);
+    opened.and_then(|mut file| file.write_all(html.as_bytes())).map_err(|error| {
         Trouble::Said(format!("could not write {shown}: {error}\nname a file in a directory that you can write to"))
     })?;
     console::print(&format!("wrote {shown}"));

@@ -112,7 +112,7 @@ enum Command {
     /// Check everything that a release in this directory needs; fix a state's digest
     #[command(after_help = doctor::EXAMPLES)]
     Doctor(doctor::Doctor),
-    /// Show past releases, forced releases, refused releases and replaced locks
+    /// Show past releases, forced releases, refused releases, takeovers and replaced locks
     #[command(after_help = history::EXAMPLES)]
     History(history::History),
     /// Release the locks that dead runs on this host left, and print one line for each

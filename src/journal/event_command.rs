@@ -3,11 +3,12 @@
 //! The command is started by an intermediate process, another `tf`. The reason is that this process may have threads.
 //! Between fork and exec, the child of a process with threads may call only async-signal-safe functions (fork(2)). The
 //! intermediate process has one thread. It forks the process that runs the command, and exits at once. `tf` waits only
-//! for that exit. The forked process has a session of its own, inherits no descriptors, and is a child of init, or of
-//! the nearest subreaper ([`crate::sys::detached`]).
+//! for that exit. The forked process has a session of its own, inherits no descriptor but that of the log, and is a child
+//! of init, or of the nearest subreaper ([`crate::sys::detached`]).
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use nix::unistd::Pid;
 
 use crate::another_tf;
 use crate::sys::{detached, poll};
-use crate::trace::trace;
+use crate::trace::{self, trace};
 
 /// The variable with the command, which is passed to `/bin/sh -c`.
 const ON_EVENT: &str = "TFW_ON_EVENT";
@@ -66,7 +67,8 @@ pub(crate) fn stand_between() {
         return;
     };
     let directory = std::env::current_dir();
-    let forked = detached::run(c"tf-event", detached::Parent::Init, &[], || {
+    let keep: Vec<RawFd> = trace::descriptor().into_iter().collect();
+    let forked = detached::run(c"tf-event", detached::Parent::Init, &keep, || {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         if let Ok(directory) = directory {
@@ -78,8 +80,9 @@ pub(crate) fn stand_between() {
             shell.env_remove(name);
         }
         #[expect(clippy::disallowed_methods, reason = "this is the command of the user, not terraform")]
-        if let Ok(child) = shell.spawn() {
-            attend(child, &line);
+        match shell.spawn() {
+            Ok(child) => attend(child, &line),
+            Err(error) => trace!("{ON_EVENT} was not started: {error}"),
         }
     });
     if let Err(error) = forked {
@@ -95,13 +98,19 @@ fn attend(mut child: Child, line: &[u8]) {
         let _ = stdin.write_all(line);
     }
     let begun = Instant::now();
-    while matches!(child.try_wait(), Ok(None)) {
+    loop {
+        match child.try_wait() {
+            Ok(None) => {}
+            Ok(Some(status)) if status.success() => return,
+            Ok(Some(status)) => return trace!("{ON_EVENT} failed: {status}"),
+            Err(error) => return trace!("{ON_EVENT} has an unknown end: {error}"),
+        }
         if begun.elapsed() > COMMAND_TIMEOUT {
             if let Ok(group) = i32::try_from(child.id()) {
                 let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
             }
             let _ = child.wait();
-            return;
+            return trace!("{ON_EVENT} took more than {} s and was killed", COMMAND_TIMEOUT.as_secs());
         }
         poll::wait(&[], Some(Duration::from_millis(50)));
     }

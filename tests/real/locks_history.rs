@@ -106,6 +106,9 @@ fn a_history_is_filtered_by_time_and_by_path() {
     assert_eq!(end.out.lines().count(), 1, "{}", end.out);
     let end = locks(&env, &["history", "--since", "2026"]);
     assert!(end.code() == Some(1) && end.err.contains("2026-11-27T08:00:00Z"), "{}", end.err);
+    // For example, of a variable that is not set.
+    let end = locks(&env, &["history", "--path", ""]);
+    assert!(end.code() == Some(1) && end.err.contains("--path"), "{}", env.dump(&end));
 }
 
 /// The holder has a name that would be a script in a page.
@@ -122,6 +125,7 @@ fn a_history_becomes_one_page_that_runs_no_script() {
     let end = locks(&env, &["history", "--html", "page.html", "--since", "1h"]);
     assert_eq!((end.code(), end.out.as_str()), (Some(0), "wrote page.html\n"), "{}", env.dump(&end));
     let page = env.read("page.html");
+    assert_eq!(std::fs::metadata(env.directory.join("page.html")).unwrap().mode() & 0o777, 0o600);
     let path = env.path();
     for expected in [&path, "&lt;script&gt;alert(1)", "&lt;/td&gt;&lt;img", "<b>1</b> forced", "Only events since"] {
         assert!(page.contains(expected), "{expected} {page}");
@@ -161,10 +165,11 @@ fn a_command_that_hangs_delays_nothing_and_one_that_fails_is_nobodys_business() 
     assert!(!env.exists("told.ended"));
     env.write("told.go", "");
     env.wait_for_file("told.ended");
-    for command in ["exit 7", "kill -9 $$"] {
+    for (command, failure) in [("exit 7", "exit status: 7"), ("kill -9 $$", "")] {
         let mut env = TestEnv::new(Lock::File, WAITS);
         told_by(&mut env, command);
         assert!(killed(&env).err.contains("released the lock"));
+        env.wait_for_trace(&format!("TFW_ON_EVENT failed: {failure}"));
     }
     let mut env = TestEnv::new(Lock::File, WAITS);
     env.set("TFW_ON_EVENT", "/nonexistent/command");
