@@ -1,5 +1,7 @@
 //! `tf locks list` and `audit` of several tables and buckets, from the command line and from a file.
 
+use std::sync::{Arc, Mutex};
+
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
@@ -7,8 +9,9 @@ use super::given_back::{is_dynamodb, through};
 use super::locks_list::assert_fits;
 use super::locks_release::locks;
 use crate::support::cloud::{cloud, tool};
+use crate::support::http::Message;
 use crate::support::process::Run;
-use crate::support::proxy::ProxyAction;
+use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::test_env::lock_json;
 use crate::support::{Ended, Lock, TestEnv};
 
@@ -44,6 +47,52 @@ fn fleet() -> TestEnv {
 
 fn parsed(env: &TestEnv, end: &Ended) -> Value {
     serde_json::from_str(&end.out).unwrap_or_else(|error| panic!("{error} {}", env.dump(end)))
+}
+
+/// Each line has a service, a region and a profile of its own. One more table is named on the command line.
+#[test]
+fn each_target_is_reached_with_its_own_options() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.write("credentials", "[one]\naws_access_key_id=ONE\naws_secret_access_key=s\n[two]\naws_access_key_id=TWO\naws_secret_access_key=s\n");
+    env.set("AWS_SHARED_CREDENTIALS_FILE", env.directory.join("credentials")).set("AWS_REGION", "us-east-1");
+    let asked = Arc::<Mutex<Vec<(u8, String)>>>::default();
+    let service = |number| {
+        let asked = Arc::clone(&asked);
+        Proxy::start(0, move |request| {
+            let signed = request.header("authorization").unwrap_or_default();
+            let credential = signed.split(['=', ',']).nth(1).unwrap_or_default();
+            let parts: Vec<_> = credential.split('/').collect();
+            let table = serde_json::from_slice::<Value>(&request.body).unwrap_or_default()["TableName"].clone();
+            let table = table.as_str().unwrap_or_default();
+            asked.lock().unwrap().push((number, format!("{table} {} {}", parts[0], parts[2])));
+            let key = json!([{ "AttributeName": "LockID", "KeyType": "HASH" }]);
+            let body = if request.asks_for("DescribeTable") {
+                json!({ "Table": { "TableName": table, "KeySchema": key } })
+            } else {
+                json!({ "Count": 0, "ScannedCount": 0, "Items": [] })
+            };
+            ProxyAction::Answer(Message::answer("200 OK", &body.to_string()))
+        })
+    };
+    let services = [1, 2].map(service);
+    let line = |table: &str, region: &str, profile: &str, service: &Proxy| {
+        let endpoint = format!("http://127.0.0.1:{}", service.port);
+        format!("--table {table} --region {region} --profile {profile} --endpoint-url {endpoint}\n")
+    };
+    let lines = line("a", "eu-west-1", "one", &services[0]) + &line("b", "ap-south-1", "two", &services[1]);
+    env.write("targets.txt", &lines);
+    // The keys of the environment are not those of a profile.
+    let endpoint = format!("http://127.0.0.1:{}", services[1].port);
+    env.set("AWS_ENDPOINT_URL", &endpoint);
+    let end = locks(&env, &["audit", "--older-than", "2h", "--table", "c", "--from", "targets.txt"]);
+    assert_eq!(end.code(), Some(0), "{}", env.dump(&end));
+    assert!(end.err.contains("tf: total: 0 locks, 0 stale in 3 targets\n"), "{}", env.dump(&end));
+    let mut asked = asked.lock().unwrap().clone();
+    asked.sort();
+    asked.dedup();
+    let expected =
+        [(1, "a ONE eu-west-1".to_owned()), (2, "b TWO ap-south-1".to_owned()), (2, "c test us-east-1".to_owned())];
+    assert_eq!(asked, expected, "{}", env.dump(&end));
 }
 
 const AUDIT: [&str; 5] = ["audit", "--older-than", "2h", "--from", "targets.txt"];

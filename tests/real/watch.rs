@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::terminal::shell;
 use crate::support::cloud::cloud;
+use crate::support::lease::record;
 use crate::support::process::Run;
 use crate::support::proxy::{Proxy, ProxyAction};
 use crate::support::terminal::Terminal;
@@ -311,6 +312,33 @@ fn a_signal_ends_a_command_whose_output_nobody_reads() {
             assert_eq!(status.signal(), Some(signal as i32), "{words:?}");
         }
     }
+}
+
+/// The age of a lease is no change.
+#[test]
+fn a_verdict_that_changes_is_marked() {
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    env.set("TFW_LEASE", "off");
+    env.lock_with_lease(&record(10, 3000));
+    let screen = |terminal: &Terminal| console::strip_ansi_codes(&terminal.screen()).into_owned();
+    let mut terminal = Terminal::start(watched(&env, &["--watch=1s"]));
+    let run = Run::start(watched(&env, &["list", "--watch=1s"]));
+    terminal.wait_for("1 lock, 0 stale");
+    run.wait_for_out("held      alive");
+    env.lock_with_lease(&record(11, 3000));
+    // The next round has read it.
+    terminal.wait_for_times("1 lock, 0 stale", 3);
+    env.lock_with_lease(&record(3600, 300));
+    run.wait_for_out("changed   likely_dead");
+    let changed = || screen(&terminal).contains("\n~ likely dead").then_some(());
+    wait_for("the mark", changed, || terminal.screen());
+    let again = || screen(&terminal).contains("\n  likely dead").then_some(());
+    wait_for("the row without its mark", again, || terminal.screen());
+    terminal.type_in("\u{3}");
+    terminal.wait();
+    run.send(Signal::SIGINT);
+    let end = run.wait();
+    assert_eq!(end.out.lines().count(), 2, "{}", env.dump(&end));
 }
 
 /// A root that is read-only is common in a container.

@@ -617,6 +617,43 @@ fn only_completed_jobs_on_runners_of_github_are_dead() {
     }
 }
 
+/// GitHub lists 100 jobs on a page. Only the real `gh` reads the next one.
+#[test]
+fn a_job_on_the_second_page_counts() {
+    if which("gh").is_none() {
+        return;
+    }
+    let mut env = TestEnv::new(Lock::DynamoDb, "true");
+    let job = |status: &str, conclusion: Value| {
+        let done = json!([{ "name": "s", "status": "completed", "conclusion": "success" }]);
+        json!({ "status": status, "conclusion": conclusion, "runner_group_name": "GitHub Actions", "labels": [],
+            "completed_at": "2026-01-02T00:00:00Z", "steps": done })
+    };
+    let done = job("completed", "success".into());
+    for (last, verdict, reason) in [
+        (vec![done.clone()], "dead", "are completed"),
+        (vec![job("in_progress", Value::Null)], "unknown", "is not completed"),
+        (vec![], "unknown", "did not list all jobs"),
+    ] {
+        let first = vec![done.clone(); 100];
+        let server = Proxy::start(0, move |request| {
+            let is_second = request.start.contains("&page=2");
+            let jobs = if is_second { &last } else { &first };
+            let mut answer = Message::answer("200 OK", &json!({ "total_count": 101, "jobs": jobs }).to_string());
+            answer.headers[0].1 = "application/json; charset=utf-8".into();
+            if !is_second {
+                let next = "http://api.github.localhost/repos/o/r/actions/runs/7/attempts/2/jobs?per_page=100&page=2";
+                answer.headers.push(("Link".into(), format!("<{next}>; rel=\"next\"")));
+            }
+            ProxyAction::Answer(answer)
+        });
+        env.set("GH_TOKEN", "secret").set("GH_HOST", "github.localhost");
+        env.set("http_proxy", format!("http://127.0.0.1:{}", server.port));
+        let holder = json!({ "ci": "GitHub Actions", "job": JOB, "cloud": "Azure" });
+        assert_answer(&ask_at(&env, "github", &holder, "2026-01-01T00:00:00Z"), verdict, reason);
+    }
+}
+
 /// The first witness that knows the answer answers. None is asked about a holder that it cannot know.
 #[test]
 fn all_asks_each_witness_that_the_holder_names() {
