@@ -15,10 +15,14 @@
 //! faster than the others waits for them, so nothing has to be stored.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::IsTerminal;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{io, slice};
 
+use ::console::Term;
 use futures_util::stream::{self, StreamExt};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::Signal;
@@ -42,6 +46,7 @@ use crate::lock::dynamodb::ScannedItem;
 use crate::lock::leased::StoredPart;
 use crate::lock::stores::{LOCK_FILE, StoreKey, StoredLock, Stores};
 use crate::lock::{dynamodb, probe, s3};
+use crate::sys::descriptor;
 
 /// The share of a provisioned table's read capacity that a scan uses.
 const SHARE: f64 = 0.25;
@@ -368,9 +373,23 @@ enum Segment {
     Bucket(String, String),
 }
 
+/// Returns where the progress is drawn, so many times a second. A terminal that nobody reads must not let a drawing wait, as
+/// [`StopRequests::write`] says for the output: a drawing that it does not accept is lost.
+fn progress_target(stderr: BorrowedFd<'_>, hz: u8) -> ProgressDrawTarget {
+    let reopened = || {
+        let terminal = descriptor::reopened_without_blocking(stderr)?;
+        // Nothing is read.
+        io::Result::Ok(Term::read_write_pair(File::from(terminal.try_clone()?), File::from(terminal)))
+    };
+    match stderr.is_terminal().then(reopened) {
+        Some(Ok(terminal)) => ProgressDrawTarget::term(terminal, hz),
+        Some(Err(_)) | None => ProgressDrawTarget::stderr_with_hz(hz),
+    }
+}
+
 /// Returns a progress bar on stderr. It is not drawn if stderr is not a terminal.
 fn progress(total: Option<u64>) -> ProgressBar {
-    let target = ProgressDrawTarget::stderr_with_hz(5);
+    let target = progress_target(io::stderr().as_fd(), 5);
     let (bar, template) = match total {
         Some(total) => (
             ProgressBar::with_draw_target(Some(total), target),

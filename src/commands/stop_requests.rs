@@ -6,8 +6,8 @@
 //! ([`crate::sys::shell_command::answer`]).
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,16 @@ pub(super) struct StopRequests {
     was_suspended: bool,
     /// The last signal that asked this process to end. `None` if there was none.
     asked: Option<Signal>,
+    /// Stdout, opened anew if it is a terminal. `None` before the first write.
+    stdout: Option<Stdout>,
+}
+
+/// Where the output goes.
+struct Stdout {
+    /// The terminal, opened anew: poll(2) reports a terminal as writable that accepts only a part of a write, and a signal
+    /// does not interrupt the wait for the rest. `None` if stdout is no terminal, or cannot be opened.
+    terminal: Option<OwnedFd>,
+    accepts: Accepts,
 }
 
 impl StopRequests {
@@ -42,7 +52,7 @@ impl StopRequests {
     /// Fails if the signals cannot be read.
     pub(super) fn listen() -> Result<Self, Trouble> {
         let signals = Signals::listen().map_err(|error| Trouble::Said(error.to_string()))?;
-        Ok(Self { signals, before_suspension: None, was_suspended: false, asked: None })
+        Ok(Self { signals, before_suspension: None, was_suspended: false, asked: None, stdout: None })
     }
 
     /// Sets what to do before a suspension (^Z), for a command that has changed the screen of the terminal.
@@ -58,7 +68,7 @@ impl StopRequests {
     /// Returns the next signal that asks this process to end. `None` if there is none now. A ^Z that came before it
     /// suspends this process until it is continued.
     pub(super) fn next(&mut self) -> Option<Signal> {
-        let Self { signals, before_suspension, was_suspended, asked } = self;
+        let Self { signals, before_suspension, was_suspended, asked, .. } = self;
         let next = signals.next_stop_with(|signals| {
             if let Some(before) = before_suspension {
                 before();
@@ -78,12 +88,12 @@ impl StopRequests {
     /// Fails with the signal, or if the bytes cannot be written, for example because the reader has exited. A part of
     /// them may be written then.
     pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
-        let stdout = io::stdout();
-        let accepts = accepts(stdout.as_fd());
-        let mut progress = Instant::now();
+        let (own, mut progress) = (io::stdout(), Instant::now());
+        let Stdout { terminal, accepts } = self.stdout.take().unwrap_or_else(|| Stdout::of(own.as_fd()));
+        let stdout = terminal.as_ref().map_or(own.as_fd(), AsFd::as_fd);
         while !bytes.is_empty() {
             let was_asked = self.asked.is_some();
-            let moved = if poll::wait(&[(stdout.as_fd(), PollFlags::POLLOUT)], Some(POLL_INTERVAL)) == [true] {
+            let moved = if poll::wait(&[(stdout, PollFlags::POLLOUT)], Some(POLL_INTERVAL)) == [true] {
                 match accepts {
                     Accepts::All => descriptor::write(&stdout, bytes)?,
                     Accepts::Some => descriptor::write_to_pipe(&stdout, bytes)?,
@@ -104,6 +114,7 @@ impl StopRequests {
                 return Err(Trouble::Stopped(signal));
             }
         }
+        self.stdout = Some(Stdout { terminal, accepts });
         Ok(())
     }
 
@@ -136,12 +147,16 @@ enum Accepts {
     Piece,
 }
 
-fn accepts(stdout: BorrowedFd<'_>) -> Accepts {
-    let metadata = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
-    match metadata.map(|metadata| metadata.file_type()) {
-        Ok(kind) if kind.is_file() => Accepts::All,
-        Ok(kind) if kind.is_fifo() => Accepts::Some,
-        _ => Accepts::Piece,
+impl Stdout {
+    fn of(stdout: BorrowedFd<'_>) -> Self {
+        let terminal = stdout.is_terminal().then(|| descriptor::reopened_without_blocking(stdout).ok()).flatten();
+        let metadata = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
+        let accepts = match metadata.map(|metadata| metadata.file_type()) {
+            Ok(kind) if kind.is_file() => Accepts::All,
+            Ok(kind) if kind.is_fifo() => Accepts::Some,
+            _ => Accepts::Piece,
+        };
+        Self { terminal, accepts }
     }
 }
 

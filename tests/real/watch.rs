@@ -312,6 +312,21 @@ fn a_signal_ends_a_command_whose_output_nobody_reads() {
             assert_eq!(status.signal(), Some(signal as i32), "{words:?}");
         }
     }
+    // A terminal, for example of a session over a network that has stalled.
+    for words in [&["list"][..], &["list", "--json"], &["--watch=1s"]] {
+        let size = nix::pty::Winsize { ws_row: 24, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = nix::pty::openpty(&size, None).unwrap();
+        let mut command = watched(&env, words);
+        command.args(table).stdout(pty.slave.try_clone().unwrap()).stderr(pty.slave);
+        let mut process = command.spawn().unwrap();
+        drop(command);
+        let begins = || system::is_readable(&pty.master).then_some(());
+        wait_for("the first bytes", begins, String::new);
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let ended = || process.try_wait().unwrap();
+        let status = wait_for("the end", ended, || format!("{words:?}"));
+        assert_eq!(status.signal(), Some(Signal::SIGTERM as i32), "{words:?}");
+    }
 }
 
 /// The age of a lease is no change.

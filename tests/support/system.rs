@@ -4,13 +4,14 @@
 //! say. They do not show the environment of the system's own programs, such as `/bin/sh`.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 #[cfg(target_os = "linux")]
 use linux as system;
 #[cfg(not(target_os = "linux"))]
 use macos as system;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::unistd::Pid;
 pub use system::{
     arguments, boot_time, environment, is_dying, is_noexec, name, pids, process, program, queued, state, terminal_name,
@@ -71,6 +72,12 @@ pub fn unread(reader: &std::io::PipeReader) -> libc::c_int {
     // SAFETY: FIONREAD writes one int.
     assert_eq!(unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut bytes) }, 0);
     bytes
+}
+
+/// Whether there is something to read from `file` now.
+pub fn is_readable(file: &impl AsFd) -> bool {
+    let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+    nix::poll::poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Calls fcntl(2) with a write lock on `bytes`. An empty range is the whole file. Returns the lock that the call has
