@@ -123,7 +123,8 @@ pub(super) struct Rows {
 struct Text(Vec<Vec<u8>>);
 
 impl Text {
-    /// The length of a piece, in bytes. A piece is longer only if its last entry is longer than [`Self::ENTRY`].
+    /// The length of a piece, in bytes. A piece is longer only if its last entry and the separator before it are longer
+    /// than [`Self::ENTRY`].
     const PIECE: usize = 1 << 16;
     /// The length of an entry, in bytes, that almost no entry exceeds.
     const ENTRY: usize = 1 << 12;

@@ -16,7 +16,6 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -376,15 +375,11 @@ enum Segment {
 /// Returns where the progress is drawn, so many times a second. A terminal that nobody reads must not let a drawing wait, as
 /// [`StopRequests::write`] says for the output: a drawing that it does not accept is lost.
 fn progress_target(stderr: BorrowedFd<'_>, hz: u8) -> ProgressDrawTarget {
-    let reopened = || {
-        let terminal = descriptor::reopened_without_blocking(stderr)?;
+    let reopened = descriptor::reopened_terminal(stderr).and_then(|terminal| {
         // Nothing is read.
-        io::Result::Ok(Term::read_write_pair(File::from(terminal.try_clone()?), File::from(terminal)))
-    };
-    match stderr.is_terminal().then(reopened) {
-        Some(Ok(terminal)) => ProgressDrawTarget::term(terminal, hz),
-        Some(Err(_)) | None => ProgressDrawTarget::stderr_with_hz(hz),
-    }
+        Some(Term::read_write_pair(File::from(terminal.try_clone().ok()?), File::from(terminal)))
+    });
+    reopened.map_or_else(|| ProgressDrawTarget::stderr_with_hz(hz), |terminal| ProgressDrawTarget::term(terminal, hz))
 }
 
 /// Returns a progress bar on stderr. It is not drawn if stderr is not a terminal.

@@ -6,7 +6,7 @@
 //! ([`crate::sys::shell_command::answer`]).
 
 use std::fs::File;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
@@ -149,7 +149,7 @@ enum Accepts {
 
 impl Stdout {
     fn of(stdout: BorrowedFd<'_>) -> Self {
-        let terminal = stdout.is_terminal().then(|| descriptor::reopened_without_blocking(stdout).ok()).flatten();
+        let terminal = descriptor::reopened_terminal(stdout);
         let metadata = stdout.try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
         let accepts = match metadata.map(|metadata| metadata.file_type()) {
             Ok(kind) if kind.is_file() => Accepts::All,

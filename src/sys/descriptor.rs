@@ -248,24 +248,25 @@ pub(crate) fn write_to_pipe(pipe: &impl AsFd, bytes: &[u8]) -> io::Result<Moved>
 }
 
 /// Opens a terminal anew, for writes that do not wait. O_NONBLOCK on `terminal` itself would apply to all processes that
-/// share it.
-///
-/// # Errors
-/// Those of open(2), for example because the terminal belongs to another user.
-pub(crate) fn reopened_without_blocking(terminal: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// share it. `None` if it is no terminal, or cannot be opened, for example because it belongs to another user.
+pub(crate) fn reopened_terminal(terminal: BorrowedFd<'_>) -> Option<OwnedFd> {
+    use std::io::IsTerminal;
     use std::os::unix::fs::OpenOptionsExt;
+    if !terminal.is_terminal() {
+        return None;
+    }
     // In a container, the name of a terminal may be of another mount.
     #[cfg(target_os = "linux")]
     let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());
     #[cfg(not(target_os = "linux"))]
-    let path = nix::unistd::ttyname(terminal)?;
+    let path = nix::unistd::ttyname(terminal).ok()?;
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    Ok(std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path)?.into())
+    Some(std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path).ok()?.into())
 }
 
-/// Writes bytes (write(2)). Whoever has opened the file may have set O_NONBLOCK, for all processes that share it: then
-/// the result may be `NotReady`, even if poll(2) has reported the file as writable. (On a terminal, while another process
-/// writes to it.)
+/// Writes bytes (write(2)). Another process may have set O_NONBLOCK for all processes that share the file. Then the
+/// result may be `NotReady` although poll(2) has reported the file as writable, for example on a terminal to which another
+/// process writes.
 ///
 /// # Errors
 /// Those of write(2), except EAGAIN and EINTR.
